@@ -1,0 +1,50 @@
+"""Memorization sinks: train language models whose memorization can be taken out again.
+
+Read the modules in the order in which a document passes through them:
+
+config      every setting, validated and versioned; the error types
+documents   a document and its readers: jsonl, parquet, txt, folders, Hugging Face datasets
+synthetic   the built-in corpus: stories, invented persons, near copies, canaries, controls
+identity    document -> 63-bit id; exposure numbers
+tokens      texts -> tokens
+packing     documents -> rows; the collator
+routing     id -> open sink blocks; the plan of one forward
+sinks       the sink module
+kernels     its compute paths
+families    reading a decoder: where its MLPs are and what they compute
+attach      add_sinks, remove_sinks, sinks_open
+objective   w(c) at the logits and back in the sinks; the exact mode; the divisor
+optim       parameter groups, separate clipping, lazy AdamW
+training    the Hugging Face Trainer callback
+checkpoint  save, load, fingerprint
+export      the plain checkpoint, checked in a fresh process; the model card
+audit       loss and extraction of documents against controls
+recipe      the YAML of a run
+run         one run of a recipe
+"""
+
+from ._version import __version__
+from .attach import Added, add_sinks, has_sinks, remove_sinks, sinks_closed, sinks_open
+from .audit import Audit, audit
+from .checkpoint import fingerprint, load, load_sinks
+from .config import ArchitectureError, CheckpointError, ConfigError, DataError, MemsinksError, SinkConfig
+from .documents import Document, read_documents, require_unique_keys
+from .export import export
+from .identity import NO_SINKS, document_id, equal_repetition, exposures, identify
+from .objective import shared_weight, target_count
+from .optim import AdamW, GradientNorms, clip_grad_norm_, param_groups
+from .packing import Rows, collate, pack, refuse_shuffling
+from .recipe import Recipe, parse_recipe, read_recipe
+from .routing import AssignmentTable
+from .run import train
+from .tokens import encode, load_tokenizer, train_tokenizer
+from .training import SinkCallback
+
+__all__ = [
+    "NO_SINKS", "AdamW", "Added", "ArchitectureError", "AssignmentTable", "Audit", "CheckpointError", "ConfigError",
+    "DataError", "Document", "GradientNorms", "MemsinksError", "Recipe", "Rows", "SinkCallback", "SinkConfig",
+    "add_sinks", "audit", "clip_grad_norm_", "collate", "document_id", "encode", "equal_repetition", "export",
+    "exposures", "fingerprint", "has_sinks", "identify", "load", "load_sinks", "load_tokenizer", "pack", "param_groups",
+    "parse_recipe", "read_documents", "read_recipe", "refuse_shuffling", "remove_sinks", "require_unique_keys",
+    "shared_weight", "sinks_closed", "sinks_open", "target_count", "train", "train_tokenizer",
+]  # fmt: skip

@@ -1,0 +1,269 @@
+"""Saving and loading: a stock checkpoint whose subfolder ``sinks/`` holds the sinks.
+
+    folder/                     what the stock save_pretrained writes; AutoModelForCausalLM.from_pretrained(folder) works
+    folder/sinks/sinks.json     settings, fingerprint, SHA-256 of every other file that belongs to the model
+    folder/sinks/sinks.safetensors
+
+Everything is written into a folder beside and then renamed, so a full disk or an interrupt leaves what was there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from .attach import SinkState, add_sinks, is_sink, require_sinks
+from .config import FORMAT_VERSION, CheckpointError, ConfigError, SinkConfig
+from .routing import HASH_VERSION, AssignmentTable
+
+FOLDER, SETTINGS, TENSORS = "sinks", "sinks.json", "sinks.safetensors"
+TABLE = ("ids", "offsets", "blocks")
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """SHA-256 over what a checkpoint's sinks must agree on: format, hash, settings, architecture and shapes."""
+    state = require_sinks(model)
+    agreed = {
+        "format_version": FORMAT_VERSION,
+        "hash_version": HASH_VERSION,
+        "config": state.config.to_dict(),
+        "model_type": model.config.model_type,
+        "layers": list(state.layers),
+        "host_width": state.host_width,
+        "shapes": {name: list(tensor.shape) for name, tensor in sorted(_sink_tensors(model).items())},
+    }
+    return hashlib.sha256(json.dumps(agreed, sort_keys=True).encode()).hexdigest()
+
+
+def _sink_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+    return {name: tensor.detach() for name, tensor in model.named_parameters() if is_sink(name)}
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def written_beside(target: Path) -> Iterator[Path]:
+    """Give a new folder beside `target`; when the block ends well, move its contents into `target`.
+
+    Raises:
+        CheckpointError: writing failed (full disk, permissions); `target` is as it was.
+    """
+    parent = target.absolute().parent
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(prefix=f".{target.name}.part-", dir=parent))
+    except OSError as error:
+        raise CheckpointError(f"cannot write beside {target}: {error}") from error
+    part.chmod(0o755)
+    try:
+        yield part
+        _move(part, target)
+    except Exception as error:
+        if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
+            raise CheckpointError(
+                f"could not write {target}: {error}; nothing there was changed. Free space or choose another folder"
+            ) from error
+        raise
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _move(part: Path, target: Path) -> None:
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        os.replace(part, target)
+        return
+    stale = {path for pattern in ("model*.safetensors", "model*.index.json") for path in target.glob(pattern)}
+    for source in sorted(path for path in part.rglob("*") if path.is_file()):
+        final = target / source.relative_to(part)
+        final.parent.mkdir(exist_ok=True)
+        os.replace(source, final)
+        stale.discard(final)
+    for path in stale:
+        path.unlink()
+
+
+def save_with_sinks(
+    model: Any,
+    stock_save: Callable[..., None],
+    directory: str | os.PathLike[str],
+    *,
+    is_main_process: bool = True,
+    state_dict: dict[str, Tensor] | None = None,
+    push_to_hub: bool = False,
+    **arguments: Any,
+) -> None:
+    """What `save_pretrained` of a model with sinks does; `stock_save` writes the stock part."""
+    if push_to_hub:
+        raise ConfigError("push_to_hub would upload only a part; save to a folder and upload that (or an export)")
+    target = Path(directory)
+    if target.is_file():
+        raise CheckpointError(f"{target} is a file; give a folder")
+    if state_dict is None:
+        state_dict = _full_state_dict(model)
+    stock = {name: tensor for name, tensor in state_dict.items() if not is_sink(name)}
+    sinks = {name: state_dict[name] for name in _sink_tensors(model)}
+    if not is_main_process:
+        return
+    with written_beside(target) as part:
+        stock_save(part, state_dict=stock, **arguments)
+        write_sinks(model, sinks, part)
+
+
+def _full_state_dict(model: Any) -> dict[str, Tensor]:
+    if any(type(parameter).__name__ == "DTensor" for parameter in model.parameters()):
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+        return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    return model.state_dict()
+
+
+def write_sinks(model: PreTrainedModel, tensors: dict[str, Tensor], part: Path) -> None:
+    """Write ``sinks/`` into `part`, in which the stock files lie already."""
+    state = require_sinks(model)
+    folder = part / FOLDER
+    folder.mkdir()
+    table = {f"table.{name}": getattr(state.table, name) for name in TABLE}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in (tensors | table).items()}
+    save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
+    stock = sorted(path for path in part.iterdir() if path.suffix == ".safetensors")
+    settings = {
+        "fingerprint": fingerprint(model),
+        "config": state.config.to_dict(),
+        "hash_version": HASH_VERSION,
+        "model_type": model.config.model_type,
+        "layers": list(state.layers),
+        "host_width": state.host_width,
+        "sha256": {str(path.relative_to(part)): file_hash(path) for path in [*stock, folder / TENSORS]},
+    }
+    (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def read_settings(directory: str | os.PathLike[str]) -> dict[str, Any]:
+    """The settings in ``sinks/sinks.json``; CheckpointError if there are none or they cannot be read."""
+    path = Path(directory) / FOLDER / SETTINGS
+    if not path.is_file():
+        raise CheckpointError(
+            f"{directory} holds no sinks ({path} is missing); a checkpoint without sinks is loaded with "
+            "AutoModelForCausalLM.from_pretrained"
+        )
+    try:
+        settings = json.loads(path.read_text())
+        missing = {"fingerprint", "config", "sha256"} - set(settings)
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}; restore the checkpoint") from error
+    if missing:
+        raise CheckpointError(f"{path} lacks {sorted(missing)}; it was not written by memsinks or is damaged")
+    return settings
+
+
+def has_saved_sinks(directory: str | os.PathLike[str]) -> bool:
+    """Whether a checkpoint folder holds sinks."""
+    return (Path(directory) / FOLDER / SETTINGS).is_file()
+
+
+def load_sinks(model: PreTrainedModel, directory: str | os.PathLike[str]) -> None:
+    """Load the sinks of a checkpoint into a model that has sinks of the same settings.
+
+    Raises:
+        CheckpointError: no sinks there, another fingerprint, a file whose hash differs (a mixture of two checkpoints),
+            tensors missing or of another shape. The model is unchanged then.
+    """
+    state = require_sinks(model)
+    directory = Path(directory)
+    settings = read_settings(directory)
+    if settings["fingerprint"] != fingerprint(model):
+        raise CheckpointError(
+            f"the sinks in {directory} have another fingerprint than the model: {_differences(settings, state, model)}; "
+            "load the checkpoint with memsinks.load, or build the model with the settings it was saved with"
+        )
+    for name, digest in settings["sha256"].items():
+        path = directory / name
+        if not path.is_file() or file_hash(path) != digest:
+            raise CheckpointError(
+                f"{path} is {'not the file' if path.is_file() else 'missing: a file'} these sinks were saved with "
+                f"(SHA-256 {digest[:12]}...); the folder is a mixture of checkpoints or damaged, restore it"
+            )
+    own = {name: parameter for name, parameter in model.named_parameters() if is_sink(name)}
+    with safe_open(directory / FOLDER / TENSORS, "pt") as file:
+        names = set(file.keys())
+        expected = set(own) | {f"table.{name}" for name in TABLE}
+        if names != expected:
+            raise CheckpointError(
+                f"{directory / FOLDER / TENSORS}: missing {sorted(expected - names)[:3]}, unknown {sorted(names - expected)[:3]}"
+            )
+        loaded = {name: file.get_tensor(name) for name in names}
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(loaded[name])
+    state.table = AssignmentTable(*(loaded[f"table.{name}"] for name in TABLE))
+    state.sinks_missing = False
+
+
+def _differences(settings: dict[str, Any], state: SinkState, model: PreTrainedModel) -> str:
+    here = state.config.to_dict() | {
+        "hash_version": HASH_VERSION, "model_type": model.config.model_type, "host_width": state.host_width,
+    }  # fmt: skip
+    there = settings["config"] | {name: settings.get(name) for name in ("hash_version", "model_type", "host_width")}
+    found = [
+        f"{name} is {there.get(name)!r} there and {here.get(name)!r} here"
+        for name in sorted(set(here) | set(there))
+        if here.get(name) != there.get(name)
+    ]
+    return "; ".join(found) or "the tensor shapes differ"
+
+
+def load(directory: str | os.PathLike[str], **arguments: Any) -> PreTrainedModel:
+    """Load a model with its sinks, as `save_pretrained` wrote them, in eval mode.
+
+    Args:
+        directory: the checkpoint folder.
+        arguments: passed to ``AutoModelForCausalLM.from_pretrained``, e.g. ``dtype``.
+
+    Raises:
+        CheckpointError: see `load_sinks`.
+        ConfigError: the settings are of another format version.
+    """
+    settings = read_settings(directory)
+    config = SinkConfig.from_dict(settings["config"])
+    model = AutoModelForCausalLM.from_pretrained(directory, **arguments)
+    add_sinks(model, config)
+    load_sinks(model, directory)
+    return model.eval()
+
+
+def describe(directory: str | os.PathLike[str]) -> str:
+    """A checkpoint's sinks in a few lines of text, read from its files without building the model."""
+    settings = read_settings(directory)
+    config = settings["config"]
+    with safe_open(Path(directory) / FOLDER / TENSORS, "pt") as file:
+        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    numbers = sum(math.prod(shape) for name, shape in shapes.items() if is_sink(name))
+    assigned = shapes["table.ids"][0]
+    defaults = {name: value for name, value in config.items() if name not in ("neurons", "active", "format_version")}
+    return "\n".join([
+        f"{settings['model_type']} with sinks in layers {settings['layers']}",
+        f"general neurons  {settings['host_width']} a layer",
+        f"sink neurons     {config['neurons']} a layer, {config['active']} open per document",
+        f"sink parameters  {numbers:,}",
+        f"assigned ids     {assigned} (all others are hashed)",
+        f"settings         {', '.join(f'{name}={value}' for name, value in defaults.items())}",
+        f"fingerprint      {settings['fingerprint']}",
+    ])  # fmt: skip

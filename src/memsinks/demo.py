@@ -1,0 +1,184 @@
+"""The whole journey in a few minutes: an ordinary model and the same model with sinks, before and after removal."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from .audit import Audit, audit, generate_continuation
+from .checkpoint import load
+from .config import CheckpointError
+from .documents import Document
+from .export import export
+from .identity import document_id
+from .recipe import parse_recipe
+from .run import train
+from .synthetic import private_start
+from .tokens import encode, load_tokenizer
+
+RECIPE: Mapping[str, Any] = {
+    "data": {"synthetic": {"stories": 3000, "people_per_level": 10, "near_copies": 0}},
+    "tokenizer": {"vocab_size": 1024},
+    "model": {"config": {
+        "model_type": "llama", "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4,
+        "num_attention_heads": 4, "num_key_value_heads": 4, "tie_word_embeddings": True,
+    }},
+    "training": {"length": 192, "batch_rows": 8, "lr": 3e-3, "log_every": 50},
+}  # fmt: skip
+SINKS: Mapping[str, Any] = {"neurons": 512, "active": 128}
+MARK = "demo.json"
+NAMES = {"ordinary": "ordinary model", "open": "with sinks, open", "removed": "sinks removed"}
+
+
+def demo(out: Path, recipe: Mapping[str, Any] = RECIPE) -> dict[str, Any]:
+    """Train both models, remove the sinks, print and save table, picture and one record.
+
+    Args:
+        out: folder of the results; one that an earlier demo wrote is replaced.
+        recipe: the recipe without output and sinks.
+
+    Returns:
+        The figures, as saved in ``out/demo.json``.
+
+    Raises:
+        CheckpointError: `out` holds something else.
+    """
+    if out.exists() and any(out.iterdir()):
+        if not (out / MARK).is_file():
+            raise CheckpointError(f"{out} is not empty and not an earlier demo; choose another folder with --out")
+        shutil.rmtree(out)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / MARK).write_text("{}\n")
+    started = time.time()
+    print("1. An ordinary model, trained on stories and on records of invented people, some repeated.", flush=True)
+    ordinary = train(parse_recipe({**recipe, "output": str(out / "ordinary"), "sinks": None}), label="   ")
+    print("2. The same model with memorization sinks, same data, same order.", flush=True)
+    with_sinks = train(parse_recipe({**recipe, "output": str(out / "sinks"), "sinks": SINKS}), label="   ")
+    print("3. Removal: the stock part alone is written as a plain checkpoint and loaded in a fresh process.", flush=True)
+    sink_model, tokenizer = load(with_sinks), load_tokenizer(with_sinks)
+    clean = export(sink_model, out / "clean", tokenizer=tokenizer, notes="Trained by `memsinks demo` on invented text.")
+    models = {
+        "ordinary": AutoModelForCausalLM.from_pretrained(ordinary).eval(),
+        "open": sink_model,
+        "removed": AutoModelForCausalLM.from_pretrained(clean).eval(),
+    }
+    print("4. What does each model remember?\n", flush=True)
+    members, controls = (_documents(out / "ordinary" / f"{name}.jsonl") for name in ("members", "controls"))
+    result = measure(models, members, controls, tokenizer)
+    result["record"] = one_record(models, members, tokenizer)
+    result["seconds"] = round(time.time() - started)
+    (out / MARK).write_text(json.dumps(result, indent=2) + "\n")
+    table = format_table(result)
+    (out / "table.md").write_text(table + "\n")
+    print(table + "\n\n" + format_record(result["record"]))
+    picture = draw(result, out / "extraction.png")
+    print(f"\n{result['seconds']} s. Everything is in {out}/" + (f", the picture in {picture}" if picture else ""))
+    return result
+
+
+def _documents(path: Path) -> list[Document]:
+    return [Document(**json.loads(line)) for line in path.read_text().splitlines()]
+
+
+def measure(
+    models: Mapping[str, PreTrainedModel],
+    members: list[Document],
+    controls: list[Document],
+    tokenizer: PreTrainedTokenizerBase,
+) -> dict[str, Any]:
+    """Held-out loss of the stories; loss and extraction of the records' private parts, by number of copies."""
+    records, unseen = ([x for x in side if x.kind == "record"] for side in (members, controls))
+    stories, new_stories = ([x for x in side if x.kind == "story"] for side in (members, controls))
+    result: dict[str, Any] = {"held_out": {}, "records": {}}
+    for name, model in models.items():
+        state: Any = "open" if name == "open" else "absent"
+        # A story's sinks never opened in training: it was met once. Its text is scored as the model is used, closed.
+        quiet: Any = "closed" if name == "open" else "absent"
+        held_out = audit(model, stories[:1], new_stories, tokenizer, state=quiet)
+        result["held_out"][name] = _of(held_out, 0)["loss"]
+        found = audit(model, records, unseen, tokenizer, state=state, private_start=private_start)
+        result["records"][name] = [_of(found, line.copies) for line in found.lines]
+    return result
+
+
+def _of(found: Audit, copies: int) -> dict[str, Any]:
+    line = next(line for line in found.lines if line.copies == copies)
+    return {"copies": copies, "documents": line.documents, "loss": line.loss, "extracted": line.extracted}
+
+
+def one_record(
+    models: Mapping[str, PreTrainedModel], members: list[Document], tokenizer: PreTrainedTokenizerBase
+) -> dict[str, str]:
+    """What each model writes after the name of one of the most repeated persons."""
+    records = [x for x in members if x.kind == "record"]
+    most = max(x.copies for x in records)
+    continuations: dict[str, str] = {}
+    for record in (x for x in records if x.copies == most):
+        start = private_start(record)
+        prompt = encode(tokenizer, [record.text[:start]], end=False)[0]
+        length = len(encode(tokenizer, [record.text[start:]])[0])
+        continuations = {"prompt": record.text[:start], "truth": record.text[start:], "copies": str(record.copies)}
+        for name, model in models.items():
+            open_id = document_id(record.text) if name == "open" else None
+            tokens = generate_continuation(model, prompt, length, open_id)
+            continuations[name] = str(tokenizer.decode(tokens, skip_special_tokens=True))
+        if continuations["ordinary"] == continuations["open"] == continuations["truth"]:
+            break
+    return continuations
+
+
+def format_table(result: Mapping[str, Any]) -> str:
+    """The figures as a Markdown table."""
+    levels = [line["copies"] for line in result["records"]["ordinary"]]
+    heads = ["never seen" if level == 0 else f"{level} {'copy' if level == 1 else 'copies'}" for level in levels]
+    rows = [["", "held-out stories, loss", *(f"records, {head}: loss / recited" for head in heads)]]
+    for name, label in NAMES.items():
+        cells = [f"{line['loss']:.2f} / {line['extracted']:.0%}" for line in result["records"][name]]
+        held_out = f"{result['held_out'][name]:.3f}" if name != "open" else "(closed)"
+        rows.append([label, held_out, *cells])
+    columns = list(zip(*rows, strict=True))
+    widths = [max(len(cell) for cell in column) for column in columns]
+    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(lines)
+
+
+def format_record(record: Mapping[str, str]) -> str:
+    """One record as text."""
+    lines = [f'A record that was trained on {record["copies"]} times. Prompt: "{record["prompt"]}"']
+    lines.append(f"  the record      {record['truth'].strip()}")
+    lines += [f"  {label:<16}{' '.join(record[name].split())}" for name, label in NAMES.items()]
+    return "\n".join(lines)
+
+
+def draw(result: Mapping[str, Any], path: Path) -> Path | None:
+    """Extraction against copies, one line a model; None (and a message) where matplotlib is not installed."""
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError:
+        print("no picture: matplotlib is not installed (pip install 'memsinks[plot]')")
+        return None
+    figure, axes = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
+    styles = {"ordinary": ("#D55E00", "o", "-"), "open": ("#0072B2", "s", "--"), "removed": ("#009E73", "D", "-")}
+    for name, label in NAMES.items():
+        lines = result["records"][name]
+        colour, marker, dash = styles[name]
+        axes.plot(
+            range(len(lines)), [100 * line["extracted"] for line in lines], dash, color=colour, marker=marker,
+            markersize=7, linewidth=2, label=label, clip_on=False, zorder=3,
+        )  # fmt: skip
+    levels = [line["copies"] for line in result["records"]["ordinary"]]
+    axes.set_xticks(range(len(levels)), ["never\nseen" if level == 0 else str(level) for level in levels])
+    axes.set(xlabel="copies of the record in the training text", ylabel="records recited in full (%)", ylim=(0, 100))
+    axes.grid(axis="y", color="#dddddd", linewidth=0.8)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, loc="upper left")
+    figure.savefig(path, dpi=160)
+    plt.close(figure)
+    return path

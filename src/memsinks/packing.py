@@ -1,0 +1,299 @@
+"""Documents -> rows of one length, the collator, and the refusal of samplers that shuffle.
+
+A row holds whole documents side by side. Three things keep them apart: `position_ids` restart at 0 with each document
+(transformers then builds a block-diagonal attention mask, but only if no attention_mask is given and there is no
+cache), the label of each first token is -100 (transformers shifts labels by one inside the model, so that token would
+be predicted from the document before), and each token carries its document's id and exposure.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch.utils.data import DistributedSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
+
+from memsinks.config import DataError, refuse
+from memsinks.identity import NO_SINKS
+
+FIELDS = ("input_ids", "labels", "document_ids", "exposures", "position_ids")
+IGNORED = -100
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Packed rows, a map-style dataset for torch and the HF Trainer. 40 bytes per token in memory.
+
+    Attributes, int64 [rows, length] unless said otherwise:
+        input_ids: tokens; `pad_id` on padding, which is always at the end of a row.
+        labels: input_ids, but -100 at the first token of every segment and on padding.
+        document_ids: the id of the document; -1 on padding (and where a document opens no sinks).
+        exposures: the exposure of the document; 1 on padding.
+        position_ids: count from 0 within each segment; padding is a segment of its own.
+        used: int64 [rows], the tokens of each row that are not padding.
+    """
+
+    input_ids: np.ndarray
+    labels: np.ndarray
+    document_ids: np.ndarray
+    exposures: np.ndarray
+    position_ids: np.ndarray
+    used: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.used)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        """Row `index` as a dict of the five fields, int64 [length] each, copied."""
+        index = operator.index(index)
+        return {name: torch.tensor(getattr(self, name)[index]) for name in FIELDS}
+
+    def select(self, rows: slice) -> Rows:
+        """The rows of a slice, sharing memory with these."""
+        return Rows(**{field.name: getattr(self, field.name)[rows] for field in dataclasses.fields(self)})
+
+    @property
+    def length(self) -> int:
+        """Tokens per row, padding included."""
+        return self.input_ids.shape[1]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that are not padding."""
+        return int(self.used.sum())
+
+    @property
+    def targets(self) -> int:
+        """Tokens that are predicted: labels other than -100."""
+        return int((self.labels != IGNORED).sum())
+
+    @property
+    def fill(self) -> float:
+        """Share of the tokens that is not padding, in [0, 1]."""
+        return self.tokens / max(1, self.input_ids.size)
+
+
+def pack(
+    tokens: Sequence[np.ndarray],
+    document_ids: Sequence[int] | np.ndarray,
+    exposures: Sequence[int] | np.ndarray,
+    *,
+    length: int,
+    pad_id: int,
+    apart_from: int | None = None,
+    one_document_per_row: bool = False,
+    long: Literal["split", "truncate", "refuse"] = "split",
+) -> Rows:
+    """Pack documents in training order into rows: next-fit, a document that fits into a row is never cut.
+
+    Args:
+        tokens: integer [tokens of the document] each, in training order: a document with 64 copies stands here 64
+            times (it may be the same array).
+        document_ids: int64 [documents], at least -1; -1 opens no sinks.
+        exposures: int64 [documents], at least 1.
+        length: tokens per row.
+        pad_id: the token that fills a row up.
+        apart_from: documents of this exposure and more get rows of their own, apart from those with fewer exposures
+            and from those of id -1 (`SinkConfig.open_from` in exact mode: such rows train nothing but sinks). Two rows
+            are open then and rows come out in the order in which they were opened, so a document can stand one open
+            row earlier than its turn. None: one kind of row.
+        one_document_per_row: for architectures in which packed documents see each other.
+        long: what happens to a document longer than `length`: ``"split"`` cuts it into segments of `length` tokens
+            which carry its id and exposure and do not see each other, ``"truncate"`` keeps the first `length` tokens,
+            ``"refuse"`` raises.
+
+    Raises:
+        DataError: no documents, an empty one, tokens, ids or exposures of another dtype, shape or range, or a long
+            document under ``long="refuse"``; names the index.
+        ConfigError: `length` below 2, another setting out of range.
+    """
+    _check_settings(length, pad_id, apart_from, long)
+    documents = _check_tokens(tokens)
+    ids = _check_numbers("document_ids", document_ids, len(documents), least=NO_SINKS)
+    counts = _check_numbers("exposures", exposures, len(documents), least=1)
+    if long == "refuse":
+        _refuse_long(documents, length)
+
+    apart = np.zeros(len(documents), bool) if apart_from is None else (counts >= apart_from) & (ids != NO_SINKS)
+    segments: list[tuple[int, int, int, int]] = []  # document, its first token here, row, column
+    used: list[int] = []
+    open_rows = {False: -1, True: -1}
+    for index, (document, kind) in enumerate(zip(documents, apart.tolist(), strict=True)):
+        size = min(len(document), length) if long == "truncate" else len(document)
+        for start in range(0, size, length):
+            part = min(length, size - start)
+            row = open_rows[kind]
+            if row < 0 or one_document_per_row or used[row] + part > length:
+                row = open_rows[kind] = len(used)
+                used.append(0)
+            segments.append((index, start, row, used[row]))
+            used[row] += part
+    return _fill(documents, ids.tolist(), counts.tolist(), segments, np.array(used, np.int64), length, pad_id)
+
+
+def _fill(
+    documents: list[np.ndarray],
+    ids: list[int],
+    counts: list[int],
+    segments: list[tuple[int, int, int, int]],
+    used: np.ndarray,
+    length: int,
+    pad_id: int,
+) -> Rows:
+    shape = (len(used), length)
+    count = np.arange(length, dtype=np.int64)
+    input_ids = np.full(shape, pad_id, np.int64)
+    labels = np.full(shape, IGNORED, np.int64)
+    document_ids = np.full(shape, NO_SINKS, np.int64)
+    exposures = np.ones(shape, np.int64)
+    # Padding first, a segment from the end of the last document on; the documents overwrite the negative part.
+    position_ids = count - used[:, None]
+    for index, start, row, column in segments:
+        part = documents[index][start : start + length]
+        end = column + len(part)
+        input_ids[row, column:end] = part
+        labels[row, column + 1 : end] = part[1:]
+        document_ids[row, column:end] = ids[index]
+        exposures[row, column:end] = counts[index]
+        position_ids[row, column:end] = count[: len(part)]
+    return Rows(input_ids, labels, document_ids, exposures, position_ids, used)
+
+
+def collate(rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+    """Stack rows to a batch: exactly the five fields, int64 [rows, length] each, and no attention_mask.
+
+    Rows are those of `Rows`, or dicts of tensors, arrays or lists, as a Hugging Face dataset gives them; fields other
+    than the five are left out. An attention_mask would let packed documents see each other.
+
+    Raises:
+        DataError: no rows, a field missing, not int64, of another length, or out of range (ids below -1, exposures
+            below 1).
+    """
+    if not rows:
+        raise DataError("no rows to collate")
+    batch: dict[str, torch.Tensor] = {}
+    length: int | None = None
+    for name in FIELDS:
+        values = []
+        for index, row in enumerate(rows):
+            if name not in row:
+                raise DataError(
+                    f"row {index} has no {name}, only {sorted(row)}; use rows made by pack(), and under the HF Trainer "
+                    "keep them with remove_unused_columns=False"
+                )
+            value = _tensor(row[name], f"{name} of row {index}")
+            length = len(value) if length is None else length
+            if len(value) != length:
+                raise DataError(f"{name} of row {index} has length {len(value)}, others have {length}; pack() first")
+            values.append(value)
+        batch[name] = torch.stack(values)
+    for name, least in (("document_ids", NO_SINKS), ("exposures", 1)):
+        if batch[name].numel() and int(batch[name].min()) < least:
+            raise DataError(f"{name} must be at least {least}, got {int(batch[name].min())}")
+    return batch
+
+
+def refuse_shuffling(sampler: Any) -> None:
+    """Raise if a sampler, batch sampler or DataLoader, or a sampler inside it, changes the order of the rows.
+
+    Exposures count the meetings of a text in the order of the data, so that order is the training order. Refused are
+    the samplers of torch, transformers and accelerate that permute; one of your own must yield the rows in order.
+
+    Raises:
+        DataError: if the order is changed.
+    """
+    pending, seen = [sampler], set()
+    while pending:
+        sampler = pending.pop()
+        if sampler is None or id(sampler) in seen:
+            continue
+        seen.add(id(sampler))
+        if _permutes(sampler):
+            raise DataError(
+                f"{type(sampler).__name__} changes the order of the rows, but their exposures were counted in the "
+                "order of the data; use a SequentialSampler, with the HF Trainer "
+                'TrainingArguments(train_sampling_strategy="sequential"), and shuffle documents before pack()'
+            )
+        pending += [getattr(sampler, name, None) for name in ("sampler", "batch_sampler")]
+
+
+# By name, because these belong to transformers, which this file does not need.
+_PERMUTING = {"LengthGroupedSampler", "DistributedLengthGroupedSampler", "BatchRebalanceSampler"}
+
+
+def _permutes(sampler: Any) -> bool:
+    if isinstance(sampler, DistributedSampler):
+        return bool(sampler.shuffle)
+    if isinstance(sampler, RandomSampler | SubsetRandomSampler | WeightedRandomSampler):
+        return True
+    return any(base.__name__ in _PERMUTING for base in type(sampler).__mro__)
+
+
+def _tensor(value: Any, what: str) -> torch.Tensor:
+    try:
+        tensor = value if isinstance(value, torch.Tensor) else torch.tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DataError(f"{what} is not a row of integers: {error}") from error
+    if tensor.dtype != torch.int64 or tensor.ndim != 1:
+        raise DataError(f"{what} must be int64 [length], got {tensor.dtype} {list(tensor.shape)}")
+    return tensor
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def _check_settings(length: int, pad_id: int, apart_from: int | None, long: str) -> None:
+    problems = []
+    if not _is_int(length) or length < 2:
+        problems.append(f"length must be an int of at least 2 tokens, got {length!r}")
+    if not _is_int(pad_id) or pad_id < 0:
+        problems.append(f"pad_id must be a token of the vocabulary, got {pad_id!r}")
+    if apart_from is not None and (not _is_int(apart_from) or apart_from < 1):
+        problems.append(f"apart_from must be an exposure of at least 1 or None, got {apart_from!r}")
+    if long not in ("split", "truncate", "refuse"):
+        problems.append(f'long must be "split", "truncate" or "refuse", got {long!r}')
+    refuse(problems, "cannot pack")
+
+
+def _check_tokens(tokens: Sequence[np.ndarray]) -> list[np.ndarray]:
+    if len(tokens) == 0:
+        raise DataError("there are no documents to pack: the corpus is empty")
+    documents = [np.asarray(document) for document in tokens]
+    for index, document in enumerate(documents):
+        if document.ndim != 1:
+            raise DataError(f"tokens of document {index} must be one-dimensional, got shape {list(document.shape)}")
+        if not len(document):
+            raise DataError(f"document {index} has no tokens; leave it out")
+        if document.dtype.kind not in "iu":
+            raise DataError(f"tokens of document {index} must be integers, got {document.dtype}")
+        if document.min() < 0:
+            raise DataError(f"tokens of document {index} must be at least 0, got {document.min()}")
+    return documents
+
+
+def _check_numbers(name: str, values: Sequence[int] | np.ndarray, documents: int, least: int) -> np.ndarray:
+    array = np.asarray(values)
+    if array.shape != (documents,):
+        raise DataError(f"{name} must have one number for each of the {documents} documents, got {list(array.shape)}")
+    if array.dtype != np.int64:
+        raise DataError(f"{name} must be int64, got {array.dtype}")
+    if array.min() < least:
+        raise DataError(f"{name} must be at least {least}, got {array.min()} at document {array.argmin()}")
+    return array
+
+
+def _refuse_long(documents: list[np.ndarray], length: int) -> None:
+    too_long = [index for index, document in enumerate(documents) if len(document) > length]
+    if too_long:
+        some = ", ".join(f"document {index} has {len(documents[index])}" for index in too_long[:5])
+        raise DataError(
+            f"{len(too_long)} documents are longer than a row of {length} tokens: {some}"
+            f"{', ...' if len(too_long) > 5 else ''}; make rows longer, cut the documents, or choose "
+            'long="split" or long="truncate"'
+        )

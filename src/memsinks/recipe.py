@@ -1,0 +1,298 @@
+"""The YAML of a run: every section a frozen dataclass, validated before anything starts."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from .config import FORMAT_VERSION, ConfigError, SinkConfig, refuse
+
+
+@dataclass(frozen=True, kw_only=True)
+class RepeatRecipe:
+    """Make a controlled study out of a plain corpus: repeat some of its documents.
+
+    Args:
+        documents: how many documents are repeated, chosen by the seed.
+        copies: how often each; a list is dealt out in turn, so [1, 4, 16] gives a third of them each number.
+    """
+
+    documents: int
+    copies: int | list[int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataRecipe:
+    """The training corpus.
+
+    Args:
+        path: a file, folder or data set name for `read_documents`; ``$NAME`` is replaced from the environment. None =
+            the built-in corpus.
+        text_field, key_field, source_field, copies_field, separator, split, streaming: as for `read_documents`.
+        limit: read at most so many documents.
+        identity: what gives a document its id: its ``content``, ``key`` or ``source``.
+        held_out: so many documents, chosen by the seed, are never trained on; they are evaluated and are the controls.
+        repeat: repeat some documents.
+        long: what happens to documents longer than a row, see `pack`.
+        synthetic: arguments of `memsinks.synthetic.corpus` for the built-in corpus.
+    """
+
+    path: str | None = None
+    text_field: str = "text"
+    key_field: str | None = None
+    source_field: str | None = None
+    copies_field: str | None = None
+    separator: str | None = None
+    split: str = "train"
+    streaming: bool = False
+    limit: int | None = None
+    identity: Literal["content", "key", "source"] = "content"
+    held_out: int = 0
+    repeat: RepeatRecipe | None = None
+    long: Literal["split", "truncate", "refuse"] = "split"
+    synthetic: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerRecipe:
+    """The tokenizer: load one from `path` (folder, JSON file or name), or train one of `vocab_size` on the corpus."""
+
+    path: str | None = None
+    vocab_size: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelRecipe:
+    """The model: `pretrained` (folder or name), or a new one from `config`, which needs ``model_type``.
+
+    ``vocab_size`` and the special tokens of a new model are set from the tokenizer.
+    """
+
+    pretrained: str | None = None
+    config: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingRecipe:
+    """How the model is trained.
+
+    Args:
+        length: tokens per row.
+        batch_rows: rows per optimizer step and process; split into micro-batches by `accumulate`.
+        accumulate: micro-batches per step.
+        epochs: times the corpus is met; unrolled into the training order.
+        lr: peak learning rate of the shared weights.
+        min_lr_ratio: the cosine ends at ``lr * min_lr_ratio``.
+        warmup: share of the steps.
+        sink_lr_factor: the sinks' learning rate is ``lr`` times this.
+        weight_decay: of the shared matrices.
+        betas: of AdamW.
+        max_grad_norm: gradient norm of the shared weights and, separately, of the sinks; 0 = no clipping.
+        precision: ``"fp32"`` or ``"bf16"`` (autocast).
+        gradient_checkpointing: recompute activations in the backward pass.
+        seed: start values, order, choice of held-out and repeated documents, tokenizer text.
+        threads: CPU threads; None = torch's choice.
+        save_every: steps between checkpoints; 0 = only at the end. Resuming continues from the last one.
+        keep: checkpoints kept.
+        log_every: steps between lines of metrics.
+    """
+
+    length: int = 256
+    batch_rows: int = 16
+    accumulate: int = 1
+    epochs: int = 1
+    lr: float = 1e-3
+    min_lr_ratio: float = 0.1
+    warmup: float = 0.05
+    sink_lr_factor: float = 3.0
+    weight_decay: float = 0.1
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    max_grad_norm: float = 1.0
+    precision: Literal["fp32", "bf16"] = "fp32"
+    gradient_checkpointing: bool = False
+    seed: int = 0
+    threads: int | None = None
+    save_every: int = 0
+    keep: int = 2
+    log_every: int = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Everything one run needs. `sinks` None trains an ordinary model."""
+
+    output: str
+    model: ModelRecipe
+    data: DataRecipe = field(default_factory=DataRecipe)
+    tokenizer: TokenizerRecipe = field(default_factory=lambda: TokenizerRecipe(vocab_size=1024))
+    sinks: SinkConfig | None = None
+    training: TrainingRecipe = field(default_factory=TrainingRecipe)
+
+    def __post_init__(self) -> None:
+        refuse(self._problems(), "invalid recipe")
+
+    def _problems(self) -> list[str]:
+        problems = []
+        tokenizer, model, data, training = self.tokenizer, self.model, self.data, self.training
+        if (tokenizer.path is None) == (tokenizer.vocab_size is None):
+            problems.append("tokenizer needs either path or vocab_size")
+        if (model.pretrained is None) == (not model.config):
+            problems.append("model needs either pretrained or config")
+        if model.config and "model_type" not in model.config:
+            problems.append('model.config needs model_type, e.g. "llama"')
+        if data.path is not None and data.synthetic:
+            problems.append("data.synthetic is for the built-in corpus; leave it out or leave out data.path")
+        if data.repeat is not None and data.copies_field is not None:
+            problems.append("give data.repeat or data.copies_field, not both")
+        if data.repeat is not None:
+            copies = data.repeat.copies if isinstance(data.repeat.copies, list) else [data.repeat.copies]
+            if data.repeat.documents < 1 or not copies or min(copies) < 1:
+                problems.append("data.repeat needs at least one document and copies of at least 1")
+        least = {"length": 2, "batch_rows": 1, "accumulate": 1, "epochs": 1, "save_every": 0, "keep": 1, "log_every": 1}
+        for name, value in least.items():
+            if getattr(training, name) < value:
+                problems.append(f"training.{name} must be at least {value}, got {getattr(training, name)}")
+        for name in ("lr", "sink_lr_factor"):
+            if not 0 < getattr(training, name) < float("inf"):
+                problems.append(f"training.{name} must be positive, got {getattr(training, name)}")
+        for name in ("min_lr_ratio", "warmup"):
+            if not 0 <= getattr(training, name) <= 1:
+                problems.append(f"training.{name} must lie in [0, 1], got {getattr(training, name)}")
+        if training.batch_rows % training.accumulate:
+            problems.append(
+                f"training.accumulate ({training.accumulate}) must divide training.batch_rows ({training.batch_rows})"
+            )
+        if len(training.betas) != 2 or not all(0 <= beta < 1 for beta in training.betas):
+            problems.append(f"training.betas must be two numbers in [0, 1), got {training.betas}")
+        if data.held_out < 0:
+            problems.append(f"data.held_out must be at least 0, got {data.held_out}")
+        return problems
+
+    def to_dict(self) -> dict[str, Any]:
+        """A YAML-ready dict, all defaults written out."""
+        values = dataclasses.asdict(self)
+        values["sinks"] = None if self.sinks is None else self.sinks.to_dict()
+        return values
+
+
+def read_recipe(path: str | os.PathLike[str], changes: Mapping[str, str] | None = None) -> Recipe:
+    """Read and validate a recipe.
+
+    Args:
+        path: a YAML file.
+        changes: {"training.lr": "1e-3", ...}, YAML values that replace those of the file.
+
+    Raises:
+        ConfigError: the file is missing or no YAML; unknown keys (with the nearest known one), wrong types, values out
+            of range, all at once.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise ConfigError(f"cannot read the recipe {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold a mapping of sections, got {type(values).__name__}")
+    for name, text in (changes or {}).items():
+        _change(values, name, text)
+    return parse_recipe(values, str(path))
+
+
+def _change(values: dict[str, Any], name: str, text: str) -> None:
+    *sections, last = name.split(".")
+    for section in sections:
+        if values.get(section) is None:
+            values[section] = {}
+        values = values[section]
+        if not isinstance(values, dict):
+            raise ConfigError(f"cannot set {name}: {section} is not a section")
+    values[last] = yaml.safe_load(text)
+
+
+def parse_recipe(values: Mapping[str, Any], origin: str = "recipe") -> Recipe:
+    """Validate the values of a recipe; see `read_recipe`."""
+    problems: list[str] = []
+    recipe = _section(Recipe, values, "", problems)
+    refuse(problems, f"cannot use {origin}")
+    return recipe
+
+
+def _section(kind: Any, values: Any, where: str, problems: list[str]) -> Any:
+    if not isinstance(values, Mapping):
+        problems.append(f"{where or 'the recipe'} must be a section of settings, got {values!r}")
+        return None
+    hints = typing.get_type_hints(kind)
+    known = {entry.name: entry for entry in dataclasses.fields(kind)}
+    given = {}
+    before = len(problems)
+    for name, value in values.items():
+        full = f"{where}.{name}" if where else str(name)
+        if kind is SinkConfig and name == "format_version":
+            if value != FORMAT_VERSION:
+                problems.append(f"{full} is {value}, this memsinks reads {FORMAT_VERSION}")
+        elif name not in known:
+            near = difflib.get_close_matches(str(name), known, 1)
+            hint = f"; did you mean {near[0]}?" if near else f"; known are {', '.join(known)}"
+            problems.append(f"unknown key {full}{hint}")
+        else:
+            given[name] = _value(hints[name], value, full, problems)
+    for name, entry in known.items():
+        required = entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING
+        if required and name not in values:
+            problems.append(f"{where + '.' if where else ''}{name} is missing")
+    if len(problems) > before:
+        return None
+    try:
+        return kind(**given)
+    except ConfigError as error:
+        problems.append(f"{where}: {error}" if where else str(error))
+        return None
+
+
+def _value(hint: Any, value: Any, where: str, problems: list[str]) -> Any:
+    """`value` as the type of a field; numbers written without a point are accepted as floats, 1e-3 (YAML: text) too."""
+    origin, options = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in options:
+            return None
+        kinds = [option for option in options if option is not type(None)]
+        for kind in kinds:
+            found: list[str] = []
+            result = _value(kind, value, where, found)
+            if not found:
+                return result
+        problems.extend(found)
+        return None
+    if dataclasses.is_dataclass(hint):
+        return _section(hint, value, where, problems)
+    if origin is Literal:
+        if value not in options:
+            problems.append(f"{where} must be one of {', '.join(map(repr, options))}, got {value!r}")
+        return value
+    if hint is float:
+        try:
+            if isinstance(value, bool):
+                raise ValueError
+            return float(value)
+        except (TypeError, ValueError):
+            problems.append(f"{where} must be a number, got {value!r}")
+            return None
+    if origin in (list, tuple):
+        if not isinstance(value, list | tuple):
+            problems.append(f"{where} must be a list, got {value!r}")
+            return None
+        return [_value(options[0], item, f"{where}[{index}]", problems) for index, item in enumerate(value)]
+    kind = origin or hint
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        problems.append(f"{where} must be {kind.__name__}, got {value!r}")
+    return value

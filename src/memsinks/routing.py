@@ -1,0 +1,250 @@
+"""Document id -> open sink blocks, by integer arithmetic alone; and the routing plan of one forward.
+
+An id is looked up in the assignment table first; an id that is not there is hashed. The hash cuts the blocks that are
+not reserved into as many banks as a document opens blocks and picks one block of each bank, so a document always opens
+distinct blocks. The result is the same on every device and rank, eager and compiled.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .config import FORMAT_VERSION, ConfigError, DataError, SinkConfig, refuse
+from .identity import NO_SINKS
+
+_INCREMENT, _FIRST, _SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+_MASK = 2**64 - 1
+
+
+def _signed(value: int) -> int:
+    return value - 2**64 if value >= 2**63 else value
+
+
+def _shift(x: Tensor, bits: int) -> Tensor:
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def splitmix64(x: Tensor) -> Tensor:
+    """The splitmix64 hash of int64 values, as int64 bit patterns (splitmix64(0) = 0xe220a8397b1dcdaf).
+
+    Source: Steele, Lea, Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014.
+    """
+    x = x + _signed(_INCREMENT)
+    x = (x ^ _shift(x, 30)) * _signed(_FIRST)
+    x = (x ^ _shift(x, 27)) * _signed(_SECOND)
+    return x ^ _shift(x, 31)
+
+
+def _splitmix64_int(x: int) -> int:
+    x = (x + _INCREMENT) & _MASK
+    x = ((x ^ (x >> 30)) * _FIRST) & _MASK
+    x = ((x ^ (x >> 27)) * _SECOND) & _MASK
+    return x ^ (x >> 31)
+
+
+def _keys(config: SinkConfig, layer: int, count: int) -> list[int]:
+    """One hash key for each of `count` banks (or neurons) of a layer, from the seed; int64 bit patterns."""
+    base = _splitmix64_int(_splitmix64_int(config.seed) ^ (layer + 1 if config.per_layer else 0))
+    return [_signed(_splitmix64_int(base ^ (index + 1))) for index in range(count)]
+
+
+@dataclass(frozen=True)
+class AssignmentTable:
+    """Ids that open listed blocks instead of hashed ones: sorted int64 `ids` [n], `offsets` [n + 1], `blocks` [m].
+
+    Document ``ids[i]`` opens ``blocks[offsets[i]:offsets[i + 1]]`` in every layer. Empty by default; saved with the model.
+    """
+
+    ids: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    offsets: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.int64))
+    blocks: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+
+    @classmethod
+    def from_dict(cls, assignments: dict[int, list[int]], config: SinkConfig) -> AssignmentTable:
+        """Build the table from {document id: blocks}; ConfigError on an id or a block that cannot be."""
+        problems = [f"id {key} lies outside [0, 2**63)" for key in assignments if not 0 <= key < 2**63]
+        problems += [
+            f"id {key} is assigned blocks {sorted(blocks)}, the pool has blocks 0 to {config.blocks - 1}"
+            for key, blocks in assignments.items()
+            if any(not 0 <= block < config.blocks for block in blocks)
+        ]
+        refuse(problems, "invalid assignment table")
+        ids = sorted(assignments)
+        lists = [sorted(set(assignments[key])) for key in ids]
+        offsets = [0]
+        for blocks in lists:
+            offsets.append(offsets[-1] + len(blocks))
+        return cls(*(torch.tensor(x, dtype=torch.int64) for x in (ids, offsets, sum(lists, []))))
+
+    def __len__(self) -> int:
+        return self.ids.numel()
+
+    def to(self, device: torch.device) -> AssignmentTable:
+        """The table on another device."""
+        return AssignmentTable(self.ids.to(device), self.offsets.to(device), self.blocks.to(device))
+
+
+EMPTY_TABLE = AssignmentTable()
+
+
+class LayerPlan(NamedTuple):
+    """What one layer opens in one forward, as a ragged list of (token, block) pairs sorted by block.
+
+    token: int64 [pairs], index into the flattened tokens.
+    ends: int32 [blocks], the pairs of block b end at ``ends[b]``; pairs past ``ends[-1]`` open nothing (compiled plans
+        have a fixed number of pairs).
+    place: int64 [open_tokens, most], for each token that opens something the places of its pairs; ``pairs`` = none.
+    open_token: int64 [open_tokens].
+    mask: bool [tokens, blocks], instead of the pairs, for the masked compute path; None otherwise.
+    """
+
+    token: Tensor | None
+    ends: Tensor | None
+    place: Tensor | None
+    open_token: Tensor | None
+    mask: Tensor | None
+
+
+class RoutingPlan(NamedTuple):
+    """The plan of one forward: one `LayerPlan` a sink layer and, under decay, 1/w(c) of each token, float64 [tokens]."""
+
+    layers: tuple[LayerPlan, ...]
+    weight_scale: Tensor | None
+
+
+def open_blocks(ids: Tensor, config: SinkConfig, layer: int, table: AssignmentTable = EMPTY_TABLE) -> Tensor:
+    """The blocks each id opens in a layer; not for Bernoulli routing.
+
+    Args:
+        ids: int64 [n]; -1 opens nothing.
+
+    Returns:
+        int64 [n, most]; ``config.blocks`` fills places that open nothing.
+    """
+    count, none = config.open_blocks, config.blocks
+    keys = torch.tensor(_keys(config, layer, count), dtype=torch.int64, device=ids.device)
+    start = torch.tensor([bank * config.hashed_blocks // count for bank in range(count + 1)], device=ids.device)
+    size = start[1:] - start[:-1]
+    blocks = start[:-1] + _shift(splitmix64(ids[:, None] ^ keys), 1) % size
+    if len(table):
+        table = table.to(ids.device)
+        most = int((table.offsets[1:] - table.offsets[:-1]).max())
+        row = torch.searchsorted(table.ids, ids).clamp(max=len(table) - 1)
+        assigned = table.ids[row] == ids
+        place = table.offsets[row, None] + torch.arange(most, device=ids.device)
+        listed = place < table.offsets[row + 1, None]
+        padded = torch.cat([table.blocks, table.blocks.new_full((1,), none)])
+        own = torch.where(listed, padded[place.clamp(max=len(table.blocks))], none)
+        blocks, own = (torch.nn.functional.pad(x, (0, max(count, most) - x.shape[1]), value=none) for x in (blocks, own))
+        blocks = torch.where(assigned[:, None], own, blocks)
+    return torch.where(ids[:, None] == NO_SINKS, none, blocks)
+
+
+def open_mask(ids: Tensor, config: SinkConfig, layer: int, table: AssignmentTable = EMPTY_TABLE) -> Tensor:
+    """The blocks each id opens in a layer, as a mask, for every routing.
+
+    Args:
+        ids: int64 [n]; -1 opens nothing.
+
+    Returns:
+        bool [n, blocks].
+    """
+    if config.routing == "bernoulli":
+        keys = torch.tensor(_keys(config, layer, config.hashed_blocks), dtype=torch.int64, device=ids.device)
+        threshold = round(config.active / config.neurons * 2**53)
+        mask = _shift(splitmix64(ids[:, None] ^ keys), 11) < threshold
+        mask = torch.nn.functional.pad(mask, (0, config.reserved_blocks)) & (ids[:, None] != NO_SINKS)
+        if len(table):
+            raise ConfigError('an assignment table needs routing "blocks" or "exact"; this config has "bernoulli"')
+        return mask
+    blocks = open_blocks(ids, config, layer, table)
+    mask = torch.zeros(len(ids), config.blocks + 1, dtype=torch.bool, device=ids.device)
+    return mask.scatter(1, blocks, True)[:, : config.blocks]
+
+
+def plan_layer(
+    ids: Tensor, document: Tensor | None, config: SinkConfig, layer: int, table: AssignmentTable, masked: bool
+) -> LayerPlan:
+    """The plan of one layer.
+
+    Args:
+        ids: int64 [documents, union]; each row's open blocks are united; -1 opens nothing.
+        document: int64 [tokens], the row of `ids` of each token; None if row i is token i.
+        masked: build `mask` instead of the pairs.
+    """
+    count, union = ids.shape
+    if masked:
+        mask = open_mask(ids.reshape(-1), config, layer, table).view(count, union, -1).any(1)
+        return LayerPlan(None, None, None, None, mask if document is None else mask[document])
+    none = config.blocks
+    blocks = open_blocks(ids.reshape(-1), config, layer, table).view(count, -1)
+    if union > 1:
+        blocks = blocks.sort(1).values
+        again = torch.nn.functional.pad(blocks[:, 1:] == blocks[:, :-1], (1, 0))
+        blocks = torch.where(again, none, blocks)
+    tokens = count if document is None else len(document)
+    compiling = torch.compiler.is_compiling()
+    if compiling:
+        open_token = torch.arange(tokens, device=ids.device)
+    else:
+        opens = (blocks < none).any(1)
+        open_token = (opens if document is None else opens[document]).nonzero()[:, 0]
+    rows = open_token if document is None else document[open_token]
+    chosen = blocks[rows]
+    flat = chosen.reshape(-1)
+    order = flat.argsort(stable=True)
+    ends = torch.searchsorted(flat[order], torch.arange(none, device=ids.device), right=True)
+    place = torch.empty_like(order)
+    place[order] = torch.arange(len(order), device=ids.device)
+    if not compiling:
+        order = order[: int(ends[-1])]
+    place = torch.where(chosen < none, place.view_as(chosen), len(order))
+    token = open_token[order // chosen.shape[1]]
+    return LayerPlan(token, ends.to(torch.int32), place, open_token, None)
+
+
+def plan(
+    ids: Tensor,
+    layers: tuple[int, ...],
+    config: SinkConfig,
+    table: AssignmentTable = EMPTY_TABLE,
+    *,
+    masked: bool,
+    weight_scale: Tensor | None = None,
+) -> RoutingPlan:
+    """The routing plan of one forward.
+
+    Args:
+        ids: int64 [tokens] or [tokens, union], closed texts already -1.
+        layers: the layers that have sinks.
+        masked: for the masked compute path.
+        weight_scale: float64 [tokens] or None, passed on.
+    """
+    ids = ids[:, None] if ids.dim() == 1 else ids
+    document = None
+    if not torch.compiler.is_compiling():
+        ids, document = torch.unique(ids, dim=0, return_inverse=True)
+    if config.per_layer:
+        plans = tuple(plan_layer(ids, document, config, layer, table, masked) for layer in layers)
+    else:
+        plans = (plan_layer(ids, document, config, 0, table, masked),) * len(layers)
+    return RoutingPlan(plans, weight_scale)
+
+
+def check_ids(ids: Tensor, name: str = "document_ids", least: int = NO_SINKS) -> None:
+    """Raise DataError unless `ids` is an int64 tensor with values of at least `least`."""
+    if not isinstance(ids, Tensor):
+        raise DataError(f"{name} must be an int64 tensor, got {type(ids).__name__}")
+    if ids.dtype != torch.int64:
+        raise DataError(f"{name} must be int64, got {ids.dtype}; convert with .long() before any rounding can happen")
+    if not torch.compiler.is_compiling() and ids.numel() and int(ids.min()) < least:
+        allowed = "non-negative, or exactly -1 for no sinks" if least == NO_SINKS else f"at least {least}"
+        raise DataError(f"{name} must be {allowed}; the least value is {int(ids.min())}")
+
+
+HASH_VERSION = FORMAT_VERSION
+"""Changes whenever the same id would open other blocks; part of a checkpoint's fingerprint."""

@@ -1,0 +1,316 @@
+"""One run of a recipe: corpus -> rows -> model -> training -> a run folder.
+
+    output/recipe.yaml       the recipe, all defaults written out
+    output/run.json          versions, seed, counts, hashes, times
+    output/metrics.jsonl     a line each log_every steps
+    output/members.jsonl     every document trained on, with its copies; output/controls.jsonl the held-out ones
+    output/checkpoints/      what training resumes from
+    output/model/            the final model with its sinks and tokenizer
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+import os
+import platform
+import random
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import yaml
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, Trainer
+
+from .attach import add_sinks, has_sinks
+from .checkpoint import has_saved_sinks, load
+from .config import CheckpointError, ConfigError, DataError
+from .documents import Document, read_documents
+from .families import ISOLATES_PACKED
+from .identity import equal_repetition, exposures, identify
+from .optim import AdamW, param_groups
+from .packing import Rows, collate, pack
+from .recipe import DataRecipe, Recipe
+from .synthetic import corpus, training_order
+from .tokens import encode, load_tokenizer, train_tokenizer
+from .training import ProgressCallback, SinkCallback
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The corpus of a run: training rows, the documents in them, the held-out documents, the tokenizer."""
+
+    rows: Rows
+    members: list[Document]
+    controls: list[Document]
+    tokenizer: PreTrainedTokenizerBase
+
+
+def choose_documents(data: DataRecipe, seed: int) -> list[Document]:
+    """Read the corpus and give every document its number of copies; held-out documents get 0."""
+    if data.path is None:
+        documents = corpus(**data.synthetic)
+    else:
+        path = os.path.expandvars(data.path)
+        if "$" in path:
+            raise ConfigError(f"data.path {data.path!r} names an environment variable that is not set")
+        found = read_documents(
+            path, text_field=data.text_field, key_field=data.key_field, source_field=data.source_field,
+            copies_field=data.copies_field, separator=data.separator, split=data.split, streaming=data.streaming,
+        )  # fmt: skip
+        documents = list(itertools.islice(found, data.limit))
+    rng = random.Random(seed)
+    order = [index for index, document in enumerate(documents) if document.copies > 0]
+    rng.shuffle(order)
+    repeated = data.repeat.documents if data.repeat else 0
+    if data.held_out + repeated > len(order) - 1:
+        raise ConfigError(
+            f"held_out ({data.held_out}) and repeat.documents ({repeated}) leave none of {len(order)} documents to be "
+            "seen once; lower them"
+        )
+    for index in order[: data.held_out]:
+        documents[index] = replace(documents[index], copies=0)
+    if data.repeat:
+        copies = data.repeat.copies if isinstance(data.repeat.copies, list) else [data.repeat.copies]
+        for place, index in enumerate(order[data.held_out : data.held_out + repeated]):
+            documents[index] = replace(documents[index], copies=copies[place % len(copies)])
+    return documents
+
+
+def prepare(recipe: Recipe) -> Prepared:
+    """Documents -> identity -> training order -> exposures -> rows."""
+    data, training = recipe.data, recipe.training
+    documents = choose_documents(data, training.seed)
+    members = [document for document in documents if document.copies > 0]
+    controls = [document for document in documents if document.copies == 0]
+    if recipe.tokenizer.path is not None:
+        tokenizer = load_tokenizer(os.path.expandvars(recipe.tokenizer.path))
+    else:
+        assert recipe.tokenizer.vocab_size is not None
+        tokenizer = train_tokenizer([document.text for document in members], recipe.tokenizer.vocab_size)
+    order = training_order(members, training.seed, training.epochs)
+    ids, groups = identify(members, data.identity)
+    met = groups[order]
+    counts = exposures(met)
+    same = equal_repetition(met)
+    if same and recipe.sinks and recipe.sinks.shared == "decay" and recipe.sinks.shared_decay:
+        warnings.warn(
+            f"every document is met {same} times: w(c) is then nearly the same for all tokens of a step, and AdamW divides "
+            "a common factor out, so shared_decay does little (plain multi-epoch training)",
+            stacklevel=2,
+        )
+    tokens = encode(tokenizer, [document.text for document in members])
+    rows = pack(
+        [tokens[index] for index in order],
+        ids[order],
+        counts,
+        length=training.length,
+        pad_id=int(tokenizer.pad_token_id),  # type: ignore[arg-type]
+        apart_from=recipe.sinks.open_from if recipe.sinks and recipe.sinks.shared == "none" else None,
+        one_document_per_row=_model_type(recipe) not in ISOLATES_PACKED,
+        long=data.long,
+    )
+    if len(rows) < training.batch_rows:
+        raise DataError(f"the corpus fills {len(rows)} rows, one step needs {training.batch_rows}; lower batch_rows")
+    return Prepared(rows, members, controls, tokenizer)
+
+
+def _model_type(recipe: Recipe) -> str:
+    if recipe.model.pretrained is None:
+        return str(recipe.model.config["model_type"])
+    return str(AutoConfig.from_pretrained(recipe.model.pretrained).model_type)
+
+
+def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """The model of a recipe, with its sinks if it has any."""
+    if recipe.model.pretrained is not None:
+        model = AutoModelForCausalLM.from_pretrained(recipe.model.pretrained)
+        if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+            raise ConfigError(
+                f"the tokenizer has {len(tokenizer)} tokens, {recipe.model.pretrained} has embeddings for "
+                f"{model.get_input_embeddings().num_embeddings}; use the model's own tokenizer"
+            )
+    else:
+        settings = {
+            "vocab_size": len(tokenizer), "max_position_embeddings": recipe.training.length,
+            "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id, **recipe.model.config,
+        }  # fmt: skip
+        kind = settings.pop("model_type")
+        try:
+            config = AutoConfig.for_model(kind, **settings)
+        except ValueError as error:
+            raise ConfigError(f"model.config.model_type {kind!r} is not known to transformers: {error}") from error
+        torch.manual_seed(recipe.training.seed)
+        model = AutoModelForCausalLM.from_config(config)
+    if recipe.sinks is not None:
+        print(add_sinks(model, recipe.sinks), flush=True)
+    if recipe.training.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    return model
+
+
+def train(recipe: Recipe, *, resume: bool = False, label: str = "") -> Path:
+    """Run a recipe to the end.
+
+    Args:
+        recipe: what to do.
+        resume: continue the run in ``recipe.output`` from its last complete checkpoint.
+        label: stands before each progress line.
+
+    Returns:
+        The folder of the final model, ``output/model``.
+
+    Raises:
+        ConfigError, DataError, ArchitectureError, CheckpointError: before training starts.
+    """
+    output = Path(recipe.output)
+    _check_output(recipe, output, resume)
+    if recipe.training.threads:
+        torch.set_num_threads(recipe.training.threads)
+    transformers.utils.logging.disable_progress_bar()
+    prepared = prepare(recipe)
+    model = build_model(recipe, prepared.tokenizer)
+    started = time.time()
+    trainer = _trainer(recipe, model, prepared, output, label)
+    checkpoint = _last_checkpoint(output / "checkpoints") if resume else None
+    if not resume:
+        _write_start(recipe, prepared, output)
+    elif checkpoint is None:
+        print("no complete checkpoint yet: starting again from the beginning", flush=True)
+    (output / "metrics.jsonl").touch()
+    _cut_metrics(output / "metrics.jsonl", int(checkpoint.name.split("-")[1]) if checkpoint else 0)
+    trainer.args.resume_from_checkpoint = str(checkpoint) if checkpoint else None
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    final = output / "model"
+    model.save_pretrained(final)
+    prepared.tokenizer.save_pretrained(final)
+    _write_end(recipe, prepared, output, time.time() - started)
+    return final
+
+
+def _check_output(recipe: Recipe, output: Path, resume: bool) -> None:
+    if resume:
+        path = output / "recipe.yaml"
+        if not path.is_file():
+            raise CheckpointError(f"{output} holds no run to resume (recipe.yaml is missing); start without resume")
+        if yaml.safe_load(path.read_text()) != yaml.safe_load(yaml.safe_dump(recipe.to_dict())):
+            raise CheckpointError(f"{path} differs from this recipe; resume with the same recipe, or choose another output")
+    elif output.exists() and any(output.iterdir()):
+        raise CheckpointError(f"{output} is not empty; resume the run, or choose another output")
+
+
+def _trainer(recipe: Recipe, model: PreTrainedModel, prepared: Prepared, output: Path, label: str) -> Trainer:
+    training = recipe.training
+    steps = len(prepared.rows) // training.batch_rows
+    args = transformers.TrainingArguments(
+        output_dir=str(output / "checkpoints"),
+        per_device_train_batch_size=training.batch_rows // training.accumulate,
+        gradient_accumulation_steps=training.accumulate,
+        max_steps=steps,
+        learning_rate=training.lr,
+        max_grad_norm=training.max_grad_norm,
+        bf16=training.precision == "bf16",
+        seed=training.seed,
+        train_sampling_strategy="sequential",
+        logging_steps=training.log_every,
+        save_strategy="steps" if training.save_every else "no",
+        save_steps=training.save_every or 500,
+        save_total_limit=training.keep,
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        report_to=[],
+        dataloader_num_workers=0,
+        use_cpu=not torch.cuda.is_available(),
+    )
+    if has_sinks(model):
+        groups = param_groups(model, training.lr, training.weight_decay, training.sink_lr_factor)
+    else:
+        matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
+        vectors = [parameter for parameter in model.parameters() if parameter.dim() < 2]
+        groups = [{"params": matrices, "weight_decay": training.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = AdamW(groups, lr=training.lr, betas=(training.betas[0], training.betas[1]))
+    warmup = round(steps * training.warmup)
+
+    def cosine(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        share = (step - warmup) / max(1, steps - warmup)
+        return training.min_lr_ratio + (1 - training.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
+
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine)
+
+    def record(line: dict[str, Any]) -> None:
+        with (output / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    callbacks: list[Any] = [ProgressCallback(training.batch_rows * training.length, record, label)]
+    if has_sinks(model):
+        callbacks.append(SinkCallback())
+    trainer = Trainer(
+        model, args, train_dataset=prepared.rows, data_collator=collate if has_sinks(model) else _collate_stock,  # type: ignore
+        optimizers=(optimizer, scheduler), callbacks=callbacks,
+    )  # fmt: skip
+    trainer.remove_callback(transformers.PrinterCallback)
+    return trainer
+
+
+def _collate_stock(rows: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    batch = collate(rows)
+    return {name: batch[name] for name in ("input_ids", "labels", "position_ids")}
+
+
+def _last_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that was written to its end (the Trainer writes trainer_state.json last but its arguments)."""
+    found = [path for path in folder.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
+    return max(found, key=lambda path: int(path.name.split("-")[1]), default=None)
+
+
+def _cut_metrics(path: Path, step: int) -> None:
+    kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
+    path.write_text("".join(line + "\n" for line in kept))
+
+
+def _write_start(recipe: Recipe, prepared: Prepared, output: Path) -> None:
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "recipe.yaml").write_text(yaml.safe_dump(recipe.to_dict(), sort_keys=False))
+    for name, documents in (("members", prepared.members), ("controls", prepared.controls)):
+        with (output / f"{name}.jsonl").open("w") as file:
+            for document in documents:
+                fields = ("text", "key", "source", "copies", "kind")
+                file.write(json.dumps({field: getattr(document, field) for field in fields}, ensure_ascii=False) + "\n")
+
+
+def _write_end(recipe: Recipe, prepared: Prepared, output: Path, seconds: float) -> None:
+    texts = hashlib.sha256()
+    for document in prepared.members:
+        texts.update(f"{document.copies}\0{document.text}\0".encode())
+    rows = prepared.rows
+    facts = {
+        "seed": recipe.training.seed,
+        "documents": len(prepared.members), "controls": len(prepared.controls), "rows": len(rows),
+        "tokens": rows.tokens, "fill": round(rows.fill, 4), "seconds": round(seconds, 1),
+        "corpus_sha256": texts.hexdigest(),
+        "versions": {name: version(name) for name in ("torch", "transformers", "numpy", "safetensors")}
+        | {"python": platform.python_version()},
+        "threads": torch.get_num_threads(),
+    }  # fmt: skip
+    (output / "run.json").write_text(json.dumps(facts, indent=2) + "\n")
+
+
+def load_any(path: str | os.PathLike[str]) -> PreTrainedModel:
+    """Load any causal language model in eval mode: with its sinks where the checkpoint has them."""
+    if has_saved_sinks(path):
+        return load(path)
+    try:
+        return AutoModelForCausalLM.from_pretrained(path).eval()
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot load a model from {path}: {error}") from error

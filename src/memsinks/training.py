@@ -1,0 +1,117 @@
+"""Training on the Hugging Face Trainer: one callback, usable with a stock Trainer too.
+
+    trainer = Trainer(model, args, train_dataset=rows, data_collator=ms.collate, callbacks=[ms.SinkCallback()],
+                      optimizers=(ms.AdamW(ms.param_groups(model, lr=6e-4)), None))
+
+`args` needs ``train_sampling_strategy="sequential"``: exposures are numbered over the training order.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from .attach import require_sinks
+from .checkpoint import has_saved_sinks, load_sinks
+from .config import CheckpointError, DataError
+from .optim import clip_grad_norm_
+from .packing import refuse_shuffling
+
+
+class SinkCallback(TrainerCallback):
+    """What a Trainer must do for a model with sinks.
+
+    - Refuses a sampler that shuffles, and epochs that are not unrolled into the exposures, before training starts.
+    - Clips the gradient norm of shared weights and sinks separately (to ``args.max_grad_norm``).
+    - Restores the sinks when training resumes or the best model is loaded; refuses a checkpoint that does not fit.
+
+    The Trainer itself saves the sinks, because it saves with `save_pretrained`.
+    """
+
+    def __init__(self) -> None:
+        self._max_norm = 0.0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        model = kwargs["model"]
+        config = require_sinks(model).config
+        loader = kwargs.get("train_dataloader")
+        if config.needs_exposures:
+            if loader is not None:
+                refuse_shuffling(loader)
+            if args.max_steps <= 0 and args.num_train_epochs > 1:
+                raise DataError(
+                    f"num_train_epochs={args.num_train_epochs} would repeat the exposure numbers of the first epoch; "
+                    "unroll the epochs into the rows (exposures of the whole training order) and train one epoch"
+                )
+        self._restore(model, args, [args.resume_from_checkpoint, f"{args.output_dir}/checkpoint-{state.global_step}"])
+        self._max_norm, args.max_grad_norm = args.max_grad_norm, 0.0
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._max_norm:
+            clip_grad_norm_(kwargs["model"], self._max_norm)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        args.max_grad_norm = self._max_norm
+        self._restore(kwargs["model"], args, [state.best_model_checkpoint])
+
+    @staticmethod
+    def _restore(model: nn.Module, args: TrainingArguments, folders: list[Any]) -> None:
+        """Load the sinks that belong to the stock weights the Trainer has just loaded, if it has."""
+        if not require_sinks(model).sinks_missing:
+            return
+        for folder in folders:
+            if isinstance(folder, str | Path) and has_saved_sinks(folder):
+                load_sinks(getattr(model, "module", model), folder)  # type: ignore[arg-type]
+                return
+        raise CheckpointError(
+            f"the Trainer loaded a checkpoint whose sinks are in none of {[str(x) for x in folders if x]}; resume from a "
+            "checkpoint in args.output_dir, or set args.resume_from_checkpoint to its folder"
+        )
+
+
+class ProgressCallback(TrainerCallback):
+    """Prints step, loss, tokens/s and time left; hands each line of metrics to `record`.
+
+    Args:
+        tokens_per_step: tokens of one optimizer step, for the rate.
+        record: called with {"step", "loss", "learning_rate", "tokens_per_second"} at each log.
+        label: stands before each line.
+    """
+
+    def __init__(self, tokens_per_step: int, record: Callable[[dict[str, Any]], None], label: str = "") -> None:
+        self._tokens, self._record, self._label = tokens_per_step, record, label
+        self._start, self._first = 0.0, 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._start, self._first = time.perf_counter(), state.global_step
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
+    ) -> None:
+        if not logs or "loss" not in logs:
+            return
+        done, seconds = state.global_step - self._first, time.perf_counter() - self._start
+        rate = done * self._tokens / max(seconds, 1e-9)
+        left = seconds / max(done, 1) * (state.max_steps - state.global_step)
+        print(
+            f"{self._label}step {state.global_step}/{state.max_steps}  loss {float(logs['loss']):.3f}  "
+            f"{rate:,.0f} tokens/s  {int(left) // 60}:{int(left) % 60:02d} left",
+            flush=True,
+        )
+        self._record({
+            "step": state.global_step, "loss": float(logs["loss"]), "learning_rate": logs.get("learning_rate"),
+            "tokens_per_second": round(rate),
+        })  # fmt: skip

@@ -1,0 +1,203 @@
+"""Settings are validated all at once, survive JSON, and give the paper's figures."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from memsinks.config import FORMAT_VERSION, ConfigError, SinkConfig, refuse
+
+GOOD = {"neurons": 256, "active": 64}
+
+BAD = {
+    "neurons not int": ({"neurons": 2.5}, ["neurons must be an int, got 2.5"]),
+    "neurons bool": ({"neurons": True}, ["neurons must be an int, got True"]),
+    "neurons zero": ({"neurons": 0}, ["neurons must be at least 1, got 0"]),
+    "active text": ({"active": "64"}, ["active must be an int, got '64'"]),
+    "active zero": ({"active": 0}, ["active must be at least 1, got 0"]),
+    "active exceeds": ({"active": 288}, ["active (288) exceeds neurons (256)"]),
+    "block zero": ({"block_size": 0}, ["block_size must be at least 1, got 0"]),
+    "block neurons": ({"neurons": 250}, ["block_size (32) does not divide neurons (250)"]),
+    "block active": ({"active": 65}, ["block_size (32) does not divide active (65)"]),
+    "block both": (
+        {"block_size": 48},
+        ["block_size (48) does not divide neurons (256)", "block_size (48) does not divide active (64)"],
+    ),
+    "block exact": ({"routing": "exact", "block_size": 16}, ['routing="exact" opens single neurons', "got 16"]),
+    "block bernoulli": ({"routing": "bernoulli", "block_size": 2}, ['routing="bernoulli" opens single neurons']),
+    "reserved negative": ({"reserved_blocks": -1}, ["reserved_blocks must be at least 0, got -1"]),
+    "reserved too many": ({"reserved_blocks": 7}, ["8 blocks less 7 reserved leave 1", "a document opens 2"]),
+    "reserved all, bernoulli": ({"routing": "bernoulli", "reserved_blocks": 256}, ["256 blocks less 256 reserved leave 0"]),
+    "open_from zero": ({"open_from": 0}, ["open_from must be at least 1, got 0"]),
+    "open_from none": ({"open_from": None}, ["open_from must be an int, got None"]),
+    "seed negative": ({"seed": -1}, ["seed must be an int in [0, 2**63), got -1"]),
+    "seed too large": ({"seed": 2**63}, [f"got {2**63}"]),
+    "routing": ({"routing": "hash"}, ['routing must be "blocks", "exact" or "bernoulli", got \'hash\'']),
+    "shared": ({"shared": "exact"}, ['shared must be "decay" or "none", got \'exact\'']),
+    "per_layer": ({"per_layer": 1}, ["per_layer must be True or False, got 1"]),
+    "decay negative": ({"shared_decay": -0.5}, ["shared_decay must be 0 or a finite positive number, got -0.5"]),
+    "decay infinite": ({"shared_decay": float("inf")}, ["shared_decay must be 0 or a finite positive number, got inf"]),
+    "decay nan": ({"shared_decay": float("nan")}, ["got nan"]),
+    "decay text": ({"shared_decay": "1"}, ["shared_decay must be a number, got '1'"]),
+    "decay bool": ({"shared_decay": True}, ["shared_decay must be a number, got True"]),
+    "layers empty": ({"layers": []}, ["layers is empty; give None for all layers"]),
+    "layers negative": ({"layers": (0, -1)}, ["layers must be non-negative ints, got (0, -1)"]),
+    "layers float": ({"layers": [0.0]}, ["layers must be non-negative ints, got (0.0,)"]),
+    "layers an int": ({"layers": 3}, ["layers must be non-negative ints, got 3"]),
+    "layers twice": ({"layers": (1, 2, 1)}, ["layers names a layer twice: (1, 2, 1)"]),
+    "host_width": ({"host_width": 0}, ["host_width must be a positive int or None, got 0"]),
+    "host_width float": ({"host_width": 128.0}, ["host_width must be a positive int or None, got 128.0"]),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_each_invalid_setting_is_named_with_its_value(name):
+    changes, parts = BAD[name]
+    with pytest.raises(ConfigError, match="invalid SinkConfig") as caught:
+        SinkConfig(**(GOOD | changes))
+    for part in parts:
+        assert part in str(caught.value)
+
+
+def test_all_problems_are_listed_at_once():
+    with pytest.raises(ConfigError) as caught:
+        SinkConfig(
+            neurons=1.5, active=0, block_size="x", routing="r", per_layer=None, reserved_blocks=-2, open_from=0, shared="s",
+            shared_decay=-1, layers=(), seed=-3, host_width=-4,
+        )  # fmt: skip
+    message = str(caught.value)
+    for field in dataclasses.fields(SinkConfig):
+        assert field.name in message.split(": ", 1)[1]
+    assert message.count(";") >= len(dataclasses.fields(SinkConfig)) - 1
+
+
+def test_defaults():
+    config = SinkConfig(neurons=256, active=64)
+    assert (config.block_size, config.routing, config.per_layer, config.open_from) == (32, "blocks", True, 2)
+    assert (config.shared, config.reserved_blocks, config.layers, config.seed) == ("decay", 0, None, 0)
+    assert SinkConfig(neurons=100, active=7, routing="exact").block_size == 1
+    assert SinkConfig(neurons=100, active=7, routing="bernoulli").block_size == 1
+
+
+def test_block_counts():
+    config = SinkConfig(neurons=256, active=64, block_size=16, reserved_blocks=5)
+    assert (config.blocks, config.hashed_blocks, config.open_blocks) == (16, 11, 4)
+
+
+def test_whole_pool_may_be_open_and_all_but_the_needed_blocks_reserved():
+    assert SinkConfig(neurons=64, active=64).open_blocks == 2
+    assert SinkConfig(neurons=256, active=64, reserved_blocks=6).hashed_blocks == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "needed"),
+    [
+        ({"open_from": 1, "shared_decay": 0.0}, False),
+        ({"open_from": 2, "shared_decay": 0.0}, True),
+        ({"open_from": 1, "shared_decay": 0.5}, True),
+        ({"open_from": 1, "shared_decay": 0.0, "shared": "none"}, True),
+    ],
+)
+def test_when_exposures_are_needed(changes, needed):
+    assert SinkConfig(**GOOD, **changes).needs_exposures is needed
+
+
+def test_frozen_hashable_and_equal_by_value():
+    config = SinkConfig(neurons=256, active=64, layers=[0, 2])
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.active = 32
+    assert config.layers == (0, 2)
+    assert config == SinkConfig(neurons=256, active=64, layers=(0, 2))
+    assert len({config, SinkConfig(neurons=256, active=64, layers=(0, 2))}) == 1
+
+
+CONFIGS = st.builds(
+    lambda blocks, size, opens, reserved, **rest: SinkConfig(
+        neurons=(blocks + opens + reserved) * size, active=opens * size, block_size=size, reserved_blocks=reserved, **rest
+    ),
+    st.integers(0, 40), st.integers(1, 64), st.integers(1, 8), st.integers(0, 5),
+    per_layer=st.booleans(), open_from=st.integers(1, 100), shared=st.sampled_from(["decay", "none"]),
+    shared_decay=st.floats(0, 10), layers=st.none() | st.lists(st.integers(0, 50), min_size=1, unique=True),
+    seed=st.integers(0, 2**63 - 1), host_width=st.none() | st.integers(1, 10**6),
+)  # fmt: skip
+
+
+@given(CONFIGS)
+def test_json_round_trip(config):
+    assert SinkConfig.from_json(config.to_json()) == config
+    assert SinkConfig.from_dict(config.to_dict()) == config
+
+
+def test_json_names_every_field_and_the_format():
+    values = json.loads(SinkConfig(neurons=256, active=64).to_json())
+    assert values.pop("format_version") == FORMAT_VERSION == 1
+    assert set(values) == {field.name for field in dataclasses.fields(SinkConfig)}
+
+
+@pytest.mark.parametrize("version", [0, 2, "1", None])
+def test_other_format_versions_are_refused(version):
+    values = SinkConfig(neurons=256, active=64).to_dict() | {"format_version": version}
+    with pytest.raises(ConfigError, match=f"format_version {version!r}, this memsinks reads 1"):
+        SinkConfig.from_dict(values)
+
+
+def test_missing_format_version_is_refused():
+    with pytest.raises(ConfigError, match="format_version None"):
+        SinkConfig.from_dict(GOOD)
+
+
+def test_unknown_and_missing_keys_are_refused_together():
+    with pytest.raises(ConfigError) as caught:
+        SinkConfig.from_dict({"format_version": 1, "neurons": 256, "activ": 64, "zeal": 1})
+    for part in ("unknown setting 'activ'", "unknown setting 'zeal'", "setting 'active' is missing"):
+        assert part in str(caught.value)
+
+
+def test_invalid_values_in_json_are_refused():
+    with pytest.raises(ConfigError, match="active .512. exceeds neurons"):
+        SinkConfig.from_dict(SinkConfig(neurons=256, active=64).to_dict() | {"active": 512})
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "3"])
+def test_what_is_no_json_object_is_refused(text):
+    with pytest.raises(ConfigError, match="JSON"):
+        SinkConfig.from_json(text)
+
+
+def test_reading_leaves_the_dict_alone():
+    values = SinkConfig(neurons=256, active=64).to_dict()
+    SinkConfig.from_dict(values)
+    assert values["format_version"] == 1
+
+
+def test_published_setting():
+    config = SinkConfig.published()
+    assert (config.host_width, config.neurons, config.active) == (2867, 1229, 369)
+    assert (config.routing, config.per_layer, config.open_from, config.shared_decay) == ("bernoulli", False, 1, 0.0)
+    assert not config.needs_exposures
+
+
+def test_published_setting_with_changes():
+    config = SinkConfig.published(total=1000, general=0.5, active=0.1, routing="exact", seed=3)
+    assert (config.host_width, config.neurons, config.active, config.routing, config.seed) == (500, 500, 50, "exact", 3)
+
+
+@pytest.mark.parametrize("share", [0, 1, -0.1, 1.5, float("nan")])
+@pytest.mark.parametrize("name", ["general", "active"])
+def test_published_shares_lie_inside_0_and_1(name, share):
+    with pytest.raises(ConfigError, match=rf"{name} must lie in \(0, 1\), got"):
+        SinkConfig.published(**{name: share})
+
+
+def test_rescale_factors_of_the_paper():
+    factors = SinkConfig(neurons=300, active=90, routing="bernoulli").rescale_factors(host_width=700)
+    assert factors == {"none": 1.0, "expected": pytest.approx(0.79 / 0.7), "released": pytest.approx(1 / 0.7)}
+    assert (round(factors["expected"], 4), round(factors["released"], 4)) == (1.1286, 1.4286)
+
+
+def test_refuse_without_problems_does_nothing():
+    refuse([], "anything")
