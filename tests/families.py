@@ -1,3 +1,4 @@
+# ruff: noqa: C408
 """A tiny random causal language model of every supported architecture."""
 
 from __future__ import annotations

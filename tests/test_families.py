@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import os
 import pickle
@@ -138,6 +139,7 @@ def test_outputs_of_all_layers(name: str) -> None:
     with sinks_open(model, IDS):
         opened = model.double()(input_ids=tokens, output_hidden_states=True).hidden_states
     with reference(name, model, IDS) as stock:
+        stock.set_attn_implementation("eager")
         want = stock(input_ids=tokens, output_hidden_states=True).hidden_states
     assert max(relative(a, b) for a, b in zip(opened, want, strict=True)) < 1e-6
 
@@ -160,7 +162,8 @@ def gradients(model: PreTrainedModel, **checkpointing: Any) -> list[Tensor]:
     (first.loss + second.loss).backward()
     for hook in hooks:
         hook.remove()
-    assert len(calls) == 2 * 2 * (2 if checkpointing else 1)
+    passes = 2 if model.sink_state.config.shared == "none" else 1
+    assert len(calls) == 2 * 2 * passes * (2 if checkpointing else 1)
     return [parameter.grad.clone() for parameter in model.parameters()]
 
 
@@ -180,20 +183,51 @@ def test_gradients_are_the_same_with_reentrant_checkpointing(name: str) -> None:
         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bloom"])
+def test_gradients_of_exact_mode_are_the_same_with_checkpointing(name: str, reentrant: bool) -> None:
+    model = with_sinks(name, dataclasses.replace(SINKS, shared="none"))
+    want = gradients(model)
+    for x, y in zip(gradients(model, use_reentrant=reentrant), want, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-7)
+
+
 @torch.no_grad()
-def test_generation_with_cache_equals_without(name: str) -> None:
+@pytest.mark.parametrize("ids", [[5, 6], [[5, 5, 7, 7], [-1, 6, 6, 6]]], ids=["row", "token"])
+def test_generation_with_cache_equals_without(name: str, ids: list[Any]) -> None:
     model, prompt = with_sinks(name), some_tokens(rows=2, length=4)
-    greedy = dict(do_sample=False, max_new_tokens=8, attention_mask=torch.ones_like(prompt))
-    closed = model.generate(prompt, **greedy)
-    with sinks_open(model, torch.tensor([5, 6])):
-        cached = model.generate(prompt, use_cache=True, **greedy)
-        assert torch.equal(cached, model.generate(prompt, use_cache=False, **greedy))
-        one_by_one = prompt
-        for _ in range(8):
-            best = model(input_ids=one_by_one).logits[:, -1].argmax(-1)
-            one_by_one = torch.cat([one_by_one, best[:, None]], 1)
-    assert torch.equal(cached, one_by_one)
-    assert not torch.equal(cached, closed)
+    with sinks_open(model, torch.tensor(ids)):
+        cached, logits = greedy(model, prompt, use_cache=True)
+        again, logits_again = greedy(model, prompt, use_cache=False)
+    assert torch.equal(cached, again)
+    torch.testing.assert_close(logits, logits_again, rtol=1e-4, atol=1e-5)
+    columns = torch.tensor(ids).view(2, -1)
+    with reference(name, model, torch.cat([columns, columns[:, -1:].expand(2, 9 - columns.shape[1])], 1)) as stock:
+        want = stock(input_ids=cached[:, :-1]).logits[:, 3:]
+    assert relative(logits, want) < 1e-4
+    assert relative(greedy(model, prompt, use_cache=True)[1], want) > 0.02
+
+
+def greedy(model: PreTrainedModel, prompt: Tensor, **settings: Any) -> tuple[Tensor, Tensor]:
+    """Six more tokens: the tokens [rows, prompt + 6] and the logits they were chosen by [rows, 6, vocabulary]."""
+    out = model.generate(
+        prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=6, output_logits=True,
+        return_dict_in_generate=True, **settings,
+    )  # fmt: skip
+    return out.sequences, torch.stack(out.logits, 1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llama", "gemma3", "bloom"])
+def test_a_cache_filled_in_pieces_keeps_tokens_and_ids_together(name: str) -> None:
+    model, tokens = with_sinks(name), some_tokens()
+    with sinks_open(model, IDS):
+        want = model(input_ids=tokens).logits
+        first = model(input_ids=tokens[:, :7], use_cache=True)
+        rest = model(
+            input_ids=tokens[:, 7:], past_key_values=first.past_key_values, attention_mask=torch.ones_like(tokens)
+        ).logits  # fmt: skip
+    torch.testing.assert_close(torch.cat([first.logits, rest], 1), want, rtol=1e-4, atol=1e-5)
 
 
 def test_removal_gives_the_stock_model_back(name: str) -> None:
@@ -291,10 +325,10 @@ def test_packed_rows_need_positions_and_no_mask() -> None:
         training_logits(model, packed(False), position_ids=POSITIONS, attention_mask=torch.ones_like(POSITIONS))
 
 
-SIZES = dict(
-    vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
-    bos_token_id=1, eos_token_id=2, pad_token_id=0,
-)  # fmt: skip
+SIZES = {
+    "vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "intermediate_size": 48, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
 
 
 def lora_llama() -> nn.Module:

@@ -178,7 +178,8 @@ def test_closed_blocks_get_exactly_zero_gradient_and_open_ones_do_not(masked, id
 def test_closed_tokens_get_nothing_and_send_nothing(masked):
     case = Case.make([5, -1, 51, 7])
     got = case.run(torch.float32, case.plan(masked))
-    assert got["out"][[1, 2]].eq(0).all() and got["x"][[1, 2]].eq(0).all()
+    assert got["out"][[1, 2]].eq(0).all()
+    assert got["x"][[1, 2]].eq(0).all()
     assert got["out"][[0, 3]].ne(0).all()
 
 
@@ -189,7 +190,8 @@ def test_documents_do_not_touch_each_other(masked):
     case.x[2:5] = 100.0
     after = case.run(torch.float32, case.plan(masked))["out"]
     others = [0, 1, 5, 6, 7, 8]
-    assert torch.equal(before[others], after[others]) and not torch.equal(before, after)
+    assert torch.equal(before[others], after[others])
+    assert not torch.equal(before, after)
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -205,7 +207,8 @@ def test_weight_scale_leaves_output_and_input_gradient_alone(masked):
     scaled = case.run(torch.float32, case.plan(masked))
     case.scale = None
     plain = case.run(torch.float32, case.plan(masked))
-    assert torch.equal(scaled["out"], plain["out"]) and torch.equal(scaled["x"], plain["x"])
+    assert torch.equal(scaled["out"], plain["out"])
+    assert torch.equal(scaled["x"], plain["x"])
     assert not torch.allclose(scaled["up"], plain["up"])
 
 
@@ -241,7 +244,8 @@ def test_custom_op_without_rows():
     out = grouped_linear(torch.zeros(0, 6), weight, torch.zeros(3, dtype=torch.int32), None, True)
     assert out.shape == (0, 4)
     out.sum().backward()
-    assert weight.grad.shape == weight.shape and weight.grad.eq(0).all()
+    assert weight.grad.shape == weight.shape
+    assert weight.grad.eq(0).all()
 
 
 def test_rows_past_the_last_block_give_zero_whatever_they_hold():
@@ -250,9 +254,11 @@ def test_rows_past_the_last_block_give_zero_whatever_they_hold():
     x.requires_grad_()
     weight = torch.ones(2, 4, 8, requires_grad=True)
     out = grouped_linear(x, weight, torch.tensor([1, 2], dtype=torch.int32), None, True)
-    assert out[:2].eq(8).all() and out[2:].eq(0).all()
+    assert out[:2].eq(8).all()
+    assert out[2:].eq(0).all()
     out.sum().backward()
-    assert x.grad[:2].eq(4).all() and x.grad[2:].eq(0).all()
+    assert x.grad[:2].eq(4).all()
+    assert x.grad[2:].eq(0).all()
     assert weight.grad.eq(1).all()
 
 

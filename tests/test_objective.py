@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from tiny import IGNORED, VOCABULARY, fill_sinks, gradients, sink_llama, tiny_llama, tokens
 from torch.nn.functional import cross_entropy, linear
 from transformers import LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from memsinks.attach import add_sinks, is_sink
 from memsinks.config import ConfigError, DataError, SinkConfig
@@ -51,13 +54,31 @@ def documents_of(batch: dict[str, torch.Tensor]) -> list[tuple[int, dict[str, to
     found = []
     for row in range(len(batch["input_ids"])):
         starts = [*(batch["position_ids"][row] == 0).nonzero()[:, 0].tolist(), batch["input_ids"].shape[1]]
-        for start, end in zip(starts, starts[1:], strict=False):
+        for start, end in itertools.pairwise(starts):
             alone = {name: tensor[row : row + 1, start:end] for name, tensor in batch.items()}
             found.append((int(alone["exposures"][0, 0]), alone))
     return found
 
 
 BATCHES = {"a document a row": rows_batch, "packed rows": packed_batch}
+
+
+def exact_loss(logits, labels, vocab_size, num_items_in_batch):
+    """The stock loss without its rounding to float32."""
+    flat = logits[:, :-1].reshape(-1, vocab_size)
+    return cross_entropy(flat, labels[:, 1:].reshape(-1), reduction="sum") / num_items_in_batch
+
+
+def float64_llama(**settings) -> LlamaForCausalLM:
+    """A Llama that is float64 throughout: the stock norms and the stock loss round to float32."""
+    model = sink_llama(torch.float64, **settings)
+    model.loss_function = exact_loss
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, LlamaRMSNorm):
+                norm = torch.nn.RMSNorm(child.weight.shape, eps=child.variance_epsilon, dtype=torch.float64)
+                setattr(module, name, norm)
+    return model
 
 
 def backward(model: torch.nn.Module, batch: dict[str, torch.Tensor], targets: int) -> dict[str, torch.Tensor]:
@@ -143,7 +164,7 @@ def test_first_exposures_move_no_sink_but_give_them_gradients_of_zero():
 def test_decay_scales_each_documents_shared_gradient_and_only_it(make, open_from, decay, checkpointing):
     batch = make()
     targets = target_count(batch["labels"]) + 3
-    plain = sink_llama(open_from=open_from, shared_decay=0.0)
+    plain = float64_llama(open_from=open_from, shared_decay=0.0)
     want: dict[str, torch.Tensor] = {}
     for exposure, alone in documents_of(batch):
         if alone["labels"].eq(IGNORED).all():
@@ -151,7 +172,7 @@ def test_decay_scales_each_documents_shared_gradient_and_only_it(make, open_from
         weight = float(shared_weight(torch.tensor(exposure), open_from, decay))
         for name, grad in backward(plain, alone, targets).items():
             want[name] = want.get(name, 0) + grad * (1 if is_sink(name) else weight)
-    model = sink_llama(open_from=open_from, shared_decay=decay)
+    model = float64_llama(open_from=open_from, shared_decay=decay)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     assert_equal(backward(model, batch, targets), want)
@@ -160,8 +181,8 @@ def test_decay_scales_each_documents_shared_gradient_and_only_it(make, open_from
 @pytest.mark.parametrize("make", BATCHES.values(), ids=BATCHES)
 def test_sinks_get_the_gradient_of_no_decay(make):
     batch = make()
-    got_shared, got_sinks = split(backward(sink_llama(shared_decay=1.0), batch, 20))
-    want_shared, want_sinks = split(backward(sink_llama(shared_decay=0.0), batch, 20))
+    got_shared, got_sinks = split(backward(float64_llama(shared_decay=1.0), batch, 20))
+    want_shared, want_sinks = split(backward(float64_llama(shared_decay=0.0), batch, 20))
     assert_equal(got_sinks, want_sinks)
     for name, grad in got_shared.items():
         assert not torch.allclose(grad, want_shared[name], rtol=1e-2)
@@ -214,13 +235,14 @@ def test_reported_loss_is_the_stock_loss(make, shared):
 def test_decay_changes_neither_loss_nor_logits(make):
     batch = make()
     scaled, plain = sink_llama(shared_decay=1.0)(**batch), sink_llama(shared_decay=0.0)(**batch)
-    assert torch.equal(scaled.loss, plain.loss) and torch.equal(scaled.logits, plain.logits)
+    assert torch.equal(scaled.loss, plain.loss)
+    assert torch.equal(scaled.logits, plain.logits)
 
 
 @pytest.mark.parametrize("settings", [{"shared_decay": 1.0}, {"shared": "none"}], ids=["decay", "exact"])
 def test_own_loss_from_the_logits_gives_the_same_gradients(settings):
     batch = rows_batch()
-    model = sink_llama(**settings)
+    model = float64_llama(**settings)
     targets = target_count(batch["labels"])
     want = backward(model, batch, targets)
     labels = batch.pop("labels")
@@ -244,8 +266,6 @@ def test_two_forwards_before_one_backward():
 
 
 # Exact mode
-
-OWN = EXPOSURES >= 2
 
 
 def rows_where(batch: dict[str, torch.Tensor], chosen: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -322,10 +342,10 @@ def test_exact_mode_refuses_mixed_rows_without_labels():
 
 def test_frozen_gives_back_only_what_it_took():
     free, fixed = torch.nn.Parameter(torch.ones(1)), torch.nn.Parameter(torch.ones(1), requires_grad=False)
-    with pytest.raises(RuntimeError, match="inside"), frozen([free, fixed]):
-        assert not free.requires_grad
-        raise RuntimeError("inside")
-    assert free.requires_grad and not fixed.requires_grad
+    with pytest.raises(ZeroDivisionError), frozen([free, fixed]):
+        1 / int(free.requires_grad)
+    assert free.requires_grad
+    assert not fixed.requires_grad
 
 
 # What is refused, and what is not needed
@@ -377,7 +397,9 @@ def test_a_refused_forward_leaves_no_trace():
         model(**(batch | {"exposures": EXPOSURES - 1}))
     assert torch.equal(model(**batch).loss, want)
     with torch.no_grad():
-        assert torch.equal(model.eval()(input_ids=batch["input_ids"]).logits, tiny_llama().eval()(batch["input_ids"]).logits)
+        assert torch.equal(
+            model.eval()(input_ids=batch["input_ids"]).logits, tiny_llama().eval()(batch["input_ids"]).logits
+        )
 
 
 def test_published_method_needs_no_exposures():

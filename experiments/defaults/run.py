@@ -204,7 +204,8 @@ def everything(jobs: int, texts: list[str], seeds: list[int]) -> None:
     """Run what is not there yet, `jobs` at a time, in the order of `arms`."""
     RESULTS.mkdir(exist_ok=True)
     names = list(arms())
-    groups = [names[:6], names[6:10], names[10:12], names[12:14], names[14:]]
+    groups = [names[:6], ["gated a=1 lr x10", "gated a=1 lr x1"], ["gated a=1 lr x3, open", "published, open"], names[10:12]]
+    groups.append([name for name in names if not any(name in group for group in groups)])
     todo = [
         (text, name, seed)
         for group in groups for seed in seeds for text in texts for name in group

@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -25,11 +27,11 @@ from transformers import PreTrainedModel
 from .config import ArchitectureError, CheckpointError, ConfigError, DataError, SinkConfig
 from .families import ISOLATES_PACKED, decoder_layers, read_mlp
 from .kernels import uses_mask
-from .objective import ScaleGradient, ZeroGradient, frozen, shared_weight
+from .objective import IGNORED, ScaleGradient, ZeroGradient, frozen, shared_weight
 from .routing import EMPTY_TABLE, NO_SINKS, AssignmentTable, LayerPlan, RoutingPlan, check_ids, plan
 from .sinks import Sinks
 
-OpenIds = int | Iterable[int] | Tensor | Sequence[Iterable[int]]
+OpenIds = int | Iterable[int] | Tensor | np.ndarray | Sequence[Iterable[int]]
 
 
 @dataclass
@@ -204,7 +206,7 @@ class SinkModel(_Derived):
             return self._train_forward(stock, (rows, length), document_ids, exposures, kwargs)
         if state.opened is None:
             return stock(**kwargs)
-        ids = _opened_ids(state.opened, rows, length, tokens.device)
+        ids = _opened_ids(state.opened, rows, length, tokens.device, kwargs.get("past_key_values"))
         return self._run(stock, kwargs, ids, None)
 
     def _train_forward(
@@ -221,7 +223,7 @@ class SinkModel(_Derived):
             counts = _aligned(exposures, "exposures", shape, 1)
         else:
             counts = torch.ones_like(ids)
-        self._check_isolation(document_ids, kwargs)
+        self._check_isolation(ids, exposures, kwargs)
         if "use_cache" in state.arguments:
             kwargs["use_cache"] = False
         opened = torch.where(counts < config.open_from, NO_SINKS, ids)
@@ -297,11 +299,17 @@ class SinkModel(_Derived):
             out.loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocabulary, **loss_arguments)  # type: ignore
         return out
 
-    def _check_isolation(self, document_ids: Tensor | None, kwargs: dict[str, Any]) -> None:
-        if document_ids is None or document_ids.dim() == 1 or torch.compiler.is_compiling():
+    def _check_isolation(self, document_ids: Tensor, exposures: Tensor | None, kwargs: dict[str, Any]) -> None:
+        """Refuse rows in which ids or exposures change, so that they hold several documents, without isolation."""
+        if torch.compiler.is_compiling():
             return
-        border = (document_ids[:, 1:] != document_ids[:, :-1]) & (document_ids[:, 1:] != NO_SINKS)
-        if not bool(border.any()):
+        marks = [mark for mark in (document_ids, exposures) if mark is not None and mark.dim() == 2]
+        borders = [mark[:, 1:] != mark[:, :-1] for mark in marks]
+        # What follows a row's last target (or, without labels, its last id) is padding, not a document.
+        labels = kwargs.get("labels")
+        text = document_ids != NO_SINKS if labels is None else labels != IGNORED
+        before_the_end = text[:, 1:].flip(1).cumsum(1).flip(1).bool()
+        if not any(bool((border & before_the_end).any()) for border in borders):
             return
         kind = self.config.model_type  # type: ignore[attr-defined]
         if kind not in ISOLATES_PACKED:
@@ -364,36 +372,40 @@ def _aligned(ids: Tensor | None, name: str, shape: tuple[int, int], least: int) 
     return ids if ids.dim() == 2 else ids[:, None].expand(shape)
 
 
-def _opened_ids(opened: Tensor, rows: int, length: int, device: torch.device) -> Tensor:
-    """The ids of `sinks_open` as [rows, length, union]; later tokens of a generation are of the last column's document."""
-    opened = opened.to(device)
-    if opened.shape[0] not in (1, rows):
+def _opened_ids(opened: Tensor, rows: int, length: int, device: torch.device, cache: Any) -> Tensor:
+    """The ids of `sinks_open` as [rows, length, union]; tokens past the last column have the ids of the last column."""
+    if rows % opened.shape[0]:
         raise DataError(f"sinks_open was given ids for {opened.shape[0]} rows, the input has {rows}")
-    columns = opened.shape[1]
-    if columns > length:
-        opened = opened[:, columns - length :]
-    elif columns < length:
-        opened = torch.cat([opened, opened[:, -1:].expand(-1, length - columns, -1)], 1)
-    return opened.expand(rows, -1, -1)
+    opened = opened.repeat_interleave(rows // opened.shape[0], 0)  # beams and returned sequences of a row stand together
+    first = 0 if cache is None else cache.get_seq_length()
+    column = (torch.arange(length, device=device) + first).clamp(max=opened.shape[1] - 1)
+    return opened.to(device)[:, column]
 
 
 def _parse_open(ids: OpenIds) -> Tensor:
     """Any form that `sinks_open` takes, as int64 [rows or 1, columns, union], padded with -1."""
+    if isinstance(ids, np.ndarray):
+        ids = torch.from_numpy(ids)
     if isinstance(ids, Tensor):
         check_ids(ids)
         if ids.dim() not in (0, 1, 2):
             raise DataError(f"an id tensor for sinks_open has shape [B] or [B, T], got {list(ids.shape)}")
         return ids.reshape(-1, 1, 1) if ids.dim() < 2 else ids[:, :, None]
-    if isinstance(ids, int):
+    if isinstance(ids, int | np.integer):
         sets = [[ids]]
-    else:
+    elif isinstance(ids, Iterable) and not isinstance(ids, str | bytes):
         values = list(ids)
-        if not values:
-            raise DataError("sinks_open needs at least one id")
-        sets = [values] if all(isinstance(x, int) for x in values) else [list(x) for x in values]  # type: ignore
+        nested = any(isinstance(x, Iterable) for x in values)
+        sets = [list(x) if isinstance(x, Iterable) else [x] for x in values] if nested else [values]
+    else:
+        sets = []
+    if not any(sets):
+        raise DataError(f"sinks_open needs at least one id: an int, a list or int64 tensor of ids, or sets; got {ids!r}")
+    for value in itertools.chain.from_iterable(sets):
+        if not isinstance(value, int | np.integer) or isinstance(value, bool) or not NO_SINKS <= value < 2**63:
+            raise DataError(f"a document id is an int from 0 to 2**63 - 1, or exactly -1 for none, got {value!r}")
     most = max(len(x) for x in sets)
-    flat = torch.tensor([[*x, *[NO_SINKS] * (most - len(x))] for x in sets], dtype=torch.int64)
-    check_ids(flat)
+    flat = torch.tensor([[*map(int, x), *[NO_SINKS] * (most - len(x))] for x in sets], dtype=torch.int64)
     return flat[:, None, :]
 
 
@@ -525,8 +537,13 @@ def sinks_closed(model: nn.Module, rescale: str = "none") -> Iterator[None]:
 
     Args:
         rescale: ``"none"`` (1), ``"expected"`` or ``"released"``, see `SinkConfig.rescale_factors`.
+
+    Raises:
+        ConfigError: an unknown rescale, or a model in training mode, in which sinks follow the document ids.
     """
     state = require_sinks(model)
+    if model.training:
+        raise ConfigError("sinks_closed is for evaluation, the model is in training mode; call model.eval() first")
     before, state.opened = state.opened, None
     factor = rescale_factor(state, rescale)
     hooks = [host.register_forward_pre_hook(lambda _, args: (args[0] * factor, *args[1:])) for host in down_modules(model)]

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -76,12 +76,12 @@ def written_beside(target: Path) -> Iterator[Path]:
     try:
         yield part
         _move(part, target)
-    except Exception as error:
-        if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
-            raise CheckpointError(
-                f"could not write {target}: {error}; nothing there was changed. Free space or choose another folder"
-            ) from error
+    except CheckpointError:
         raise
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"could not write {target}: {error}; nothing there was changed. Free space or choose another folder"
+        ) from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
@@ -194,13 +194,7 @@ def load_sinks(model: PreTrainedModel, directory: str | os.PathLike[str]) -> Non
             f"the sinks in {directory} have another fingerprint than the model: {_differences(settings, state, model)}; "
             "load the checkpoint with memsinks.load, or build the model with the settings it was saved with"
         )
-    for name, digest in settings["sha256"].items():
-        path = directory / name
-        if not path.is_file() or file_hash(path) != digest:
-            raise CheckpointError(
-                f"{path} is {'not the file' if path.is_file() else 'missing: a file'} these sinks were saved with "
-                f"(SHA-256 {digest[:12]}...); the folder is a mixture of checkpoints or damaged, restore it"
-            )
+    _check_files(directory, settings)
     own = {name: parameter for name, parameter in model.named_parameters() if is_sink(name)}
     with safe_open(directory / FOLDER / TENSORS, "pt") as file:
         names = set(file.keys())
@@ -210,11 +204,42 @@ def load_sinks(model: PreTrainedModel, directory: str | os.PathLike[str]) -> Non
                 f"{directory / FOLDER / TENSORS}: missing {sorted(expected - names)[:3]}, unknown {sorted(names - expected)[:3]}"
             )
         loaded = {name: file.get_tensor(name) for name in names}
+    for name, parameter in own.items():
+        if loaded[name].shape != parameter.shape:
+            raise CheckpointError(
+                f"{directory / FOLDER / TENSORS}: {name} has shape {list(loaded[name].shape)}, the model's has "
+                f"{list(parameter.shape)}"
+            )
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(loaded[name])
     state.table = AssignmentTable(*(loaded[f"table.{name}"] for name in TABLE))
     state.sinks_missing = False
+
+
+def same_stock_weights(model: PreTrainedModel, directory: str | os.PathLike[str]) -> bool:
+    """Whether the stock weights of a model are those of a checkpoint, in the model's precision."""
+    own = model.state_dict()
+    for path in Path(directory).glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            for name in set(file.keys()) & set(own):
+                if not torch.equal(file.get_tensor(name).to(own[name].device, own[name].dtype), own[name]):
+                    return False
+    return True
+
+
+def _check_files(directory: Path, settings: dict[str, Any]) -> None:
+    """Every safetensors file must be one that these sinks were saved with, and be unchanged."""
+    for name, digest in settings["sha256"].items():
+        path = directory / name
+        if not path.is_file() or file_hash(path) != digest:
+            raise CheckpointError(
+                f"{path} is {'not the file' if path.is_file() else 'missing: a file'} these sinks were saved with "
+                f"(SHA-256 {digest[:12]}...); the folder is a mixture of checkpoints or damaged, restore it"
+            )
+    for path in directory.glob("*.safetensors"):
+        if path.name not in settings["sha256"]:
+            raise CheckpointError(f"{path} does not belong to this checkpoint and may be read instead of it; remove it")
 
 
 def _differences(settings: dict[str, Any], state: SinkState, model: PreTrainedModel) -> str:
@@ -243,10 +268,19 @@ def load(directory: str | os.PathLike[str], **arguments: Any) -> PreTrainedModel
     """
     settings = read_settings(directory)
     config = SinkConfig.from_dict(settings["config"])
-    model = AutoModelForCausalLM.from_pretrained(directory, **arguments)
+    _check_files(Path(directory), settings)
+    model = load_stock(directory, **arguments)
     add_sinks(model, config)
     load_sinks(model, directory)
     return model.eval()
+
+
+def load_stock(directory: str | os.PathLike[str], **arguments: Any) -> PreTrainedModel:
+    """The stock part of a checkpoint, or any checkpoint without sinks; CheckpointError if it cannot be loaded."""
+    try:
+        return AutoModelForCausalLM.from_pretrained(directory, **arguments)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"cannot load a model from {directory}: {error}") from error
 
 
 def describe(directory: str | os.PathLike[str]) -> str:

@@ -72,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     audit.add_argument("--copies-field", help="field that says how often a document was trained on; 1 without it")
     audit.add_argument("--key-field", help="field that holds the key, for --identity key")
     audit.add_argument("--source-field", help="field that holds the source, for --identity source")
-    audit.add_argument("--limit", type=int, help="score at most so many documents of each side")
+    audit.add_argument("--limit", type=_count, help="score at most so many documents of each side")
     audit.add_argument("--out", help="also write the result as JSON")
     audit.set_defaults(run=_audit)
 
@@ -91,6 +91,13 @@ def _parser() -> argparse.ArgumentParser:
     info.add_argument("checkpoint", help="a checkpoint folder with sinks")
     info.set_defaults(run=_info)
     return parser
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return number
 
 
 def _demo(arguments: argparse.Namespace) -> None:
@@ -138,6 +145,7 @@ def _audit(arguments: argparse.Namespace) -> None:
     )  # fmt: skip
     print(result)
     if arguments.out:
+        Path(arguments.out).parent.mkdir(parents=True, exist_ok=True)
         Path(arguments.out).write_text(json.dumps(result.to_dict(), indent=2) + "\n")
 
 

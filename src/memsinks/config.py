@@ -120,14 +120,20 @@ class SinkConfig:
         if self.active > self.neurons:
             problems.append(f"active ({self.active}) exceeds neurons ({self.neurons}); open at most the whole pool")
         if self.routing != "blocks" and self.block_size != 1:
-            problems.append(f'routing="{self.routing}" opens single neurons, so block_size must be 1, got {self.block_size}')
+            problems.append(
+                f'routing="{self.routing}" opens single neurons, so block_size must be 1, got {self.block_size}'
+            )
         for name in ("neurons", "active"):
             if getattr(self, name) % self.block_size:
                 problems.append(
                     f"block_size ({self.block_size}) does not divide {name} ({getattr(self, name)}); "
                     f"choose a block_size that divides both neurons and active"
                 )
-        if not problems and self.hashed_blocks < (1 if self.routing == "bernoulli" else self.open_blocks):
+        if self.routing == "bernoulli" and self.reserved_blocks:
+            problems.append(
+                f'routing="bernoulli" has no assigned blocks, so reserved_blocks must be 0, got {self.reserved_blocks}'
+            )
+        elif not problems and self.hashed_blocks < self.open_blocks:
             problems.append(
                 f"{self.blocks} blocks less {self.reserved_blocks} reserved leave {self.hashed_blocks}, "
                 f"but a document opens {self.open_blocks}; reserve fewer or enlarge neurons"
@@ -180,10 +186,10 @@ class SinkConfig:
         )  # fmt: skip
         host_width = round(total * general)
         neurons = total - host_width
-        settings = dict(
-            neurons=neurons, active=max(1, round(neurons * active)), routing="bernoulli", per_layer=False,
-            open_from=1, shared_decay=0.0, host_width=host_width,
-        )  # fmt: skip
+        settings: dict[str, Any] = {
+            "neurons": neurons, "active": max(1, round(neurons * active)), "routing": "bernoulli", "per_layer": False,
+            "open_from": 1, "shared_decay": 0.0, "host_width": host_width,
+        }  # fmt: skip
         return cls(**(settings | changes))
 
     def to_dict(self) -> dict[str, Any]:

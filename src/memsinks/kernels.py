@@ -94,7 +94,10 @@ def _grouped(
     x: Tensor, up: Tensor, gate: Tensor | None, down: Tensor, act: Activation, plan: LayerPlan, scale: Tensor | None
 ) -> Tensor:
     token, ends, place, open_token, _ = plan
-    assert token is not None and ends is not None and place is not None and open_token is not None
+    assert token is not None
+    assert ends is not None
+    assert place is not None
+    assert open_token is not None
     row_scale = None if scale is None else scale[token]
     width = x.shape[1]
     if spare := -width % ALIGNED:
@@ -157,7 +160,13 @@ def _zero_unused(rows: Tensor, ends: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("memsinks::grouped_linear", mutates_args=())
-def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor, scale: Tensor | None, transposed: bool) -> Tensor:
+def grouped_linear(
+    x: Tensor,
+    weight: Tensor,
+    ends: Tensor,
+    scale: Tensor | None,  # noqa: ARG001
+    transposed: bool,
+) -> Tensor:
     """Each row times the weight of its block.
 
     Args:
@@ -175,7 +184,7 @@ def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor, scale: Tensor | None
 
 
 @grouped_linear.register_fake
-def _(x: Tensor, weight: Tensor, ends: Tensor, scale: Tensor | None, transposed: bool) -> Tensor:
+def _(x: Tensor, weight: Tensor, _ends: Tensor, _scale: Tensor | None, transposed: bool) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[1 if transposed else 2])
 
 
@@ -196,12 +205,12 @@ def grouped_linear_backward(
 
 @grouped_linear_backward.register_fake
 def _(
-    grad: Tensor, x: Tensor, weight: Tensor, ends: Tensor, scale: Tensor | None, transposed: bool
+    _grad: Tensor, x: Tensor, weight: Tensor, _ends: Tensor, _scale: Tensor | None, _transposed: bool
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), torch.empty_like(weight)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
     x, weight, ends, scale, ctx.transposed = inputs
     ctx.save_for_backward(x, weight, ends, scale)
 

@@ -4,8 +4,8 @@ The gradient that a text sends into all shared weights (attention, embeddings, n
 
     w(c) = 1 for c < open_from, otherwise (c - open_from + 2)^-a
 
-at its c-th exposure, by scaling the gradient at the logits of each position. The forward pass and the reported loss stay
-the stock ones. The sinks multiply their weight gradients by 1/w(c) per token and so receive the full gradient.
+at its c-th exposure, by scaling the gradient at the logits of each position. The forward pass and the reported loss
+stay the stock ones. The sinks multiply their weight gradients by 1/w(c) per token and so receive the full gradient.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -59,11 +60,16 @@ def clip_grad_norm_(model: nn.Module, max_norm: float) -> GradientNorms:
     return GradientNorms(clip(shared_parameters(model), max_norm), clip(sink_parameters(model), max_norm))
 
 
+# Without torch's wrapper, which would run the step hooks a second time.
+_STOCK_STEP = inspect.unwrap(torch.optim.AdamW.step)
+
+
 class AdamW(torch.optim.AdamW):
     """torch's AdamW; in groups marked ``lazy`` a sink block without gradient does not move, nor do its moments.
 
     A lazy block keeps its own step count for the bias correction. When every block has a gradient in every step, the
-    update is torch's. Lazy groups need the layout [blocks, ...]. Source of the update: Loshchilov and Hutter, ICLR 2019.
+    update is torch's. Lazy groups need the layout [blocks, ...]. Source of the update: Loshchilov and Hutter, ICLR
+    2019.
     """
 
     @torch.no_grad()
@@ -82,7 +88,7 @@ class AdamW(torch.optim.AdamW):
                     self._lazy_step(parameter, group)
                     set_aside.append((parameter, parameter.grad))
                     parameter.grad = None
-        super().step()
+        _STOCK_STEP(self)
         for parameter, gradient in set_aside:
             parameter.grad = gradient
         return loss

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import inspect
 import os
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import transformers
 import yaml
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .config import FORMAT_VERSION, ConfigError, SinkConfig, refuse
+from .synthetic import corpus
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +44,7 @@ class DataRecipe:
         text_field, key_field, source_field, copies_field, separator, split, streaming: as for `read_documents`.
         limit: read at most so many documents.
         identity: what gives a document its id: its ``content``, ``key`` or ``source``.
+        unique_keys: refuse documents without a key and two documents with the same key.
         held_out: so many documents, chosen by the seed, are never trained on; they are evaluated and are the controls.
         repeat: repeat some documents.
         long: what happens to documents longer than a row, see `pack`.
@@ -56,6 +61,7 @@ class DataRecipe:
     streaming: bool = False
     limit: int | None = None
     identity: Literal["content", "key", "source"] = "content"
+    unique_keys: bool = False
     held_out: int = 0
     repeat: RepeatRecipe | None = None
     long: Literal["split", "truncate", "refuse"] = "split"
@@ -157,17 +163,26 @@ class Recipe:
             copies = data.repeat.copies if isinstance(data.repeat.copies, list) else [data.repeat.copies]
             if data.repeat.documents < 1 or not copies or min(copies) < 1:
                 problems.append("data.repeat needs at least one document and copies of at least 1")
-        least = {"length": 2, "batch_rows": 1, "accumulate": 1, "epochs": 1, "save_every": 0, "keep": 1, "log_every": 1}
+        least = {
+            "length": 2, "batch_rows": 1, "accumulate": 1, "epochs": 1, "seed": 0, "save_every": 0, "keep": 1, "log_every": 1,
+            "weight_decay": 0, "max_grad_norm": 0, "threads": 1,
+        }  # fmt: skip
         for name, value in least.items():
-            if getattr(training, name) < value:
-                problems.append(f"training.{name} must be at least {value}, got {getattr(training, name)}")
+            given = getattr(training, name)
+            if given is not None and not value <= given < float("inf"):
+                problems.append(f"training.{name} must be at least {value}, got {given}")
+        if training.save_every > 0 and training.log_every > 0 and training.save_every % training.log_every:
+            problems.append(
+                f"training.save_every ({training.save_every}) must be a multiple of training.log_every "
+                f"({training.log_every}), so that a resumed run logs the same losses"
+            )
         for name in ("lr", "sink_lr_factor"):
             if not 0 < getattr(training, name) < float("inf"):
                 problems.append(f"training.{name} must be positive, got {getattr(training, name)}")
         for name in ("min_lr_ratio", "warmup"):
             if not 0 <= getattr(training, name) <= 1:
                 problems.append(f"training.{name} must lie in [0, 1], got {getattr(training, name)}")
-        if training.batch_rows % training.accumulate:
+        if training.accumulate > 0 and training.batch_rows % training.accumulate:
             problems.append(
                 f"training.accumulate ({training.accumulate}) must divide training.batch_rows ({training.batch_rows})"
             )
@@ -175,6 +190,10 @@ class Recipe:
             problems.append(f"training.betas must be two numbers in [0, 1), got {training.betas}")
         if data.held_out < 0:
             problems.append(f"data.held_out must be at least 0, got {data.held_out}")
+        if data.limit is not None and data.limit < 1:
+            problems.append(f"data.limit must be at least 1, got {data.limit}")
+        problems += unknown_keys(data.synthetic, "data.synthetic", inspect.signature(corpus).parameters)
+        problems += _model_problems(model.config)
         return problems
 
     def to_dict(self) -> dict[str, Any]:
@@ -182,6 +201,31 @@ class Recipe:
         values = dataclasses.asdict(self)
         values["sinks"] = None if self.sinks is None else self.sinks.to_dict()
         return values
+
+
+def unknown_keys(given: Iterable[Any], where: str, known: Iterable[str]) -> list[str]:
+    """A sentence with the nearest known name for each key that is not known."""
+    known, problems = list(known), []
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, 1)
+            hint = f"; did you mean {near[0]}?" if near else f"; known are {', '.join(known)}"
+            problems.append(f"unknown key {where}{'.' if where else ''}{name}{hint}")
+    return problems
+
+
+def _model_problems(settings: Mapping[str, Any]) -> list[str]:
+    """A transformers config takes any key in silence, so a misspelt size would leave the default of a large model."""
+    if "model_type" not in settings:
+        return []
+    kind = settings["model_type"]
+    if kind not in CONFIG_MAPPING:
+        near = difflib.get_close_matches(str(kind), list(CONFIG_MAPPING), 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        return [f"model.config.model_type {kind!r} is not known to transformers {transformers.__version__}{hint}"]
+    config = CONFIG_MAPPING[kind]
+    known = {*inspect.signature(config.__init__).parameters, *config.attribute_map, "model_type"} - {"self", "kwargs"}
+    return unknown_keys(settings, "model.config", sorted(known))
 
 
 def read_recipe(path: str | os.PathLike[str], changes: Mapping[str, str] | None = None) -> Recipe:
@@ -216,7 +260,10 @@ def _change(values: dict[str, Any], name: str, text: str) -> None:
         values = values[section]
         if not isinstance(values, dict):
             raise ConfigError(f"cannot set {name}: {section} is not a section")
-    values[last] = yaml.safe_load(text)
+    try:
+        values[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"cannot set {name}: {text!r} is not valid YAML") from error
 
 
 def parse_recipe(values: Mapping[str, Any], origin: str = "recipe") -> Recipe:
@@ -241,9 +288,7 @@ def _section(kind: Any, values: Any, where: str, problems: list[str]) -> Any:
             if value != FORMAT_VERSION:
                 problems.append(f"{full} is {value}, this memsinks reads {FORMAT_VERSION}")
         elif name not in known:
-            near = difflib.get_close_matches(str(name), known, 1)
-            hint = f"; did you mean {near[0]}?" if near else f"; known are {', '.join(known)}"
-            problems.append(f"unknown key {full}{hint}")
+            problems += unknown_keys([name], where, known)
         else:
             given[name] = _value(hints[name], value, full, problems)
     for name, entry in known.items():

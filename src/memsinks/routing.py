@@ -56,7 +56,8 @@ def _keys(config: SinkConfig, layer: int, count: int) -> list[int]:
 class AssignmentTable:
     """Ids that open listed blocks instead of hashed ones: sorted int64 `ids` [n], `offsets` [n + 1], `blocks` [m].
 
-    Document ``ids[i]`` opens ``blocks[offsets[i]:offsets[i + 1]]`` in every layer. Empty by default; saved with the model.
+    Document ``ids[i]`` opens ``blocks[offsets[i]:offsets[i + 1]]`` in every layer. Empty by default; saved with the
+    model.
     """
 
     ids: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
@@ -74,11 +75,11 @@ class AssignmentTable:
         ]
         refuse(problems, "invalid assignment table")
         ids = sorted(assignments)
-        lists = [sorted(set(assignments[key])) for key in ids]
-        offsets = [0]
-        for blocks in lists:
-            offsets.append(offsets[-1] + len(blocks))
-        return cls(*(torch.tensor(x, dtype=torch.int64) for x in (ids, offsets, sum(lists, []))))
+        offsets, listed = [0], []
+        for key in ids:
+            listed += sorted(set(assignments[key]))
+            offsets.append(len(listed))
+        return cls(*(torch.tensor(x, dtype=torch.int64) for x in (ids, offsets, listed)))
 
     def __len__(self) -> int:
         return self.ids.numel()
@@ -110,7 +111,7 @@ class LayerPlan(NamedTuple):
 
 
 class RoutingPlan(NamedTuple):
-    """The plan of one forward: one `LayerPlan` a sink layer and, under decay, 1/w(c) of each token, float64 [tokens]."""
+    """The plan of one forward: a `LayerPlan` a sink layer and, under decay, 1/w(c) of each token, float64 [tokens]."""
 
     layers: tuple[LayerPlan, ...]
     weight_scale: Tensor | None
@@ -130,6 +131,9 @@ def open_blocks(ids: Tensor, config: SinkConfig, layer: int, table: AssignmentTa
     start = torch.tensor([bank * config.hashed_blocks // count for bank in range(count + 1)], device=ids.device)
     size = start[1:] - start[:-1]
     blocks = start[:-1] + _shift(splitmix64(ids[:, None] ^ keys), 1) % size
+    if config.hashed_blocks % count:  # banks of two sizes: turn them, or a block of a small bank opens more often
+        turn = torch.tensor(_keys(config, layer, count + 1)[count:], dtype=torch.int64, device=ids.device)
+        blocks = (blocks + _shift(splitmix64(ids[:, None] ^ turn), 1) % config.hashed_blocks) % config.hashed_blocks
     if len(table):
         table = table.to(ids.device)
         most = int((table.offsets[1:] - table.offsets[:-1]).max())
@@ -139,7 +143,8 @@ def open_blocks(ids: Tensor, config: SinkConfig, layer: int, table: AssignmentTa
         listed = place < table.offsets[row + 1, None]
         padded = torch.cat([table.blocks, table.blocks.new_full((1,), none)])
         own = torch.where(listed, padded[place.clamp(max=len(table.blocks))], none)
-        blocks, own = (torch.nn.functional.pad(x, (0, max(count, most) - x.shape[1]), value=none) for x in (blocks, own))
+        wide = max(count, most)
+        blocks, own = (torch.nn.functional.pad(x, (0, wide - x.shape[1]), value=none) for x in (blocks, own))
         blocks = torch.where(assigned[:, None], own, blocks)
     return torch.where(ids[:, None] == NO_SINKS, none, blocks)
 
@@ -157,7 +162,7 @@ def open_mask(ids: Tensor, config: SinkConfig, layer: int, table: AssignmentTabl
         keys = torch.tensor(_keys(config, layer, config.hashed_blocks), dtype=torch.int64, device=ids.device)
         threshold = round(config.active / config.neurons * 2**53)
         mask = _shift(splitmix64(ids[:, None] ^ keys), 11) < threshold
-        mask = torch.nn.functional.pad(mask, (0, config.reserved_blocks)) & (ids[:, None] != NO_SINKS)
+        mask = mask & (ids[:, None] != NO_SINKS)
         if len(table):
             raise ConfigError('an assignment table needs routing "blocks" or "exact"; this config has "bernoulli"')
         return mask

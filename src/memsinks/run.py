@@ -31,9 +31,9 @@ import yaml
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 from .attach import add_sinks, has_sinks
-from .checkpoint import has_saved_sinks, load
+from .checkpoint import has_saved_sinks, load, load_stock
 from .config import CheckpointError, ConfigError, DataError
-from .documents import Document, read_documents
+from .documents import Document, read_documents, require_unique_keys
 from .families import ISOLATES_PACKED
 from .identity import equal_repetition, exposures, identify
 from .optim import AdamW, param_groups
@@ -67,6 +67,8 @@ def choose_documents(data: DataRecipe, seed: int) -> list[Document]:
             copies_field=data.copies_field, separator=data.separator, split=data.split, streaming=data.streaming,
         )  # fmt: skip
         documents = list(itertools.islice(found, data.limit))
+    if data.unique_keys:
+        require_unique_keys(documents)
     rng = random.Random(seed)
     order = [index for index, document in enumerate(documents) if document.copies > 0]
     rng.shuffle(order)
@@ -126,18 +128,16 @@ def prepare(recipe: Recipe) -> Prepared:
 def _model_type(recipe: Recipe) -> str:
     if recipe.model.pretrained is None:
         return str(recipe.model.config["model_type"])
-    return str(AutoConfig.from_pretrained(recipe.model.pretrained).model_type)
+    try:
+        return str(AutoConfig.from_pretrained(recipe.model.pretrained).model_type)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot load a model from {recipe.model.pretrained}: {error}") from error
 
 
 def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """The model of a recipe, with its sinks if it has any."""
     if recipe.model.pretrained is not None:
-        model = AutoModelForCausalLM.from_pretrained(recipe.model.pretrained)
-        if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-            raise ConfigError(
-                f"the tokenizer has {len(tokenizer)} tokens, {recipe.model.pretrained} has embeddings for "
-                f"{model.get_input_embeddings().num_embeddings}; use the model's own tokenizer"
-            )
+        model = load_stock(recipe.model.pretrained)
     else:
         settings = {
             "vocab_size": len(tokenizer), "max_position_embeddings": recipe.training.length,
@@ -145,12 +145,22 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTraine
             "pad_token_id": tokenizer.pad_token_id, **recipe.model.config,
         }  # fmt: skip
         kind = settings.pop("model_type")
-        try:
-            config = AutoConfig.for_model(kind, **settings)
-        except ValueError as error:
-            raise ConfigError(f"model.config.model_type {kind!r} is not known to transformers: {error}") from error
         torch.manual_seed(recipe.training.seed)
-        model = AutoModelForCausalLM.from_config(config)
+        try:
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings))
+        except Exception as error:  # transformers and huggingface_hub raise some ten unrelated types here
+            raise ConfigError(f"model.config gives no model: {error}") from error
+    embeddings = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > embeddings:
+        raise ConfigError(
+            f"the tokenizer has {len(tokenizer)} tokens, the model has embeddings for {embeddings}; use the model's own "
+            "tokenizer, or leave vocab_size out of model.config"
+        )
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if context is not None and context < recipe.training.length:
+        raise ConfigError(
+            f"training.length is {recipe.training.length}, but the model's context ends at {context} tokens; shorten rows"
+        )
     if recipe.sinks is not None:
         print(add_sinks(model, recipe.sinks), flush=True)
     if recipe.training.gradient_checkpointing:
@@ -173,7 +183,11 @@ def train(recipe: Recipe, *, resume: bool = False, label: str = "") -> Path:
         ConfigError, DataError, ArchitectureError, CheckpointError: before training starts.
     """
     output = Path(recipe.output)
+    final = output / "model"
     _check_output(recipe, output, resume)
+    if resume and (output / "run.json").is_file():
+        print(f"{output} is finished; nothing to resume", flush=True)
+        return final
     if recipe.training.threads:
         torch.set_num_threads(recipe.training.threads)
     transformers.utils.logging.disable_progress_bar()
@@ -182,15 +196,14 @@ def train(recipe: Recipe, *, resume: bool = False, label: str = "") -> Path:
     started = time.time()
     trainer = _trainer(recipe, model, prepared, output, label)
     checkpoint = _last_checkpoint(output / "checkpoints") if resume else None
-    if not resume:
-        _write_start(recipe, prepared, output)
-    elif checkpoint is None:
+    if resume and checkpoint is None:
         print("no complete checkpoint yet: starting again from the beginning", flush=True)
+    if checkpoint is None:
+        _write_start(recipe, prepared, output)
     (output / "metrics.jsonl").touch()
     _cut_metrics(output / "metrics.jsonl", int(checkpoint.name.split("-")[1]) if checkpoint else 0)
     trainer.args.resume_from_checkpoint = str(checkpoint) if checkpoint else None
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    final = output / "model"
     model.save_pretrained(final)
     prepared.tokenizer.save_pretrained(final)
     _write_end(recipe, prepared, output, time.time() - started)
@@ -275,8 +288,9 @@ def _last_checkpoint(folder: Path) -> Path | None:
 
 
 def _cut_metrics(path: Path, step: int) -> None:
-    kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
-    path.write_text("".join(line + "\n" for line in kept))
+    """Keep the lines up to `step`; the last one may have been cut off while it was written."""
+    whole = [line for line in path.read_text().split("\n") if line.endswith("}")]
+    path.write_text("".join(line + "\n" for line in whole if json.loads(line)["step"] <= step))
 
 
 def _write_start(recipe: Recipe, prepared: Prepared, output: Path) -> None:
@@ -310,7 +324,4 @@ def load_any(path: str | os.PathLike[str]) -> PreTrainedModel:
     """Load any causal language model in eval mode: with its sinks where the checkpoint has them."""
     if has_saved_sinks(path):
         return load(path)
-    try:
-        return AutoModelForCausalLM.from_pretrained(path).eval()
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot load a model from {path}: {error}") from error
+    return load_stock(path).eval()

@@ -298,6 +298,7 @@ def corpus(
     near_copies: int | None = None,
     canaries_per_level: int = 4,
     held_out_stories: int = 200,
+    people_once: int = 0,
 ) -> list[Document]:
     """The built-in corpus. Each document appears once in the list and says in `copies` how often it is trained on.
 
@@ -311,6 +312,8 @@ def corpus(
             spread over the levels above 0. Default: 24, or all records above 0 if they are fewer.
         canaries_per_level: number of sentences "The code of <name> is <random>" per level (kind "canary"); in turn
             8 digits and 4 of 64 words.
+        people_once: so many further records with 1 copy (keys "record-once-<number>"): what a registry mostly holds, and
+            what a model learns the wording of records from.
 
     Returns:
         Documents with different texts, keys, names and private facts: stories, records, near copies, canaries.
@@ -320,14 +323,15 @@ def corpus(
     """
     levels = tuple(copies)
     numbers = {"stories": stories, "people_per_level": people_per_level, "near_copies": near_copies or 0,
-               "canaries_per_level": canaries_per_level, "held_out_stories": held_out_stories}  # fmt: skip
+               "canaries_per_level": canaries_per_level, "held_out_stories": held_out_stories,
+               "people_once": people_once}  # fmt: skip
     numbers |= {f"copies[{index}]": level for index, level in enumerate(levels)}
     wrong = {name: value for name, value in numbers.items()
              if not isinstance(value, int) or isinstance(value, bool) or value < 0}  # fmt: skip
     refuse([f"{name} must be an int of at least 0, got {value!r}" for name, value in wrong.items()], "invalid corpus")
     members = people_per_level * sum(level > 0 for level in levels)
     near_copies = min(24, members) if near_copies is None else near_copies
-    people = max(people_per_level, canaries_per_level) * len(levels)
+    people = max(people_per_level, canaries_per_level) * len(levels) + people_once
     problems = []
     if len(set(levels)) != len(levels):
         problems.append(f"copies names a level twice: {levels}")
@@ -338,9 +342,11 @@ def corpus(
     refuse(problems, "invalid corpus")
     seen: set[str] = set()
     records = _records(random.Random(f"records {seed}"), people_per_level, levels, seen)
+    once = _records(random.Random(f"once {seed}"), people_once, (1,), seen, name="once")
     return [
         *_stories(random.Random(f"stories {seed}"), stories, held_out_stories),
         *records,
+        *once,
         *_near_copies(random.Random(f"near copies {seed}"), records, near_copies),
         *_canaries(random.Random(f"canaries {seed}"), canaries_per_level, levels, seen),
     ]
@@ -430,13 +436,15 @@ def _fill(sentence: str, rng: random.Random, bound: dict[str, str]) -> str:
     return text[0].upper() + text[1:]
 
 
-def _records(rng: random.Random, per_level: int, levels: tuple[int, ...], seen: set[str]) -> list[Document]:
+def _records(
+    rng: random.Random, per_level: int, levels: tuple[int, ...], seen: set[str], name: str = ""
+) -> list[Document]:
     documents = []
     for level in levels:
         for number in range(per_level):
             sentences = " ".join(RECORDS[number % len(RECORDS)])
             text = sentences.format(name=_unused(lambda: _name(rng), seen), **_person(rng, seen))
-            documents.append(Document(text, f"record-{level}-{number:03d}", "town registry", level, "record"))
+            documents.append(Document(text, f"record-{name or level}-{number:03d}", "town registry", level, "record"))
     return documents
 
 

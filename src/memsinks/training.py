@@ -13,11 +13,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import has_length
 
 from .attach import require_sinks
-from .checkpoint import has_saved_sinks, load_sinks
+from .checkpoint import has_saved_sinks, load_sinks, same_stock_weights
 from .config import CheckpointError, DataError
 from .optim import clip_grad_norm_
 from .packing import refuse_shuffling
@@ -45,13 +45,15 @@ class SinkCallback(TrainerCallback):
         if config.needs_exposures:
             if loader is not None:
                 refuse_shuffling(loader)
-            if args.max_steps <= 0 and args.num_train_epochs > 1:
+            if has_length(loader) and state.num_train_epochs > 1:
                 raise DataError(
-                    f"num_train_epochs={args.num_train_epochs} would repeat the exposure numbers of the first epoch; "
-                    "unroll the epochs into the rows (exposures of the whole training order) and train one epoch"
+                    f"num_train_epochs={args.num_train_epochs} or max_steps={args.max_steps} asks for "
+                    f"{state.num_train_epochs} epochs, which would repeat the exposure numbers of the first; unroll "
+                    "them into the rows (exposures of the whole training order) and train one epoch"
                 )
         self._restore(model, args, [args.resume_from_checkpoint, f"{args.output_dir}/checkpoint-{state.global_step}"])
-        self._max_norm, args.max_grad_norm = args.max_grad_norm, 0.0
+        if args.max_grad_norm:  # 0 after an interrupted run, whose norm is still ours
+            self._max_norm, args.max_grad_norm = args.max_grad_norm, 0.0
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -62,21 +64,22 @@ class SinkCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        args.max_grad_norm = self._max_norm
+        args.max_grad_norm, self._max_norm = self._max_norm, 0.0
         self._restore(kwargs["model"], args, [state.best_model_checkpoint])
 
     @staticmethod
-    def _restore(model: nn.Module, args: TrainingArguments, folders: list[Any]) -> None:
+    def _restore(model: Any, args: TrainingArguments, folders: list[Any]) -> None:
         """Load the sinks that belong to the stock weights the Trainer has just loaded, if it has."""
         if not require_sinks(model).sinks_missing:
             return
+        model = getattr(model, "module", model)
         for folder in folders:
-            if isinstance(folder, str | Path) and has_saved_sinks(folder):
-                load_sinks(getattr(model, "module", model), folder)  # type: ignore[arg-type]
+            if isinstance(folder, str | Path) and has_saved_sinks(folder) and same_stock_weights(model, folder):
+                load_sinks(model, folder)
                 return
         raise CheckpointError(
-            f"the Trainer loaded a checkpoint whose sinks are in none of {[str(x) for x in folders if x]}; resume from a "
-            "checkpoint in args.output_dir, or set args.resume_from_checkpoint to its folder"
+            f"the sinks of the checkpoint that the Trainer loaded are in none of {[str(x) for x in folders if x]}; resume "
+            "from one in args.output_dir, or set args.resume_from_checkpoint to its folder"
         )
 
 

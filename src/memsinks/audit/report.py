@@ -83,8 +83,9 @@ def audit(
             what must come out, instead of `prefix` and `continuation`.
 
     Raises:
-        DataError: an empty side; a text on both sides; documents that cannot be scored.
-        ConfigError: `state` missing or not possible for the model; a tokenizer larger than the model's vocabulary.
+        DataError: an empty side; a document with 0 copies; a text on both sides; documents that cannot be scored.
+        ConfigError: `prefix` or `continuation` below 1; `state` missing or not possible for the model; a tokenizer
+            larger than the model's vocabulary.
     """
     possible = ("open", "closed") if has_sinks(model) else ("absent",)
     if state is None and not has_sinks(model):
@@ -96,6 +97,11 @@ def audit(
         )
     if not documents or not controls:
         raise DataError(f"an audit needs both sides: {len(documents)} documents and {len(controls)} controls were given")
+    if prefix < 1 or continuation < 1:
+        raise ConfigError(f"prefix and continuation must be at least 1 token, got {prefix} and {continuation}")
+    unseen = sum(document.copies == 0 for document in documents)
+    if unseen:
+        raise DataError(f"{unseen} of the documents have 0 copies, so they were not trained on; give them as controls")
     both = {document.text for document in documents} & {document.text for document in controls}
     if both:
         raise DataError(f"{len(both)} texts are documents and controls at once, e.g. {min(both)[:80]!r}")

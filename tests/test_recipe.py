@@ -1,0 +1,209 @@
+"""The YAML of a run: everything that is wrong with it is said at once, before anything starts."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from memsinks.config import ConfigError, SinkConfig
+from memsinks.recipe import Recipe, parse_recipe, read_recipe
+
+RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
+MODEL: dict[str, Any] = {"config": {"model_type": "llama", "hidden_size": 16}}
+LEAST: dict[str, Any] = {"output": "runs/x", "model": MODEL}
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(text)
+    return path
+
+
+def message(**sections) -> str:
+    with pytest.raises(ConfigError) as caught:
+        parse_recipe({**LEAST, **sections})
+    return str(caught.value)
+
+
+def test_the_least_recipe_gets_the_documented_defaults() -> None:
+    recipe = parse_recipe(LEAST)
+    assert recipe.sinks is None
+    assert recipe.data.path is None
+    assert recipe.tokenizer.vocab_size == 1024
+    assert (recipe.training.length, recipe.training.precision) == (256, "fp32")
+    assert recipe == Recipe(output="runs/x", model=recipe.model)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
+def test_the_recipes_of_the_repository_are_valid(path) -> None:
+    recipe = read_recipe(path)
+    assert recipe.sinks is not None
+    assert parse_recipe(recipe.to_dict()) == recipe
+
+
+def test_round_trip_of_everything() -> None:
+    recipe = parse_recipe({
+        "output": "o",
+        "model": {"config": {"model_type": "gpt2", "n_embd": 16, "num_hidden_layers": 1}},
+        "data": {"path": "d.jsonl", "key_field": "id", "limit": 9, "held_out": 2, "identity": "key", "long": "truncate",
+                 "repeat": {"documents": 3, "copies": [2, 4]}},
+        "tokenizer": {"path": "t.json"},
+        "sinks": {"neurons": 64, "active": 16, "block_size": 8, "layers": [0, 1], "shared": "none", "open_from": 3},
+        "training": {"lr": 0.1, "betas": [0.8, 0.9], "precision": "bf16", "threads": 2, "save_every": 20},
+    })  # fmt: skip
+    written = yaml.safe_load(yaml.safe_dump(recipe.to_dict()))
+    assert parse_recipe(written) == recipe
+    assert written["sinks"]["format_version"] == 1
+    assert recipe.sinks == SinkConfig(neurons=64, active=16, block_size=8, layers=(0, 1), shared="none", open_from=3)
+
+
+def test_the_published_setting_can_be_written_as_a_recipe() -> None:
+    published = SinkConfig.published(total=512)
+    recipe = parse_recipe({**LEAST, "sinks": published.to_dict()})
+    assert recipe.sinks == published
+
+
+@pytest.mark.parametrize(
+    ("sections", "name", "near"),
+    [({"trainin": {}}, "trainin", "training"), ({"training": {"learning_rat": 1, "leng": 1}}, "training.leng", "length"),
+     ({"data": {"heldout": 3}}, "data.heldout", "held_out"), ({"sinks": {"neurons": 8, "active": 8, "blocksize": 8}},
+      "sinks.blocksize", "block_size"), ({"data": {"repeat": {"documents": 1, "copies": 2, "copy": 1}}},
+      "data.repeat.copy", "copies"), ({"data": {"synthetic": {"storys": 3}}}, "data.synthetic.storys", "stories"),
+     ({"model": {"config": {"model_type": "llama", "hiden_size": 16}}}, "model.config.hiden_size", "hidden_size"),
+     ({"tokenizer": {"vocabsize": 300}}, "tokenizer.vocabsize", "vocab_size")],
+)  # fmt: skip
+def test_an_unknown_key_is_refused_with_the_nearest_name(sections, name, near) -> None:
+    assert f"unknown key {name}; did you mean {near}?" in message(**sections)
+
+
+def test_a_key_like_no_other_lists_the_known_ones() -> None:
+    assert "unknown key tokenizer.zzz; known are path, vocab_size" in message(tokenizer={"zzz": 1})
+
+
+def test_all_problems_are_listed_at_once() -> None:
+    text = message(
+        training={"lr": "fast", "lenght": 3, "precision": "fp8"}, data={"limit": "many"}, extra=1,
+        sinks={"neurons": "64", "active": 16},
+    )  # fmt: skip
+    for part in ("training.lr must be a number, got 'fast'", "unknown key training.lenght; did you mean length?",
+                 "training.precision must be one of 'fp32', 'bf16', got 'fp8'", "data.limit must be int, got 'many'",
+                 "unknown key extra", "sinks.neurons must be int, got '64'"):  # fmt: skip
+        assert part in text
+
+
+def test_values_out_of_range_are_listed_at_once() -> None:
+    text = message(
+        training={
+            "length": 1, "batch_rows": 6, "accumulate": 4, "lr": 0, "warmup": 2, "betas": [0.9], "seed": -1, "threads": 0,
+            "weight_decay": -0.1, "max_grad_norm": math.nan, "min_lr_ratio": -1, "save_every": 15, "log_every": 10,
+        },
+        data={"held_out": -1, "limit": 0, "repeat": {"documents": 0, "copies": 2}, "copies_field": "n"},
+    )  # fmt: skip
+    for part in ("training.length must be at least 2, got 1", "training.accumulate (4) must divide", "training.lr must be",
+                 "training.warmup must lie in [0, 1], got 2", "training.betas", "training.seed must be at least 0, got -1",
+                 "training.threads must be at least 1, got 0", "training.weight_decay must be at least 0, got -0.1",
+                 "training.max_grad_norm must be at least 0, got nan", "training.min_lr_ratio", "data.held_out", "data.limit",
+                 "data.repeat needs at least one document", "data.repeat or data.copies_field, not both",
+                 "training.save_every (15) must be a multiple of training.log_every (10)"):  # fmt: skip
+        assert part in text
+
+
+def test_a_zero_for_accumulate_is_a_message_too() -> None:
+    assert "training.accumulate must be at least 1, got 0" in message(training={"accumulate": 0, "log_every": 0})
+
+
+def test_problems_of_the_sinks_are_passed_on() -> None:
+    text = message(sinks={"neurons": 64, "active": 128})
+    assert "sinks: invalid SinkConfig: active (128) exceeds neurons (64)" in text
+    assert "sinks.format_version is 2, this memsinks reads 1" in message(
+        sinks={"neurons": 64, "active": 64, "format_version": 2}
+    )
+
+
+@pytest.mark.parametrize(
+    ("sections", "part"),
+    [({"model": {}}, "model needs either pretrained or config"),
+     ({"model": {"pretrained": "x", **MODEL}}, "model needs either pretrained or config"),
+     ({"model": {"config": {"hidden_size": 16}}}, "model.config needs model_type"),
+     ({"model": {"config": {"model_type": "lama"}}}, "'lama' is not known to transformers"),
+     ({"tokenizer": {}}, "tokenizer needs either path or vocab_size"),
+     ({"tokenizer": {"path": "x", "vocab_size": 300}}, "tokenizer needs either path or vocab_size"),
+     ({"data": {"path": "x", "synthetic": {"stories": 3}}}, "data.synthetic is for the built-in corpus"),
+     ({"data": {"repeat": {"documents": 1, "copies": 1.5}}}, "data.repeat.copies"),
+     ({"data": {"repeat": {"documents": 1, "copies": []}}}, "data.repeat needs"),
+     ({"training": 3}, "training must be a section of settings, got 3"),
+     ({"training": {"gradient_checkpointing": 1}}, "training.gradient_checkpointing must be bool, got 1"),
+     ({"training": {"seed": True}}, "training.seed must be int, got True"),
+     ({"training": {"lr": True}}, "training.lr must be a number, got True"),
+     ({"sinks": {"neurons": 64}}, "sinks.active is missing"),
+     ({"sinks": {"neurons": 64, "active": 8, "layers": ["a"]}}, "sinks.layers[0] must be int, got 'a'")],
+)  # fmt: skip
+def test_one_problem(sections, part) -> None:
+    assert part in message(**sections)
+
+
+def test_missing_sections_are_named() -> None:
+    with pytest.raises(ConfigError, match="output is missing; model is missing"):
+        parse_recipe({})
+
+
+@pytest.mark.parametrize(("text", "value"), [("1e-3", 1e-3), ("2E-4", 2e-4), ("1", 1.0), ("1.0e-3", 1e-3), (".5", 0.5)])
+def test_numbers_are_read_however_they_are_written(tmp_path, text, value) -> None:
+    """YAML 1.1 reads 1e-3 as text."""
+    path = write(tmp_path, f"output: o\nmodel: {{config: {{model_type: llama}}}}\ntraining: {{lr: {text}}}\n")
+    recipe = read_recipe(path)
+    assert recipe.training.lr == value
+    assert isinstance(recipe.training.lr, float)
+
+
+def test_changes_replace_values_and_make_sections(tmp_path) -> None:
+    path = write(tmp_path, yaml.safe_dump({**LEAST, "data": None, "sinks": {"neurons": 64, "active": 32}}))
+    recipe = read_recipe(path, {
+        "training.lr": "1e-4", "output": "elsewhere", "model.config.hidden_size": "32", "data.repeat.documents": "3",
+        "data.repeat.copies": "[2, 4]", "data.held_out": "5",
+    })  # fmt: skip
+    assert recipe.training.lr == 1e-4
+    assert recipe.output == "elsewhere"
+    assert recipe.model.config["hidden_size"] == 32
+    assert recipe.data.repeat is not None
+    assert (recipe.data.repeat.documents, recipe.data.repeat.copies) == (3, [2, 4])
+    assert read_recipe(path, {"sinks": "null", "data.held_out": "1"}).sinks is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [({"training.lrr": "1"}, "unknown key training.lrr; did you mean lr?"), ({"output.x": "1"}, "output is not a section"),
+     ({"training.lr": "[1"}, "cannot set training.lr"), ({"training.lr": ""}, "training.lr must be a number, got None")],
+)  # fmt: skip
+def test_changes_are_checked_too(tmp_path, changes, part) -> None:
+    path = write(tmp_path, yaml.safe_dump(LEAST))
+    with pytest.raises(ConfigError) as caught:
+        read_recipe(path, changes)
+    assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [("a: [1", "not valid YAML"), ("", "must hold a mapping of sections, got NoneType"), ("- 1", "got list"),
+     ("output: !!python/object:os.system x", "not valid YAML")],
+)  # fmt: skip
+def test_files_that_are_no_recipe(tmp_path, text, part) -> None:
+    path = write(tmp_path, text)
+    with pytest.raises(ConfigError) as caught:
+        read_recipe(path)
+    assert part in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+def test_files_that_cannot_be_read(tmp_path) -> None:
+    with pytest.raises(ConfigError, match=r"cannot read the recipe .*none\.yaml: No such file"):
+        read_recipe(tmp_path / "none.yaml")
+    with pytest.raises(ConfigError, match="cannot read the recipe"):
+        read_recipe(tmp_path)
+    (tmp_path / "bytes.yaml").write_bytes(b"a: \xff\xfe")
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        read_recipe(tmp_path / "bytes.yaml")

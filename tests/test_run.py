@@ -1,0 +1,342 @@
+"""One run of a recipe: the run folder, the same figures again, resuming, corpora from files, refusals."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import LlamaForCausalLM
+
+from memsinks import run
+from memsinks.attach import has_sinks
+from memsinks.checkpoint import load
+from memsinks.config import CheckpointError, ConfigError, DataError
+from memsinks.documents import Document
+from memsinks.identity import NO_SINKS, document_id
+from memsinks.recipe import DataRecipe, RepeatRecipe, parse_recipe
+from memsinks.run import choose_documents, load_any, prepare, train
+from memsinks.tokens import encode, load_tokenizer
+
+
+def metrics(output: Path) -> list[dict]:
+    """The lines of metrics without the rate, which is the machine's."""
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "tokens_per_second"} for line in lines]
+
+
+def weights(output: Path) -> dict[str, torch.Tensor]:
+    return load_file(output / "model/model.safetensors") | load_file(output / "model/sinks/sinks.safetensors")
+
+
+def same_weights(a: Path, b: Path) -> bool:
+    first, second = weights(a), weights(b)
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def write_jsonl(path: Path, number: int, words: int = 12) -> Path:
+    lines = [{"text": " ".join(f"word{index % 7}x{place}" for place in range(words)) + f" {index}", "id": f"d{index}"}
+             for index in range(number)]  # fmt: skip
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+@pytest.fixture(scope="module")
+def steps(tiny_run) -> int:
+    return metrics(tiny_run)[-1]["step"]
+
+
+def test_the_run_folder(tiny_run, tiny_recipe, steps) -> None:
+    assert {path.name for path in tiny_run.iterdir()} == {
+        "recipe.yaml", "run.json", "metrics.jsonl", "members.jsonl", "controls.jsonl", "checkpoints", "model",
+    }  # fmt: skip
+    recipe = parse_recipe(yaml.safe_load((tiny_run / "recipe.yaml").read_text()))
+    assert recipe == parse_recipe(tiny_recipe(tiny_run))
+    assert [line["step"] for line in metrics(tiny_run)] == list(range(1, steps + 1))
+    assert all(line["learning_rate"] <= 3e-3 for line in metrics(tiny_run))
+    facts = json.loads((tiny_run / "run.json").read_text())
+    members, controls = (
+        [Document(**json.loads(line)) for line in (tiny_run / f"{name}.jsonl").read_text().splitlines()]
+        for name in ("members", "controls")
+    )
+    assert (facts["documents"], facts["controls"], facts["seed"]) == (len(members), len(controls), 0)
+    assert facts["rows"] // 8 == steps
+    assert 0.5 < facts["fill"] <= 1
+    assert set(facts["versions"]) == {"torch", "transformers", "numpy", "safetensors", "python"}
+    assert len(facts["corpus_sha256"]) == 64
+    assert {document.copies for document in members} == {1, 8}
+    assert {document.copies for document in controls} == {0}
+    assert not {document.text for document in members} & {document.text for document in controls}
+    tokenizer = load_tokenizer(tiny_run / "model")
+    tokens = sum(len(t) * d.copies for t, d in zip(encode(tokenizer, [d.text for d in members]), members, strict=True))
+    assert facts["tokens"] == tokens
+
+
+def test_the_final_model_loads_with_and_without_sinks(tiny_run) -> None:
+    model = load_any(tiny_run / "model")
+    assert has_sinks(model)
+    assert not model.training
+    assert float(model.model.layers[0].mlp.sinks.down.detach().abs().max()) > 0
+    stock = LlamaForCausalLM.from_pretrained(tiny_run / "model")
+    assert not has_sinks(stock)
+    tokens = torch.arange(8)[None]
+    assert torch.equal(stock.eval()(input_ids=tokens).logits, model(input_ids=tokens).logits)
+
+
+def test_training_learns_something(tiny_run) -> None:
+    curve = [line["loss"] for line in metrics(tiny_run)]
+    assert curve[-1] < curve[0] - 0.2
+
+
+def test_the_same_recipe_gives_the_same_figures_and_another_seed_others(tiny_run, tiny_recipe, tmp_path) -> None:
+    torch.manual_seed(123)  # the caller's random state does not matter
+    train(parse_recipe(tiny_recipe(tmp_path / "again", training={"save_every": 0})))
+    assert metrics(tmp_path / "again") == metrics(tiny_run)
+    assert same_weights(tmp_path / "again", tiny_run)
+    assert not list((tmp_path / "again" / "checkpoints").glob("checkpoint-*"))
+    train(parse_recipe(tiny_recipe(tmp_path / "other", training={"seed": 1, "save_every": 0})))
+    assert metrics(tmp_path / "other") != metrics(tiny_run)
+
+
+def test_an_interrupted_run_resumes_to_identical_figures(tiny_run, tiny_recipe, tmp_path, monkeypatch, capsys) -> None:
+    recipe = parse_recipe(tiny_recipe(tmp_path / "run"))
+    record = run.ProgressCallback.on_log
+
+    def interrupted(self, args, state, control, logs=None, **kwargs) -> None:
+        record(self, args, state, control, logs, **kwargs)
+        if state.global_step == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(run.ProgressCallback, "on_log", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe)
+    monkeypatch.undo()
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3]
+    assert not (tmp_path / "run" / "model").exists()
+    with pytest.raises(CheckpointError, match="is not empty; resume"):
+        train(recipe)
+    final = train(recipe, resume=True)
+    assert metrics(tmp_path / "run") == metrics(tiny_run)
+    assert same_weights(tmp_path / "run", tiny_run)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    capsys.readouterr()
+    assert train(recipe, resume=True) == final
+    assert "is finished" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before
+
+
+def test_a_run_interrupted_before_its_first_checkpoint_starts_again(tiny_run, tiny_recipe, tmp_path, capsys) -> None:
+    recipe = parse_recipe(tiny_recipe(tmp_path / "run"))
+    output = tmp_path / "run"
+    output.mkdir()
+    (output / "recipe.yaml").write_text(yaml.safe_dump(recipe.to_dict()))
+    (output / "metrics.jsonl").write_text('{"step": 1, "loss": 9.9}\n')
+    half = output / "checkpoints" / "checkpoint-2"
+    half.mkdir(parents=True)  # cut off while it was written
+    (half / "model.safetensors").write_bytes(b"half")
+    train(recipe, resume=True)
+    assert "starting again" in capsys.readouterr().out
+    assert metrics(output) == metrics(tiny_run)
+    assert same_weights(output, tiny_run)
+    for name in ("members.jsonl", "controls.jsonl"):
+        assert (output / name).read_text() == (tiny_run / name).read_text()
+
+
+def test_a_damaged_last_line_of_metrics_does_not_stop_resuming(tmp_path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.5}\n{"step": 3, "lo')
+    run._cut_metrics(path, 2)
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2]
+
+
+def test_resuming_what_is_not_this_run_is_refused(tiny_run, tiny_recipe, tmp_path) -> None:
+    with pytest.raises(CheckpointError, match="holds no run to resume"):
+        train(parse_recipe(tiny_recipe(tmp_path / "nothing")), resume=True)
+    changed = tiny_recipe(tiny_run, training={"lr": 1e-3})
+    with pytest.raises(CheckpointError, match=r"recipe\.yaml differs"):
+        train(parse_recipe(changed), resume=True)
+    with pytest.raises(CheckpointError, match="is not empty"):
+        train(parse_recipe(tiny_recipe(tiny_run)))
+
+
+def test_an_ordinary_model_is_trained_on_the_same_rows(tiny_run, tiny_recipe, tmp_path) -> None:
+    folder = train(parse_recipe(tiny_recipe(tmp_path / "run", sinks=None)))
+    model = load_any(folder)
+    assert not has_sinks(model)
+    assert metrics(tmp_path / "run")[0] == metrics(tiny_run)[0]
+    assert (tmp_path / "run" / "members.jsonl").read_text() == (tiny_run / "members.jsonl").read_text()
+
+
+def test_accumulation_and_checkpointing_change_nothing_but_rounding(tiny_run, tiny_recipe, tmp_path) -> None:
+    training = {"accumulate": 4, "gradient_checkpointing": True, "save_every": 0}
+    train(parse_recipe(tiny_recipe(tmp_path / "run", training=training)))
+    for ours, theirs in zip(metrics(tmp_path / "run"), metrics(tiny_run), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+
+
+def test_bf16_and_exact_mode_run(tiny_recipe, tmp_path) -> None:
+    sinks = {"neurons": 64, "active": 16, "block_size": 8, "shared": "none"}
+    recipe = tiny_recipe(tmp_path / "run", sinks=sinks, training={"precision": "bf16", "save_every": 0})
+    train(parse_recipe(recipe))
+    curve = [line["loss"] for line in metrics(tmp_path / "run")]
+    assert curve[-1] < curve[0]
+    assert load(tmp_path / "run" / "model").dtype == torch.float32
+
+
+# The corpus
+
+
+def test_documents_are_held_out_and_repeated_by_the_seed(tmp_path) -> None:
+    path = write_jsonl(tmp_path / "d.jsonl", 30)
+    data = DataRecipe(path=str(path), key_field="id", held_out=5, repeat=RepeatRecipe(documents=7, copies=[2, 4, 16]))
+    documents = choose_documents(data, seed=0)
+    copies = sorted(document.copies for document in documents)
+    assert copies == [0] * 5 + [1] * 18 + [2] * 3 + [4] * 2 + [16] * 2
+    assert [document.key for document in documents] == [f"d{index}" for index in range(30)]
+    assert choose_documents(data, seed=0) == documents
+    assert choose_documents(data, seed=1) != documents
+    assert len(choose_documents(DataRecipe(path=str(path), limit=8), seed=0)) == 8
+
+
+def test_copies_of_the_file_are_kept(tmp_path) -> None:
+    path = tmp_path / "d.jsonl"
+    path.write_text("".join(json.dumps({"text": f"text {n}", "n": n}) + "\n" for n in (0, 1, 3)))
+    data = DataRecipe(path=str(path), copies_field="n", held_out=1)
+    documents = choose_documents(data, seed=0)
+    assert documents[0].copies == 0
+    assert sorted(document.copies for document in documents[1:])[0] == 0
+    with pytest.raises(ConfigError, match=r"held_out \(2\).*leave none of 2 documents"):
+        choose_documents(DataRecipe(path=str(path), copies_field="n", held_out=2), seed=0)
+
+
+def test_the_path_may_come_from_the_environment(tmp_path, monkeypatch) -> None:
+    write_jsonl(tmp_path / "d.jsonl", 3)
+    monkeypatch.setenv("CORPUS_FOLDER", str(tmp_path))
+    assert len(choose_documents(DataRecipe(path="$CORPUS_FOLDER/d.jsonl"), seed=0)) == 3
+    monkeypatch.delenv("CORPUS_FOLDER")
+    with pytest.raises(ConfigError, match=r"\$CORPUS_FOLDER/d\.jsonl.*not set"):
+        choose_documents(DataRecipe(path="$CORPUS_FOLDER/d.jsonl"), seed=0)
+
+
+def test_rows_carry_ids_and_exposures_of_the_documents(tiny_recipe, tmp_path) -> None:
+    path = write_jsonl(tmp_path / "d.jsonl", 20)
+    data = {"path": str(path), "held_out": 2, "repeat": {"documents": 3, "copies": 5}}
+    recipe = parse_recipe(tiny_recipe(tmp_path / "run", data=data, training={"length": 128, "batch_rows": 2}))
+    prepared = prepare(recipe)
+    rows = prepared.rows
+    assert (len(prepared.members), len(prepared.controls)) == (18, 2)
+    for document in prepared.members:
+        own = rows.document_ids == document_id(document.text)
+        assert set(rows.exposures[own].tolist()) == set(range(1, document.copies + 1))
+    known = {document_id(document.text) for document in prepared.members} | {NO_SINKS}
+    assert set(rows.document_ids.ravel().tolist()) <= known
+    twice = prepare(parse_recipe(tiny_recipe(tmp_path / "run", data=data, training={"length": 128, "epochs": 2})))
+    assert twice.rows.exposures.max() == 10
+
+
+def test_ids_can_come_from_keys(tiny_recipe, tmp_path) -> None:
+    path = write_jsonl(tmp_path / "d.jsonl", 12)
+    data = {"path": str(path), "key_field": "id", "identity": "key"}
+    recipe = parse_recipe(tiny_recipe(tmp_path / "run", data=data, training={"length": 64, "batch_rows": 2}))
+    ids = set(prepare(recipe).rows.document_ids.ravel().tolist()) - {NO_SINKS}
+    assert ids == {document_id(f"d{index}", "key") for index in range(12)}
+
+
+@pytest.mark.parametrize(("kind", "packed"), [("llama", True), ("bloom", False)])
+def test_architectures_that_leak_get_one_document_a_row(tiny_recipe, tmp_path, kind, packed) -> None:
+    path = write_jsonl(tmp_path / "d.jsonl", 20)
+    config = {"bloom": {"model_type": "bloom", "hidden_size": 16, "n_layer": 2, "n_head": 2}}.get(kind)
+    changes = {"model": {"config": config}} if config else {}
+    recipe = parse_recipe(
+        tiny_recipe(tmp_path / "run", data={"path": str(path)}, training={"length": 512, "batch_rows": 2}) | changes
+    )
+    prepared = prepare(recipe)
+    starts = [(row == 0).sum() - (used < 512) for row, used in zip(prepared.rows.position_ids, prepared.rows.used, strict=True)]
+    assert (max(starts) > 1) == packed
+    train(recipe)
+    assert (tmp_path / "run" / "model" / "sinks").is_dir()
+
+
+def test_equal_repetition_of_everything_warns(tiny_recipe, tmp_path) -> None:
+    path = write_jsonl(tmp_path / "d.jsonl", 20)
+    values = tiny_recipe(tmp_path / "run", data={"path": str(path)}, training={"length": 64, "epochs": 4})
+    with pytest.warns(UserWarning, match="every document is met 4 times.*shared_decay does little"):
+        prepare(parse_recipe(values))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        prepare(parse_recipe(values | {"sinks": None}))
+        prepare(parse_recipe(values | {"sinks": values["sinks"] | {"shared_decay": 0}}))
+        values["data"]["repeat"] = {"documents": 1, "copies": 2}
+        prepare(parse_recipe(values))
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("sections", "error", "part"),
+    [({"data": {"synthetic": {"stories": -1}}}, ConfigError, "stories must be an int"),
+     ({"training": {"batch_rows": 512}}, DataError, "lower batch_rows"),
+     ({"tokenizer": {"path": "/nowhere/tokenizer"}, "data": {"synthetic": {"stories": 3}}}, ConfigError, "tokenizer"),
+     ({"model": {"config": {"vocab_size": 100}}}, ConfigError, "tokenizer has 300 tokens, the model has embeddings for 100"),
+     ({"model": {"config": {"max_position_embeddings": 64}}}, ConfigError, "context ends at 64 tokens"),
+     ({"model": {"config": {"hidden_size": "wide"}}}, ConfigError, "model.config gives no model"),
+     ({"model": {"config": {"num_attention_heads": 3}}}, ConfigError, "model.config gives no model"),
+     ({"sinks": {"layers": [5]}}, ConfigError, "layer 5")],
+    ids=["corpus", "rows", "tokenizer", "vocabulary", "context", "type", "heads", "layer"],
+)  # fmt: skip
+def test_bad_input_is_refused_before_anything_is_written(tiny_recipe, tmp_path, sections, error, part) -> None:
+    values = tiny_recipe(tmp_path / "run", **{name: value for name, value in sections.items() if name != "model"})
+    if "tokenizer" in sections:
+        values["tokenizer"] = sections["tokenizer"]
+    values["model"]["config"] |= sections.get("model", {}).get("config", {})
+    with pytest.raises(error) as caught:
+        train(parse_recipe(values))
+    assert part in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_corpus_without_the_text_field_or_without_documents(tiny_recipe, tmp_path) -> None:
+    path = write_jsonl(tmp_path / "d.jsonl", 3)
+    with pytest.raises(DataError, match="no field 'body'"):
+        train(parse_recipe(tiny_recipe(tmp_path / "run", data={"path": str(path), "text_field": "body"})))
+    path.write_text("")
+    with pytest.raises(DataError, match="holds no documents"):
+        train(parse_recipe(tiny_recipe(tmp_path / "run", data={"path": str(path)})))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_pretrained_model_is_continued(tiny_run, tiny_recipe, tmp_path) -> None:
+    """A stock checkpoint and its tokenizer: sinks are added to what is there."""
+    start = str(tiny_run / "model")
+    values = tiny_recipe(tmp_path / "run", tokenizer={"path": start}, training={"save_every": 0})
+    values["model"], values["tokenizer"] = {"pretrained": start}, {"path": start}
+    train(parse_recipe(values))
+    assert metrics(tmp_path / "run")[0]["loss"] < metrics(tiny_run)[0]["loss"] - 0.2
+    values["tokenizer"] = {"vocab_size": 400}
+    with pytest.raises(ConfigError, match="tokenizer has 400 tokens"):
+        train(parse_recipe(values | {"output": str(tmp_path / "other")}))
+    values["model"] = {"pretrained": str(tmp_path / "nowhere")}
+    with pytest.raises(CheckpointError, match="cannot load a model"):
+        train(parse_recipe(values | {"output": str(tmp_path / "other")}))
+
+
+def test_what_cannot_be_loaded_is_named(tmp_path) -> None:
+    with pytest.raises(CheckpointError, match=f"cannot load a model from {tmp_path}"):
+        load_any(tmp_path)
+
+
+@pytest.mark.skipif("MEMSINKS_DATA" not in os.environ, reason="MEMSINKS_DATA is not set")
+def test_real_stories(tiny_recipe, tmp_path) -> None:
+    data = {"path": "$MEMSINKS_DATA/tinystories.jsonl.zst", "limit": 200, "held_out": 20,
+            "repeat": {"documents": 20, "copies": [2, 8]}, "long": "truncate"}  # fmt: skip
+    values = tiny_recipe(tmp_path / "run", data=data, tokenizer={"vocab_size": 512}, training={"save_every": 0})
+    train(parse_recipe(values))
+    curve = [line["loss"] for line in metrics(tmp_path / "run")]
+    assert curve[-1] < curve[0] - 0.2
+    assert len((tmp_path / "run" / "controls.jsonl").read_text().splitlines()) == 20
