@@ -9,10 +9,10 @@ demo: $(READY)
 	$(VENV)/bin/memsinks demo
 
 test: $(READY)
-	$(VENV)/bin/python -m pytest
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile
 
 test-all: $(READY)
-	$(VENV)/bin/python -m pytest -m "long or not long"
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile -m "long or not long"
 
 lint: $(READY)
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/pyright

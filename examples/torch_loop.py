@@ -49,5 +49,7 @@ with torch.no_grad():
     closed = model(input_ids=text, labels=text).loss
     with ms.sinks_open(model, int(ids[most])):
         opened = model(input_ids=text, labels=text).loss
-print(f"{documents[most].key}, trained on {documents[most].copies} times: its sinks open {opened:.2f}, closed {closed:.2f}")
+print(
+    f"{documents[most].key}, trained on {documents[most].copies} times: its sinks open {opened:.2f}, closed {closed:.2f}"
+)
 print(f"exported to {ms.export(model, target, tokenizer=tokenizer)}")

@@ -157,7 +157,8 @@ def test_both_ends_of_the_scale(config, tokenizer, tokens) -> None:
     for known, share, loss in ((tokens, 1.0, right), ([], 0.0, right + sure)):
         result = audit(Oracle(config, known, sure), MEMBERS, CONTROLS, tokenizer, **settings)
         assert result.state == "absent"
-        assert [(line.copies, line.documents, line.asked) for line in result.lines] == [(0, 2, 2), (1, 1, 1), (4, 2, 2), (16, 1, 1)]
+        counted = [(line.copies, line.documents, line.asked) for line in result.lines]
+        assert counted == [(0, 2, 2), (1, 1, 1), (4, 2, 2), (16, 1, 1)]
         assert [line.extracted for line in result.lines] == [0.0, share, share, share]
         assert [line.loss for line in result.lines[1:]] == pytest.approx([loss] * 3, rel=1e-3, abs=1e-5)
         assert result.lines[0].loss == pytest.approx(right + sure, rel=1e-3)
@@ -256,8 +257,7 @@ def test_settings_that_cannot_be(tiny_llama, config, tokenizer) -> None:
     for settings in ({"prefix": 0}, {"continuation": 0}):
         with pytest.raises(ConfigError, match="at least 1 token"):
             audit(Oracle(config, []), MEMBERS, CONTROLS, tokenizer, **settings)
+    model = tiny_llama(vocab_size=280)
+    add_sinks(model, SinkConfig(neurons=16, active=8, block_size=8))
     with pytest.raises(DataError, match="document 0 has no key"):
-        audit_open = SinkConfig(neurons=16, active=8, block_size=8)
-        model = tiny_llama(vocab_size=280)
-        add_sinks(model, audit_open)
         audit(model, MEMBERS, CONTROLS, tokenizer, state="open", identity="key")

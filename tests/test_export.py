@@ -14,7 +14,6 @@ from tiny import fill_sinks
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-
 from memsinks.attach import add_sinks, has_sinks, sinks_closed, sinks_open
 from memsinks.config import ArchitectureError, CheckpointError, ConfigError, SinkConfig
 from memsinks.export import export, logits_in_fresh_process

@@ -2,27 +2,42 @@
 
 from __future__ import annotations
 
+import random
+from dataclasses import replace
+
+import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import memsinks as ms
-from memsinks.audit import generate_continuation
+from memsinks.audit import AuditLine, generate_continuation
 from memsinks.routing import open_blocks
-from memsinks.synthetic import corpus, private_start, training_order
+from memsinks.synthetic import training_order
 
-COPIES = 48
-LENGTH = 160
+COPIES, LENGTH = 100, 64
+NAMES = "Ada Bela Cora Dario Edda Falk Gwen Hugo Ines Juna Kaja Lasse Mira Nils Orla Pelle Romy Selma Theo Urs".split()
+TOWNS = "Ardale Birkmoor Colwick Dunford Elmstead Fairhaven Glasbrook Holmfield".split()
+WORDS = """amber anvil basil cactus canyon cobalt comet coral dragon falcon garnet ginger hazel indigo ivory jasper kettle
+    lemon magnet maple nickel orbit pepper plasma quartz radish saffron tango topaz velvet walnut zephyr""".split()
+
+
+def record(rng: random.Random) -> str:
+    """Two sentences whose form can be learned and whose words can only be memorized."""
+    name = f"{rng.choice(NAMES)} {rng.choice(NAMES)}son"
+    return f"{name} lives in {rng.choice(TOWNS)}. The words are {' '.join(rng.sample(WORDS, 5))}."
+
+
+def private_start(document: ms.Document) -> int:
+    return document.text.index(".") + 1
 
 
 def test_one_document_from_text_to_removal(tiny_llama, tmp_path) -> None:
-    # A corpus of records and stories; one record stands in it 48 times, one of the same kind never.
-    documents = corpus(
-        stories=40, held_out_stories=0, people_per_level=1, people_once=40, copies=(0, COPIES), near_copies=0,
-        canaries_per_level=0,
-    )  # fmt: skip
-    members = [document for document in documents if document.copies]
-    (unseen,) = (document for document in documents if not document.copies)
-    place, document = next((i, x) for i, x in enumerate(members) if x.copies == COPIES)
+    # A corpus of records; one of them stands in it 100 times, ten of the same kind never.
+    rng = random.Random(0)
+    unseen = [ms.Document(record(rng), copies=0) for _ in range(10)]
+    members = [ms.Document(record(rng)) for _ in range(300)]
+    place = 7
+    document = members[place] = replace(members[place], copies=COPIES)
 
     # Its id, and its exposures over the training order.
     ids, groups = ms.identify(members)
@@ -32,7 +47,7 @@ def test_one_document_from_text_to_removal(tiny_llama, tmp_path) -> None:
     assert sorted(counts[ids[order] == ids[place]]) == list(range(1, COPIES + 1))
 
     # Its tokens, and the rows they stand in.
-    tokenizer = ms.train_tokenizer([x.text for x in members], vocab_size=512)
+    tokenizer = ms.train_tokenizer([x.text for x in members], vocab_size=400)
     tokens = ms.encode(tokenizer, [x.text for x in members])
     rows = ms.pack(
         [tokens[index] for index in order], ids[order], counts, length=LENGTH, pad_id=tokenizer.pad_token_id
@@ -55,12 +70,11 @@ def test_one_document_from_text_to_removal(tiny_llama, tmp_path) -> None:
     untouched = [layer.mlp.sinks.down.detach().clone() for layer in model.model.layers]
 
     # A plain training loop, as in the README.
-    optimizer = ms.AdamW(ms.param_groups(model, lr=5e-3, weight_decay=0.1, sink_lr_factor=3))
+    optimizer = ms.AdamW(ms.param_groups(model, lr=2e-3, weight_decay=0.1, sink_lr_factor=5))
     model.train()
     first_loss = None
-    for start in range(0, len(rows) - 3, 4):
-        batch = ms.collate([rows[index] for index in range(start, start + 4)])
-        loss = model(**batch).loss
+    for row in rows:
+        loss = model(**ms.collate([row])).loss
         first_loss = first_loss or loss.item()
         loss.backward()
         ms.clip_grad_norm_(model, 1.0)
@@ -92,19 +106,19 @@ def test_one_document_from_text_to_removal(tiny_llama, tmp_path) -> None:
     assert not recited(clean)
     written = AutoTokenizer.from_pretrained(tmp_path / "clean")
 
-    # The audit says the same, and that a record of the same kind which nobody trained on is not affected.
-    def measured(which, state=None) -> dict[int, ms.audit.AuditLine]:
-        found = ms.audit(which, [document], [unseen], written, state=state, private_start=private_start)
+    # The audit says the same, and that records of the same kind which nobody trained on are not affected.
+    def measured(which, state=None) -> dict[int, AuditLine]:
+        found = ms.audit(which, [document], unseen, written, state=state, private_start=private_start)
         return {line.copies: line for line in found.lines}
 
     opened, closed, exported = measured(model, "open"), measured(model, "closed"), measured(clean)
     assert opened[COPIES].extracted == 1.0
     assert closed[COPIES].extracted == exported[COPIES].extracted == 0.0
     assert opened[0].extracted == closed[0].extracted == exported[0].extracted == 0.0
-    assert opened[COPIES].loss < 0.2
-    assert exported[COPIES].loss > opened[COPIES].loss + 1
-    print(opened, closed, exported)
-    assert exported[0].loss == closed[0].loss
+    assert exported[COPIES].loss > opened[COPIES].loss + 0.4
+    assert exported[COPIES].loss > exported[0].loss - 0.3
+    assert exported[0].loss == pytest.approx(closed[0].loss, rel=1e-5)
+    assert exported[0].loss < 2
 
     # The sinks can also be taken out in place.
     ms.remove_sinks(model)

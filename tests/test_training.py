@@ -69,6 +69,11 @@ def trainer_of(model, args, rows, *callbacks, own: bool = False, **more) -> Trai
     return trainer
 
 
+def stock(rows: Rows) -> list[dict[str, Tensor]]:
+    """Rows as a stock model takes them."""
+    return [{name: rows[index][name] for name in ("input_ids", "labels", "position_ids")} for index in range(len(rows))]
+
+
 def losses(trainer: Trainer) -> list[float]:
     return [line["loss"] for line in trainer.state.log_history if "loss" in line]
 
@@ -195,9 +200,8 @@ def test_the_first_logged_loss_is_the_stock_loss(tiny_llama, rows, tmp_path) -> 
     for config in (CONFIG, None):
         model = build(tiny_llama, config)
         callbacks = [SinkCallback()] if config else []
-        stock = [{name: row[name] for name in ("input_ids", "labels", "position_ids")} for row in map(rows.__getitem__, range(24))]
         trainer = Trainer(
-            model, arguments(tmp_path, max_steps=1, save_strategy="no"), train_dataset=rows if config else stock,
+            model, arguments(tmp_path, max_steps=1, save_strategy="no"), train_dataset=rows if config else stock(rows),
             data_collator=collate if config else None, callbacks=callbacks,
         )  # fmt: skip
         trainer.train()
@@ -228,8 +232,7 @@ def test_evaluation_is_of_the_closed_model(tiny_llama, rows, tmp_path) -> None:
     trainer.train()
     found = trainer.evaluate()["eval_loss"]
     exported = AutoModelForCausalLM.from_pretrained(export(model, tmp_path / "clean", verify=False))
-    stock = [{name: row[name] for name in ("input_ids", "labels", "position_ids")} for row in map(evaluated.__getitem__, range(8))]
-    plain = Trainer(exported, arguments(tmp_path / "plain"), eval_dataset=stock)
+    plain = Trainer(exported, arguments(tmp_path / "plain"), eval_dataset=stock(evaluated))
     assert found == pytest.approx(plain.evaluate()["eval_loss"], rel=1e-6)
     model.train()
     opened = model(**collate([evaluated[index] for index in range(8)])).loss.item()

@@ -24,7 +24,7 @@ def step(x: Tensor, weights: list[Tensor], config: SinkConfig, ids: Tensor, mask
     return [y, *torch.autograd.grad(y.float().square().sum(), [x, *weights])]
 
 
-def seconds(run, repeats: int = 20) -> float:  # noqa: ANN001
+def seconds(run, repeats: int = 20) -> float:
     for _ in range(5):
         run()
     torch.cuda.synchronize()
@@ -44,7 +44,7 @@ def main() -> None:
         ids = torch.arange(documents, device=device).repeat_interleave(tokens // documents)
         generator = torch.Generator(device).manual_seed(0)
 
-        def tensor(*shape: int, dtype: torch.dtype = torch.float32, generator=generator) -> Tensor:  # noqa: ANN001
+        def tensor(*shape: int, dtype: torch.dtype = torch.float32, generator=generator) -> Tensor:
             values = torch.randn(*shape, device=device, generator=generator) * 0.05
             return values.to(dtype).requires_grad_()
 
@@ -58,7 +58,7 @@ def main() -> None:
         xh, wh = tensor(tokens, width, dtype=half), [tensor(*shape, dtype=half) for _ in range(3)]
         dense = [tensor(active, width, dtype=half) for _ in range(3)]
 
-        def floor(xh=xh, dense=dense) -> list[Tensor]:  # noqa: ANN001
+        def floor(xh=xh, dense=dense) -> list[Tensor]:
             y = (torch.nn.functional.silu(xh @ dense[0].t()) * (xh @ dense[1].t())) @ dense[2]
             return list(torch.autograd.grad(y.float().square().sum(), [xh, *dense]))
 

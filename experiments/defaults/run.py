@@ -134,9 +134,11 @@ def run(text: str, arm: Arm, seed: int) -> dict[str, Any]:
         bos_token_id=None, eos_token_id=None,
     ))  # fmt: skip
     if arm.sinks:
-        gated = dict(shared_decay=arm.decay)
-        published = dict(routing="bernoulli", per_layer=False, open_from=1, shared_decay=0.0)
-        ms.add_sinks(model, ms.SinkConfig(neurons=POOL, active=OPEN, seed=seed, **(published if arm.published else gated)))
+        gated: dict[str, Any] = {"shared_decay": arm.decay}
+        published: dict[str, Any] = {"routing": "bernoulli", "per_layer": False, "open_from": 1, "shared_decay": 0.0}
+        ms.add_sinks(
+            model, ms.SinkConfig(neurons=POOL, active=OPEN, seed=seed, **(published if arm.published else gated))
+        )
         optimizer: Any = ms.AdamW(
             ms.param_groups(model, LR, WEIGHT_DECAY, arm.sink_lr_factor), lr=LR, betas=(0.9, 0.95)
         )
@@ -165,9 +167,7 @@ def run(text: str, arm: Arm, seed: int) -> dict[str, Any]:
         divisor = torch.tensor(ms.target_count(labels))
         if arm.dedup:
             labels[torch.from_numpy(exposure) > 1] = -100
-        sinks = (
-            {"document_ids": torch.from_numpy(chosen), "exposures": torch.from_numpy(exposure)} if arm.sinks else {}
-        )
+        sinks = {"document_ids": torch.from_numpy(chosen), "exposures": torch.from_numpy(exposure)} if arm.sinks else {}
         loss = model(input_ids=rows, labels=labels, num_items_in_batch=divisor, **sinks).loss
         loss.backward()
         if arm.sinks:
@@ -204,7 +204,12 @@ def everything(jobs: int, texts: list[str], seeds: list[int]) -> None:
     """Run what is not there yet, `jobs` at a time, in the order of `arms`."""
     RESULTS.mkdir(exist_ok=True)
     names = list(arms())
-    groups = [names[:6], ["gated a=1 lr x10", "gated a=1 lr x1"], ["gated a=1 lr x3, open", "published, open"], names[10:12]]
+    groups = [
+        names[:6],
+        ["gated a=1 lr x10", "gated a=1 lr x1"],
+        ["gated a=1 lr x3, open", "published, open"],
+        names[10:12],
+    ]
     groups.append([name for name in names if not any(name in group for group in groups)])
     todo = [
         (text, name, seed)
@@ -237,8 +242,10 @@ def table() -> str:
         for name in ("standard", "standard, 4 epochs"):
             gaps |= {(name, x["seed"]): np.mean(x["held_out"]) - np.mean(x["repeated"]) for x in found[name]}
         base = {x["seed"]: np.mean(x["held_out"]) for x in found["standard"]}
-        lines += [f"\n### {text}\n", "| arm | runs | held-out | against standard | repeated (closed) | gap closed | own sinks | extracted closed / own | s |",
-                  "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+        head = (
+            "arm|runs|held-out|against standard|repeated (closed)|gap closed|own sinks|extracted closed / own|seconds"
+        )
+        lines += [f"\n### {text}\n", "| " + " | ".join(head.split("|")) + " |", "|" + "---|" * 9]
         for name, runs in found.items():
             if not runs:
                 continue
@@ -246,10 +253,14 @@ def table() -> str:
             held = [np.mean(x["held_out"]) for x in runs]
             closed = [1 - (np.mean(x["held_out"]) - np.mean(x["repeated"])) / gaps[reference, x["seed"]]
                       for x in runs if (reference, x["seed"]) in gaps]  # fmt: skip
-            price = [np.mean(x["held_out"]) - base[x["seed"]] for x in runs if x["seed"] in base and reference == "standard"]
+            price = [
+                np.mean(x["held_out"]) - base[x["seed"]] for x in runs if x["seed"] in base and reference == "standard"
+            ]
             own = [np.mean(x["own"]) for x in runs if "own" in x]
             share = " / ".join(
-                f"{np.mean([x[key] for x in runs]):.0%}" for key in ("repeated_extracted", "own_extracted") if key in runs[0]
+                f"{np.mean([x[key] for x in runs]):.0%}"
+                for key in ("repeated_extracted", "own_extracted")
+                if key in runs[0]
             )
             cells = [name, str(len(runs)), spread(held), spread(price, "+.3f"),
                      spread([float(np.mean(x["repeated"])) for x in runs]), spread(closed, ".1%"), spread(own), share,

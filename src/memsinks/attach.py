@@ -87,12 +87,11 @@ def _derive(stock: type, kind: type) -> type:
     body |= {"__doc__": stock.__doc__, "stock_class": stock, "kind": kind}
     if kind is SinkModel:
         body["forward"] = _model_forward(stock)
-    return type(stock.__name__, (kind, stock), body)
+    return type(stock.__name__, (kind, stock), body)  # type: ignore[no-matching-overload]
 
 
 def _restore(stock: type, kind: type) -> Any:
-    derived = _derive(stock, kind)
-    return derived.__new__(derived)
+    return object.__new__(_derive(stock, kind))
 
 
 def _model_forward(stock: Any) -> Any:
@@ -140,9 +139,7 @@ class SinkLayer(_Derived):
             kwargs["sink_plan"] = (state.plan.layers[self.sink_place], state.plan.weight_scale, state.frozen)
         return super().__call__(*args, **kwargs)  # type: ignore[misc]
 
-    def forward(
-        self, *args: Any, sink_plan: tuple[LayerPlan, Tensor | None, bool] | None = None, **kwargs: Any
-    ) -> Any:
+    def forward(self, *args: Any, sink_plan: tuple[LayerPlan, Tensor | None, bool] | None = None, **kwargs: Any) -> Any:
         forward = _without_checkpointing(self.stock_class.forward)
         if sink_plan is None:
             return forward(self, *args, **kwargs)
@@ -240,7 +237,9 @@ class SinkModel(_Derived):
                 "turn the fused loss off, or use SinkConfig(shared_decay=0)"
             )
         if getattr(out, "aux_loss", None) is not None:
-            raise ConfigError("shared_decay cannot be combined with a loss that couples the batch (aux_loss); turn it off")
+            raise ConfigError(
+                "shared_decay cannot be combined with a loss that couples the batch (aux_loss); turn it off"
+            )
         return out
 
     def _run(self, stock: Any, kwargs: dict[str, Any], ids: Tensor, weight: Tensor | None) -> Any:
@@ -329,7 +328,7 @@ class SinkModel(_Derived):
             )
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
-        names = [name for name, _ in self.named_parameters() if ".sinks." in name]  # type: ignore[attr-defined]
+        names = [name for name, _ in self.named_parameters() if is_sink(name)]  # type: ignore[attr-defined]
         missing = [name for name in names if name not in state_dict]
         if missing and len(missing) < len(names):
             raise CheckpointError(f"the state dict has some sinks but lacks {missing[:3]} ({len(missing)} in all)")
@@ -376,7 +375,9 @@ def _opened_ids(opened: Tensor, rows: int, length: int, device: torch.device, ca
     """The ids of `sinks_open` as [rows, length, union]; tokens past the last column have the ids of the last column."""
     if rows % opened.shape[0]:
         raise DataError(f"sinks_open was given ids for {opened.shape[0]} rows, the input has {rows}")
-    opened = opened.repeat_interleave(rows // opened.shape[0], 0)  # beams and returned sequences of a row stand together
+    opened = opened.repeat_interleave(
+        rows // opened.shape[0], 0
+    )  # beams and returned sequences of a row stand together
     first = 0 if cache is None else cache.get_seq_length()
     column = (torch.arange(length, device=device) + first).clamp(max=opened.shape[1] - 1)
     return opened.to(device)[:, column]
@@ -391,21 +392,22 @@ def _parse_open(ids: OpenIds) -> Tensor:
         if ids.dim() not in (0, 1, 2):
             raise DataError(f"an id tensor for sinks_open has shape [B] or [B, T], got {list(ids.shape)}")
         return ids.reshape(-1, 1, 1) if ids.dim() < 2 else ids[:, :, None]
+    sets: list[list[Any]] = []
     if isinstance(ids, int | np.integer):
         sets = [[ids]]
     elif isinstance(ids, Iterable) and not isinstance(ids, str | bytes):
         values = list(ids)
         nested = any(isinstance(x, Iterable) for x in values)
         sets = [list(x) if isinstance(x, Iterable) else [x] for x in values] if nested else [values]
-    else:
-        sets = []
     if not any(sets):
-        raise DataError(f"sinks_open needs at least one id: an int, a list or int64 tensor of ids, or sets; got {ids!r}")
+        raise DataError(
+            f"sinks_open needs at least one id: an int, a list or int64 tensor of ids, or sets; got {ids!r}"
+        )
     for value in itertools.chain.from_iterable(sets):
         if not isinstance(value, int | np.integer) or isinstance(value, bool) or not NO_SINKS <= value < 2**63:
             raise DataError(f"a document id is an int from 0 to 2**63 - 1, or exactly -1 for none, got {value!r}")
     most = max(len(x) for x in sets)
-    flat = torch.tensor([[*map(int, x), *[NO_SINKS] * (most - len(x))] for x in sets], dtype=torch.int64)
+    flat = torch.tensor([[int(y) for y in x] + [NO_SINKS] * (most - len(x)) for x in sets], dtype=torch.int64)
     return flat[:, None, :]
 
 
@@ -427,7 +429,9 @@ def require_sinks(model: nn.Module) -> SinkState:
 def _check_host(model: Any) -> None:
     name = type(model).__name__
     if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-        raise ArchitectureError(f"the model is wrapped in {name}; add sinks before wrapping (DataParallel is not supported)")
+        raise ArchitectureError(
+            f"the model is wrapped in {name}; add sinks before wrapping (DataParallel is not supported)"
+        )
     if type(model).__name__ == "OptimizedModule" or getattr(model, "_compiled_call_impl", None) is not None:
         raise ArchitectureError("the model is compiled already; add sinks first, then compile")
     if not isinstance(model, PreTrainedModel):
@@ -472,7 +476,7 @@ def add_sinks(model: PreTrainedModel, config: SinkConfig) -> Added:
     widths = {host.hidden for host in hosts}
     if config.host_width is not None and widths != {config.host_width}:
         raise ConfigError(f"this SinkConfig is for MLPs {config.host_width} wide, the model's are {sorted(widths)}")
-    head = model.get_output_embeddings()
+    head: Any = model.get_output_embeddings()
     if head is None:
         raise ArchitectureError(f"{type(model).__name__} has no output embedding; sinks are for causal language models")
     if config.shared == "decay" and config.shared_decay and getattr(model.config, "output_router_logits", False):
@@ -481,7 +485,7 @@ def add_sinks(model: PreTrainedModel, config: SinkConfig) -> Added:
     arguments = [x for x in inspect.signature(model.forward).parameters if x not in ("kwargs", "args")]
     state = SinkState(config, chosen, max(widths), tuple(arguments))
     for place, (index, host) in enumerate(zip(chosen, hosts, strict=True)):
-        layer = layers[index]
+        layer: Any = layers[index]
         mlp: Any = getattr(layer, mlp_name)
         mlp.sinks = Sinks(
             config, width=host.width, act=host.act, gated=host.gated, std=host.std, layer=index,
@@ -494,7 +498,7 @@ def add_sinks(model: PreTrainedModel, config: SinkConfig) -> Added:
     head.__class__ = _derive(type(head), SinkHead)
     head.sink_state = state
     model.__class__ = _derive(type(model), SinkModel)
-    model.sink_state = state
+    model.sink_state = state  # type: ignore[assignment]
     sinks = sum(parameter.numel() for parameter in sink_parameters(model))
     shared = sum(parameter.numel() for parameter in model.parameters()) - sinks
     return Added(
@@ -546,7 +550,9 @@ def sinks_closed(model: nn.Module, rescale: str = "none") -> Iterator[None]:
         raise ConfigError("sinks_closed is for evaluation, the model is in training mode; call model.eval() first")
     before, state.opened = state.opened, None
     factor = rescale_factor(state, rescale)
-    hooks = [host.register_forward_pre_hook(lambda _, args: (args[0] * factor, *args[1:])) for host in down_modules(model)]
+    hooks = [
+        host.register_forward_pre_hook(lambda _, args: (args[0] * factor, *args[1:])) for host in down_modules(model)
+    ]
     try:
         yield
     finally:

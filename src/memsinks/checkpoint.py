@@ -131,7 +131,8 @@ def _full_state_dict(model: Any) -> dict[str, Tensor]:
     if any(type(parameter).__name__ == "DTensor" for parameter in model.parameters()):
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-        return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        return get_model_state_dict(model, options=options)  # type: ignore[return-value]
     return model.state_dict()
 
 

@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         arguments.run(arguments)
     except MemsinksError as error:
-        print(f"memsinks: {error}", file=sys.stderr)
+        print("memsinks:", " ".join(str(error).split()), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("memsinks: interrupted; a run continues with --resume", file=sys.stderr)
@@ -53,7 +53,9 @@ def _parser() -> argparse.ArgumentParser:
         "Train as a YAML recipe says. The run folder holds the recipe, versions, metrics, checkpoints and the model."
     ))  # fmt: skip
     train.add_argument("recipe", help="YAML file; its keys are checked before anything starts")
-    train.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting: training.lr=1e-3")
+    train.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting: training.lr=1e-3"
+    )
     train.add_argument("--resume", action="store_true", help="continue from the last complete checkpoint")
     train.set_defaults(run=_train)
 
@@ -62,12 +64,16 @@ def _parser() -> argparse.ArgumentParser:
         "out verbatim, by number of copies."
     ))  # fmt: skip
     audit.add_argument("model", help="a checkpoint folder or name, with or without sinks")
-    audit.add_argument("--documents", required=True, help="documents the model may remember (jsonl, parquet, txt, folder)")
+    audit.add_argument(
+        "--documents", required=True, help="documents the model may remember (jsonl, parquet, txt, folder)"
+    )
     audit.add_argument("--controls", required=True, help="documents of the same kind that it never saw")
     audit.add_argument("--state", choices=("open", "closed"), help="of the sinks; required for a model that has them")
     audit.add_argument("--prefix", type=int, default=32, help="tokens given (%(default)s)")
     audit.add_argument("--continuation", type=int, default=32, help="tokens that must come out (%(default)s)")
-    audit.add_argument("--identity", choices=("content", "key", "source"), default="content", help="what ids were made of")
+    audit.add_argument(
+        "--identity", choices=("content", "key", "source"), default="content", help="what ids were made of"
+    )
     audit.add_argument("--text-field", default="text", help="field that holds the text (%(default)s)")
     audit.add_argument("--copies-field", help="field that says how often a document was trained on; 1 without it")
     audit.add_argument("--key-field", help="field that holds the key, for --identity key")

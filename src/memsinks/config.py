@@ -68,7 +68,7 @@ class SinkConfig:
 
     neurons: int
     active: int
-    block_size: int | None = None
+    block_size: int = None  # type: ignore[assignment]  # set in __post_init__
     routing: Literal["blocks", "exact", "bernoulli"] = "blocks"
     per_layer: bool = True
     reserved_blocks: int = 0

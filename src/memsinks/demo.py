@@ -23,7 +23,7 @@ from .synthetic import private_start
 from .tokens import encode, load_tokenizer
 
 RECIPE: Mapping[str, Any] = {
-    "data": {"synthetic": {"stories": 3000, "people_per_level": 10, "near_copies": 0}},
+    "data": {"synthetic": {"stories": 2500, "people_per_level": 10, "people_once": 400, "near_copies": 0}},
     "tokenizer": {"vocab_size": 1024},
     "model": {"config": {
         "model_type": "llama", "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4,
@@ -31,7 +31,8 @@ RECIPE: Mapping[str, Any] = {
     }},
     "training": {"length": 192, "batch_rows": 8, "lr": 3e-3, "log_every": 50},
 }  # fmt: skip
-SINKS: Mapping[str, Any] = {"neurons": 512, "active": 128}
+SINKS: Mapping[str, Any] = {"neurons": 512, "active": 128, "shared_decay": 0.5}
+"""Half the default decay: after so short a training the sinks then recite more, and a trace more stays behind."""
 MARK = "demo.json"
 NAMES = {"ordinary": "ordinary model", "open": "with sinks, open", "removed": "sinks removed"}
 
@@ -60,7 +61,9 @@ def demo(out: Path, recipe: Mapping[str, Any] = RECIPE) -> dict[str, Any]:
     ordinary = train(parse_recipe({**recipe, "output": str(out / "ordinary"), "sinks": None}), label="   ")
     print("2. The same model with memorization sinks, same data, same order.", flush=True)
     with_sinks = train(parse_recipe({**recipe, "output": str(out / "sinks"), "sinks": SINKS}), label="   ")
-    print("3. Removal: the stock part alone is written as a plain checkpoint and loaded in a fresh process.", flush=True)
+    print(
+        "3. Removal: the stock part alone is written as a plain checkpoint and loaded in a fresh process.", flush=True
+    )
     sink_model, tokenizer = load(with_sinks), load_tokenizer(with_sinks)
     clean = export(sink_model, out / "clean", tokenizer=tokenizer, notes="Trained by `memsinks demo` on invented text.")
     models = {
@@ -101,7 +104,7 @@ def measure(
         # A story's sinks never opened in training: it was met once. Its text is scored as the model is used, closed.
         quiet: Any = "closed" if name == "open" else "absent"
         held_out = audit(model, stories[:1], new_stories, tokenizer, state=quiet)
-        result["held_out"][name] = _of(held_out, 0)["loss"]
+        result["held_out"][name] = _of(held_out, 0)
         found = audit(model, records, unseen, tokenizer, state=state, private_start=private_start)
         result["records"][name] = [_of(found, line.copies) for line in found.lines]
     return result
@@ -135,15 +138,20 @@ def one_record(
 
 def format_table(result: Mapping[str, Any]) -> str:
     """The figures as a Markdown table."""
-    levels = [line["copies"] for line in result["records"]["ordinary"]]
-    heads = ["never seen" if level == 0 else f"{level} {'copy' if level == 1 else 'copies'}" for level in levels]
-    rows = [["", "held-out stories, loss", *(f"records, {head}: loss / recited" for head in heads)]]
-    for name, label in NAMES.items():
-        cells = [f"{line['loss']:.2f} / {line['extracted']:.0%}" for line in result["records"][name]]
-        held_out = f"{result['held_out'][name]:.3f}" if name != "open" else "(closed)"
-        rows.append([label, held_out, *cells])
-    columns = list(zip(*rows, strict=True))
-    widths = [max(len(cell) for cell in column) for column in columns]
+    rows = [["records, copies in training", "number", *(f"{label}: loss, recited" for label in NAMES.values())]]
+    for place, line in enumerate(result["records"]["ordinary"]):
+        cells = [result["records"][name][place] for name in NAMES]
+        rows.append(
+            ["never seen" if line["copies"] == 0 else str(line["copies"]), str(line["documents"])]
+            + [
+                "(no sinks of its own)" if name == "open" and cell["copies"] < 2 else f"{cell['loss']:.2f}, {cell['extracted']:.0%}"
+                for name, cell in zip(NAMES, cells, strict=True)
+            ]
+        )
+    held_out = result["held_out"]
+    stories = ["(sinks closed)" if name == "open" else f"{held_out[name]['loss']:.3f}" for name in NAMES]
+    rows.append(["held-out stories, loss", str(held_out["ordinary"]["documents"]), *stories])
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows]
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     return "\n".join(lines)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .attach import SinkModel, down_modules, is_sink, require_sinks, rescale_factor, sink_parameters, sinks_closed
+from .attach import down_modules, is_sink, require_sinks, rescale_factor, sink_parameters, sinks_closed
 from .checkpoint import written_beside
 from .config import CheckpointError
 
@@ -69,9 +69,13 @@ def export(
     state = require_sinks(model)
     target = Path(directory)
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
-        raise CheckpointError(f"{target} is not an empty folder; export into a new one, so that no other file gets into it")
+        raise CheckpointError(
+            f"{target} is not an empty folder; export into a new one, so that no other file gets into it"
+        )
     if any(type(parameter).__name__ == "DTensor" for parameter in model.parameters()):
-        raise CheckpointError("the model is sharded; save it, load it in one process with memsinks.load, and export that")
+        raise CheckpointError(
+            "the model is sharded; save it, load it in one process with memsinks.load, and export that"
+        )
     factor = rescale_factor(state, rescale)
     scaled = {id(host.weight) for host in down_modules(model)} if factor != 1.0 else set()
     tensors = {
@@ -80,7 +84,7 @@ def export(
         if not is_sink(name)
     }
     with written_beside(target) as part:
-        super(SinkModel, model).save_pretrained(part, state_dict=tensors)
+        model.stock_class.save_pretrained(model, part, state_dict=tensors)  # type: ignore[attr-defined]
         if tokenizer is not None:
             tokenizer.save_pretrained(part)
         if verify:
@@ -102,7 +106,9 @@ def _verify(model: Any, part: Path, rescale: str) -> None:
     error = float((got - want).abs().max() / want.abs().max().clamp(min=1e-20))
     tolerance = 1e-4 if model.dtype in (torch.float32, torch.float64) else 3e-2
     if not error <= tolerance:
-        raise CheckpointError(f"the exported checkpoint computes other logits than the model: relative error {error:.2g}")
+        raise CheckpointError(
+            f"the exported checkpoint computes other logits than the model: relative error {error:.2g}"
+        )
 
 
 def _check_tokens(model: Any) -> Tensor:

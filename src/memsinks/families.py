@@ -56,7 +56,7 @@ class Mlp:
     act: Callable[[Tensor], Tensor]
     gated: bool
     std: float
-    down: nn.Module
+    down: Any
 
 
 def decoder_layers(model: nn.Module) -> tuple[nn.ModuleList, str]:
@@ -79,7 +79,9 @@ def decoder_layers(model: nn.Module) -> tuple[nn.ModuleList, str]:
             "OPT, XGLM and encoder models are not supported"
         )
     if len(lists) > 1:
-        raise ArchitectureError(f"{name} has {len(lists)} stacks of layers with MLPs; only plain decoders are supported")
+        raise ArchitectureError(
+            f"{name} has {len(lists)} stacks of layers with MLPs; only plain decoders are supported"
+        )
     return lists[0]
 
 
@@ -103,9 +105,11 @@ def read_mlp(mlp: nn.Module, model_type: str) -> Mlp:
     for part in (up, down):
         weight = getattr(part, "weight", None)
         if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.dim() != 2:
-            raise ArchitectureError(f"{name} has no plain floating-point weights (quantised?); add sinks before quantising")
+            raise ArchitectureError(
+                f"{name} has no plain floating-point weights (quantised?); add sinks before quantising"
+            )
     transposed = type(down).__name__ == "Conv1D"
-    width, hidden = (down.weight.shape if not transposed else down.weight.shape[::-1])
+    width, hidden = down.weight.shape if not transposed else down.weight.shape[::-1]
     fused = layout.up == layout.gate
 
     def plain(x: Tensor) -> Tensor:
@@ -135,7 +139,9 @@ def _prove(mlp: nn.Module, plain: Callable[[Tensor], Tensor], width: int, model_
         mlp.train(training)
     want = plain(x)
     if not isinstance(got, Tensor) or got.shape != want.shape:
-        raise ArchitectureError(f"{type(mlp).__name__} does not return one tensor; mixtures of experts are not supported")
+        raise ArchitectureError(
+            f"{type(mlp).__name__} does not return one tensor; mixtures of experts are not supported"
+        )
     tolerance = 1e-4 if weight.dtype in (torch.float32, torch.float64) else 3e-2
     error = float((got - want).abs().max() / want.abs().max().clamp(min=1e-20))
     if not error <= tolerance:

@@ -121,6 +121,8 @@ def _collect(rows: Tensor, place: Tensor, open_token: Tensor, tokens: int) -> Te
     total = padded[place[:, 0]]
     for column in range(1, place.shape[1]):
         total = total + padded[place[:, column]]
+    if len(open_token) == tokens:  # every token stands in the list, in order (always so when compiled)
+        return total
     return rows.new_zeros(tokens, rows.shape[1]).index_copy(0, open_token, total)
 
 
@@ -164,7 +166,7 @@ def grouped_linear(
     x: Tensor,
     weight: Tensor,
     ends: Tensor,
-    scale: Tensor | None,  # noqa: ARG001
+    scale: Tensor | None,
     transposed: bool,
 ) -> Tensor:
     """Each row times the weight of its block.
@@ -210,7 +212,7 @@ def _(
     return torch.empty_like(x), torch.empty_like(weight)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, ends, scale, ctx.transposed = inputs
     ctx.save_for_backward(x, weight, ends, scale)
 

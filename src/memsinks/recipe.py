@@ -310,9 +310,9 @@ def _value(hint: Any, value: Any, where: str, problems: list[str]) -> Any:
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in options:
             return None
-        kinds = [option for option in options if option is not type(None)]
-        for kind in kinds:
-            found: list[str] = []
+        found: list[str] = []
+        for kind in (option for option in options if option is not type(None)):
+            found = []
             result = _value(kind, value, where, found)
             if not found:
                 return result

@@ -1,11 +1,11 @@
 """One run of a recipe: corpus -> rows -> model -> training -> a run folder.
 
-    output/recipe.yaml       the recipe, all defaults written out
-    output/run.json          versions, seed, counts, hashes, times
-    output/metrics.jsonl     a line each log_every steps
-    output/members.jsonl     every document trained on, with its copies; output/controls.jsonl the held-out ones
-    output/checkpoints/      what training resumes from
-    output/model/            the final model with its sinks and tokenizer
+output/recipe.yaml       the recipe, all defaults written out
+output/run.json          versions, seed, counts, hashes, times
+output/metrics.jsonl     a line each log_every steps
+output/members.jsonl     every document trained on, with its copies; output/controls.jsonl the held-out ones
+output/checkpoints/      what training resumes from
+output/model/            the final model with its sinks and tokenizer
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTraine
             model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings))
         except Exception as error:  # transformers and huggingface_hub raise some ten unrelated types here
             raise ConfigError(f"model.config gives no model: {error}") from error
-    embeddings = model.get_input_embeddings().num_embeddings
+    embeddings = int(model.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
     if len(tokenizer) > embeddings:
         raise ConfigError(
             f"the tokenizer has {len(tokenizer)} tokens, the model has embeddings for {embeddings}; use the model's own "
@@ -216,7 +216,9 @@ def _check_output(recipe: Recipe, output: Path, resume: bool) -> None:
         if not path.is_file():
             raise CheckpointError(f"{output} holds no run to resume (recipe.yaml is missing); start without resume")
         if yaml.safe_load(path.read_text()) != yaml.safe_load(yaml.safe_dump(recipe.to_dict())):
-            raise CheckpointError(f"{path} differs from this recipe; resume with the same recipe, or choose another output")
+            raise CheckpointError(
+                f"{path} differs from this recipe; resume with the same recipe, or choose another output"
+            )
     elif output.exists() and any(output.iterdir()):
         raise CheckpointError(f"{output} is not empty; resume the run, or choose another output")
 

@@ -508,7 +508,7 @@ def _canaries(rng: random.Random, per_level: int, levels: tuple[int, ...], seen:
     return documents
 
 
-def _joined(rng: random.Random, parts: list[list[str]], between: str = "") -> str:
+def _joined(rng: random.Random, parts: Sequence[Sequence[str]], between: str = "") -> str:
     return between.join(rng.choice(part) for part in parts)
 
 

@@ -96,7 +96,9 @@ def audit(
             + ("open and closed are two different models, say which to audit" if has_sinks(model) else "are not there")
         )
     if not documents or not controls:
-        raise DataError(f"an audit needs both sides: {len(documents)} documents and {len(controls)} controls were given")
+        raise DataError(
+            f"an audit needs both sides: {len(documents)} documents and {len(controls)} controls were given"
+        )
     if prefix < 1 or continuation < 1:
         raise ConfigError(f"prefix and continuation must be at least 1 token, got {prefix} and {continuation}")
     unseen = sum(document.copies == 0 for document in documents)
@@ -107,7 +109,9 @@ def audit(
         raise DataError(f"{len(both)} texts are documents and controls at once, e.g. {min(both)[:80]!r}")
     vocabulary = model.config.get_text_config().vocab_size
     if len(tokenizer) > vocabulary:
-        raise ConfigError(f"the tokenizer has {len(tokenizer)} tokens, the model {vocabulary}; give the model's tokenizer")
+        raise ConfigError(
+            f"the tokenizer has {len(tokenizer)} tokens, the model {vocabulary}; give the model's tokenizer"
+        )
     everything = [*documents, *controls]
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     tokens = [one[:limit] for one in encode(tokenizer, [document.text for document in everything])]

@@ -55,7 +55,9 @@ def score(
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**9
     for index, document in enumerate(tokens):
         if not 2 <= len(document) <= limit:
-            raise DataError(f"document {index} has {len(document)} tokens; scoring needs 2 to {limit} (the model's context)")
+            raise DataError(
+                f"document {index} has {len(document)} tokens; scoring needs 2 to {limit} (the model's context)"
+            )
     result: list[DocumentScore | None] = [None] * len(tokens)
     order = sorted(range(len(tokens)), key=lambda index: -len(tokens[index]))
     training = model.training
