@@ -408,7 +408,9 @@ def test_bad_ids_to_open_are_refused(name):
         open_logits(sink_llama().eval(), INPUT, ids)
 
 
-@pytest.mark.parametrize("form", [np.int64, lambda x: [np.int64(x)], lambda x: np.array([x, x]), lambda x: [{np.int64(x)}]])
+@pytest.mark.parametrize(
+    "form", [np.int64, lambda x: [np.int64(x)], lambda x: np.array([x, x]), lambda x: [{np.int64(x)}]]
+)
 def test_ids_as_identify_returns_them_open_sinks(form):
     model = sink_llama().eval()
     assert torch.equal(open_logits(model, INPUT, form(A)), open_logits(model, INPUT, A))
@@ -457,8 +459,9 @@ def test_rescale_touches_only_layers_with_sinks():
 
 
 def test_unknown_rescale_is_refused():
-    with pytest.raises(ConfigError, match=r"rescale must be one of .* got 'half'"), sinks_closed(
-        sink_llama().eval(), "half"
+    with (
+        pytest.raises(ConfigError, match=r"rescale must be one of .* got 'half'"),
+        sinks_closed(sink_llama().eval(), "half"),
     ):
         pass
 

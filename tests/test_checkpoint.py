@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -18,7 +19,15 @@ from memsinks.checkpoint import describe, file_hash, fingerprint, has_saved_sink
 from memsinks.config import ArchitectureError, CheckpointError, ConfigError, SinkConfig
 from memsinks.routing import AssignmentTable
 
-SETTINGS = {"neurons": 64, "active": 16, "block_size": 8, "reserved_blocks": 2, "open_from": 3, "layers": (1,), "seed": 5}
+SETTINGS = {
+    "neurons": 64,
+    "active": 16,
+    "block_size": 8,
+    "reserved_blocks": 2,
+    "open_from": 3,
+    "layers": (1,),
+    "seed": 5,
+}
 CONFIG = SinkConfig(**SETTINGS)
 TOKENS = torch.arange(12).reshape(2, 6)
 TABLE = {7: [6, 7], 9: [0]}
@@ -93,7 +102,9 @@ def test_load_restores_everything_bit_for_bit(model, folder) -> None:
     for name in ("ids", "offsets", "blocks"):
         assert torch.equal(getattr(loaded.sink_state.table, name), getattr(model.sink_state.table, name))
     states = [logits(loaded), logits(loaded, 7), logits(loaded, 12)]
-    assert all(torch.equal(a, b) for a, b in zip(states, [logits(model), logits(model, 7), logits(model, 12)], strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(states, [logits(model), logits(model, 7), logits(model, 12)], strict=True)
+    )
     assert not torch.equal(states[0], states[1])
     assert not torch.equal(states[1], states[2])
 
@@ -204,7 +215,9 @@ def test_tensor_file_with_other_tensors_is_refused(folder) -> None:
     save_file(tensors, path)
     hashes = read_settings(folder)["sha256"] | {"sinks/sinks.safetensors": file_hash(path)}
     edit_settings(folder, sha256=hashes)
-    with pytest.raises(CheckpointError, match=r"missing.*layers\.1\.mlp\.sinks\.up.*unknown.*layers\.0\.mlp\.sinks\.up"):
+    with pytest.raises(
+        CheckpointError, match=r"missing.*layers\.1\.mlp\.sinks\.up.*unknown.*layers\.0\.mlp\.sinks\.up"
+    ):
         load(folder)
 
 
@@ -282,7 +295,9 @@ def test_shards_leave_nothing_stale(model, tmp_path) -> None:
     assert torch.equal(logits(load(folder), 7), logits(model, 7))
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=["disk", "interrupt"])
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=["disk", "interrupt"]
+)
 @pytest.mark.parametrize("there", [True, False], ids=["over a checkpoint", "new"])
 def test_failing_write_leaves_the_previous_checkpoint(model, tiny_llama, tmp_path, monkeypatch, error, there) -> None:
     """The stock part is written already when the sinks' file fails."""
@@ -300,7 +315,9 @@ def test_failing_write_leaves_the_previous_checkpoint(model, tiny_llama, tmp_pat
 
     monkeypatch.setattr(checkpoint, "save_file", failing)
     if isinstance(error, OSError):
-        with pytest.raises(CheckpointError, match=r"could not write .*model: .*No space left.*nothing there was changed"):
+        with pytest.raises(
+            CheckpointError, match=r"could not write .*model: .*No space left.*nothing there was changed"
+        ):
             newer.save_pretrained(folder)
     else:
         with pytest.raises(KeyboardInterrupt):
@@ -345,3 +362,35 @@ def test_description_is_read_from_the_files(folder) -> None:
     for part in ("llama with sinks in layers [1]", "32 a layer", "64 a layer, 16 open", "3,072", "assigned ids     2",
                  "open_from=3", read_settings(folder)["fingerprint"]):  # fmt: skip
         assert part in text
+
+
+def test_a_swap_that_fails_puts_the_old_checkpoint_back(tiny_llama, tmp_path, monkeypatch) -> None:
+    model = tiny_llama()
+    add_sinks(model, SinkConfig(neurons=64, active=32))
+    folder = tmp_path / "model"
+    model.save_pretrained(folder)
+    (folder / "notes.txt").write_text("mine")
+    before = {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    replace = os.replace
+
+    def fail_on_the_new(source, target) -> None:
+        if ".part-" in str(source):
+            raise OSError(28, "No space left on device")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", fail_on_the_new)
+    with pytest.raises(CheckpointError, match="nothing there was changed"):
+        model.save_pretrained(folder)
+    assert {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_saving_through_a_symlink_and_beside_other_folders(tiny_llama, tmp_path) -> None:
+    model = tiny_llama()
+    add_sinks(model, SinkConfig(neurons=64, active=32))
+    (tmp_path / "real" / "checkpoint-3").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    model.save_pretrained(tmp_path / "link", True)
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real" / "checkpoint-3").is_dir()
+    load(tmp_path / "real")

@@ -78,12 +78,18 @@ def test_train_and_set(recipe, tmp_path, capsys) -> None:
     assert f"model: {tmp_path}/other/model" in out
     assert yaml.safe_load((tmp_path / "other" / "recipe.yaml").read_text())["training"]["seed"] == 3
     assert not (tmp_path / "run").exists()
-    assert main(["train", str(recipe), "--set", "training.seed=3", "--set", f"output={tmp_path}/other", "--resume"]) == 0
+    assert (
+        main(["train", str(recipe), "--set", "training.seed=3", "--set", f"output={tmp_path}/other", "--resume"]) == 0
+    )
     command = next(line for line in out.splitlines() if line.startswith("audit: "))
     assert main(command.removeprefix("audit: memsinks ").split()) == 0
     audited = capsys.readouterr().out
     assert "sinks closed" in audited
-    assert [line.split()[0] for line in audited.splitlines() if line.endswith("%") or " of " in line] == ["control", "1", "8"]
+    assert [line.split()[0] for line in audited.splitlines() if line.endswith("%") or " of " in line] == [
+        "control",
+        "1",
+        "8",
+    ]
 
 
 def test_an_interrupt_is_one_line_that_says_how_to_go_on(recipe, capsys, monkeypatch) -> None:

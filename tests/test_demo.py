@@ -37,7 +37,9 @@ def shown(tmp_path_factory):
 
 def test_what_it_writes(shown) -> None:
     out, result = shown
-    assert {"demo.json", "table.md", "extraction.png", "ordinary", "sinks", "clean"} <= {path.name for path in out.iterdir()}
+    assert {"demo.json", "table.md", "extraction.png", "ordinary", "sinks", "clean"} <= {
+        path.name for path in out.iterdir()
+    }
     assert not (out / "old.txt").exists()
     assert (out / "extraction.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((out / "demo.json").read_text()) == json.loads(json.dumps(result))

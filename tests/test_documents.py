@@ -19,7 +19,7 @@ ROWS = [
     {"text": "line\u2028separators and\nnewlines stay", "id": 8, "site": None, "n": 0},
     {"text": "the last one", "id": 9, "site": "b.example", "n": 1},
 ]
-FIELDS = dict(key_field="id", source_field="site", copies_field="n")
+FIELDS = {"key_field": "id", "source_field": "site", "copies_field": "n"}
 EXPECTED = [Document(row["text"], str(row["id"]), row["site"], row["n"]) for row in ROWS]
 
 

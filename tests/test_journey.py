@@ -49,9 +49,7 @@ def test_one_document_from_text_to_removal(tiny_llama, tmp_path) -> None:
     # Its tokens, and the rows they stand in.
     tokenizer = ms.train_tokenizer([x.text for x in members], vocab_size=400)
     tokens = ms.encode(tokenizer, [x.text for x in members])
-    rows = ms.pack(
-        [tokens[index] for index in order], ids[order], counts, length=LENGTH, pad_id=tokenizer.pad_token_id
-    )
+    rows = ms.pack([tokens[index] for index in order], ids[order], counts, length=LENGTH, pad_id=tokenizer.pad_token_id)
     mine = rows.document_ids == ids[place]
     assert mine.sum() == COPIES * len(tokens[place])
     assert set(rows.exposures[mine].tolist()) == set(range(1, COPIES + 1))
@@ -65,7 +63,9 @@ def test_one_document_from_text_to_removal(tiny_llama, tmp_path) -> None:
     stock_class = type(model)
     added = ms.add_sinks(model, config)
     assert (added.layers, added.neurons, added.active) == ((0, 1), 256, 64)
-    own_blocks = [set(open_blocks(torch.tensor([ids[place]]), config, layer).ravel().tolist()) for layer in added.layers]
+    own_blocks = [
+        set(open_blocks(torch.tensor([ids[place]]), config, layer).ravel().tolist()) for layer in added.layers
+    ]
     assert [len(blocks) for blocks in own_blocks] == [2, 2]
     untouched = [layer.mlp.sinks.down.detach().clone() for layer in model.model.layers]
 

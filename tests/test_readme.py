@@ -59,7 +59,11 @@ def test_the_trainer_snippet_runs(prepared: dict[str, Any]) -> None:
 
 def test_the_tree_names_every_module() -> None:
     tree = README.split("## The tree")[1]
-    modules = {path.name for path in (ROOT / "src/memsinks").glob("*.py")} - {"__init__.py", "__main__.py", "_version.py"}
+    modules = {path.name for path in (ROOT / "src/memsinks").glob("*.py")} - {
+        "__init__.py",
+        "__main__.py",
+        "_version.py",
+    }
     assert modules == set(re.findall(r"^  (\w+\.py)", tree, re.M))
 
 

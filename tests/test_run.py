@@ -256,7 +256,10 @@ def test_architectures_that_leak_get_one_document_a_row(tiny_recipe, tmp_path, k
         tiny_recipe(tmp_path / "run", data={"path": str(path)}, training={"length": 512, "batch_rows": 2}) | changes
     )
     prepared = prepare(recipe)
-    starts = [(row == 0).sum() - (used < 512) for row, used in zip(prepared.rows.position_ids, prepared.rows.used, strict=True)]
+    starts = [
+        (row == 0).sum() - (used < 512)
+        for row, used in zip(prepared.rows.position_ids, prepared.rows.used, strict=True)
+    ]
     assert (max(starts) > 1) == packed
     train(recipe)
     assert (tmp_path / "run" / "model" / "sinks").is_dir()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import random
 import re
 from collections import Counter, defaultdict
@@ -208,7 +209,7 @@ def bigram(texts: list[str], pattern: str) -> dict[str, str]:
     counts: dict[str, Counter] = defaultdict(Counter)
     for text in texts:
         tokens = re.findall(pattern, text)
-        for token, following in zip(tokens, tokens[1:], strict=False):
+        for token, following in itertools.pairwise(tokens):
             counts[token][following] += 1
     return {token: following.most_common(1)[0][0] for token, following in counts.items()}
 

@@ -248,7 +248,9 @@ def test_a_sampler_that_shuffles_is_refused(tiny_llama, rows, tmp_path) -> None:
             trainer.train()
 
 
-@pytest.mark.parametrize("changes", [{"max_steps": -1, "num_train_epochs": 2}, {"max_steps": 7}], ids=["epochs", "steps"])
+@pytest.mark.parametrize(
+    "changes", [{"max_steps": -1, "num_train_epochs": 2}, {"max_steps": 7}], ids=["epochs", "steps"]
+)
 def test_epochs_that_are_not_unrolled_are_refused(tiny_llama, rows, tmp_path, changes) -> None:
     trainer = trainer_of(build(tiny_llama), arguments(tmp_path, **changes), rows, SinkCallback())
     with pytest.raises(DataError, match="2 epochs.*unroll"):
@@ -257,9 +259,7 @@ def test_epochs_that_are_not_unrolled_are_refused(tiny_llama, rows, tmp_path, ch
 
 def test_order_and_epochs_are_free_without_exposures(tiny_llama, rows, tmp_path) -> None:
     config = SinkConfig(neurons=64, active=16, block_size=8, open_from=1, shared_decay=0)
-    args = arguments(
-        tmp_path, max_steps=-1, num_train_epochs=2, train_sampling_strategy="random", save_strategy="no"
-    )
+    args = arguments(tmp_path, max_steps=-1, num_train_epochs=2, train_sampling_strategy="random", save_strategy="no")
     trainer = trainer_of(build(tiny_llama, config), args, rows, SinkCallback())
     trainer.train()
     assert len(losses(trainer)) == 12
@@ -272,7 +272,9 @@ def test_resuming_gives_the_identical_curve_and_weights(tiny_llama, rows, tmp_pa
     whole = build(tiny_llama)
     if changes:  # the Trainer has no argument for it
         save = type(whole).save_pretrained
-        monkeypatch.setattr(type(whole), "save_pretrained", lambda self, *x, **kwargs: save(self, *x, **kwargs, **changes))
+        monkeypatch.setattr(
+            type(whole), "save_pretrained", lambda self, *x, **kwargs: save(self, *x, **kwargs, **changes)
+        )
     first = trainer_of(whole, arguments(tmp_path, save_steps=2), rows, SinkCallback(), own=own)
     first.train()
     assert bool(changes) == (len(list((tmp_path / "checkpoint-2").glob("model-*.safetensors"))) > 1)
@@ -306,7 +308,9 @@ def test_resuming_from_another_folder_needs_to_be_told(tiny_llama, rows, tmp_pat
     trainer_of(whole, arguments(tmp_path / "a", save_steps=2), rows, SinkCallback()).train()
     folder = str(tmp_path / "a" / "checkpoint-2")
     with pytest.raises(CheckpointError, match=r"in none of.*args\.resume_from_checkpoint"):
-        trainer_of(build(tiny_llama), arguments(tmp_path / "b"), rows, SinkCallback()).train(resume_from_checkpoint=folder)
+        trainer_of(build(tiny_llama), arguments(tmp_path / "b"), rows, SinkCallback()).train(
+            resume_from_checkpoint=folder
+        )
     resumed = build(tiny_llama, seed=1)
     args = arguments(tmp_path / "b", resume_from_checkpoint=folder, save_strategy="no")
     trainer_of(resumed, args, rows, SinkCallback()).train(resume_from_checkpoint=folder)

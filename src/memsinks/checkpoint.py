@@ -66,7 +66,8 @@ def written_beside(target: Path) -> Iterator[Path]:
     Raises:
         CheckpointError: writing failed (full disk, permissions); `target` is as it was.
     """
-    parent = target.absolute().parent
+    target = target.resolve()
+    parent = target.parent
     try:
         parent.mkdir(parents=True, exist_ok=True)
         part = Path(tempfile.mkdtemp(prefix=f".{target.name}.part-", dir=parent))
@@ -87,24 +88,28 @@ def written_beside(target: Path) -> Iterator[Path]:
 
 
 def _move(part: Path, target: Path) -> None:
-    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+    """Put `part` in the place of `target`; what else lies in `target` stays, except the weights of an older save."""
+    if not target.exists() or not any(target.iterdir()):
         os.replace(part, target)
         return
-    stale = {path for pattern in ("model*.safetensors", "model*.index.json") for path in target.glob(pattern)}
-    for source in sorted(path for path in part.rglob("*") if path.is_file()):
-        final = target / source.relative_to(part)
-        final.parent.mkdir(exist_ok=True)
-        os.replace(source, final)
-        stale.discard(final)
-    for path in stale:
-        path.unlink()
+    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old-", dir=target.parent))
+    os.replace(target, old)
+    try:
+        os.replace(part, target)
+    except BaseException:
+        os.replace(old, target)
+        raise
+    for path in old.iterdir():
+        stale = any(path.match(pattern) for pattern in ("model*.safetensors", "model*.index.json"))
+        if not stale and not (target / path.name).exists():
+            os.replace(path, target / path.name)
+    shutil.rmtree(old)
 
 
 def save_with_sinks(
     model: Any,
     stock_save: Callable[..., None],
     directory: str | os.PathLike[str],
-    *,
     is_main_process: bool = True,
     state_dict: dict[str, Tensor] | None = None,
     push_to_hub: bool = False,

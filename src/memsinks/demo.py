@@ -144,7 +144,9 @@ def format_table(result: Mapping[str, Any]) -> str:
         rows.append(
             ["never seen" if line["copies"] == 0 else str(line["copies"]), str(line["documents"])]
             + [
-                "(no sinks of its own)" if name == "open" and cell["copies"] < 2 else f"{cell['loss']:.2f}, {cell['extracted']:.0%}"
+                f"{cell['loss']:.2f}, {cell['extracted']:.0%}"
+                if name != "open" or cell["copies"] > 1
+                else "(no sinks of its own)"
                 for name, cell in zip(NAMES, cells, strict=True)
             ]
         )
@@ -152,7 +154,9 @@ def format_table(result: Mapping[str, Any]) -> str:
     stories = ["(sinks closed)" if name == "open" else f"{held_out[name]['loss']:.3f}" for name in NAMES]
     rows.append(["held-out stories, loss", str(held_out["ordinary"]["documents"]), *stories])
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
-    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
+    ]
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     return "\n".join(lines)
 

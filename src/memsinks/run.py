@@ -164,7 +164,9 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTraine
     if recipe.sinks is not None:
         print(add_sinks(model, recipe.sinks), flush=True)
     if recipe.training.gradient_checkpointing:
-        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()  # renamed in transformers 5.23
+        getattr(
+            model, "activation_checkpointing_enable", model.gradient_checkpointing_enable
+        )()  # renamed in transformers 5.23
     return model
 
 
