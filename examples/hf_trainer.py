@@ -5,13 +5,13 @@ import sys
 from transformers import AutoModelForCausalLM, GPT2Config, Trainer, TrainingArguments
 
 import memsinks as ms
-from memsinks.synthetic import corpus, training_order
+from memsinks.synthetic import corpus
 
 target = sys.argv[1] if len(sys.argv) > 1 else "runs/example-trainer"
 
 documents = [document for document in corpus(stories=300, people_per_level=4) if document.copies]
 tokenizer = ms.train_tokenizer([document.text for document in documents], vocab_size=512)
-order = training_order(documents)
+order = ms.training_order(documents)
 ids, groups = ms.identify(documents)
 tokens = ms.encode(tokenizer, [document.text for document in documents])
 rows = ms.pack(

@@ -12,6 +12,7 @@ import torch
 from tiny import IGNORED, VOCABULARY, fill_sinks, gradients, sink_llama, tiny_llama, tokens
 from torch import nn
 from transformers import LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from memsinks.attach import (
     add_sinks,
@@ -418,9 +419,69 @@ def test_ids_as_identify_returns_them_open_sinks(form):
 
 def test_an_id_per_row_serves_all_beams_of_the_row():
     model = sink_llama().eval()
-    each = open_logits(model, INPUT, torch.tensor([A, B]))
-    beams = open_logits(model, INPUT.repeat_interleave(3, 0), torch.tensor([A, B]))
-    torch.testing.assert_close(beams[::3], each, rtol=0, atol=1e-6)
+    each = []
+    for row, one in enumerate((A, B)):
+        with sinks_open(model, one):
+            each.append(model.generate(INPUT[row : row + 1], num_beams=3, max_new_tokens=4, do_sample=False))
+    with sinks_open(model, torch.tensor([A, B])):
+        both = model.generate(INPUT, num_beams=3, max_new_tokens=4, do_sample=False)
+    assert torch.equal(both, torch.cat(each))
+
+
+def test_ids_for_fewer_rows_are_refused_outside_of_generation():
+    with pytest.raises(DataError, match="ids for 2 rows, the input has 4"):
+        open_logits(sink_llama().eval(), INPUT.repeat_interleave(2, 0), torch.tensor([A, B]))
+
+
+def test_packed_rows_do_not_leak_in_evaluation():
+    model = sink_llama().eval()
+    other = INPUT.clone()
+    half = INPUT.shape[1] // 2
+    other[:, :half] = (other[:, :half] + 1) % VOCABULARY
+    positions = torch.cat([torch.arange(half), torch.arange(INPUT.shape[1] - half)])[None].expand(2, -1)
+    with torch.no_grad():
+        first, second = (model(input_ids=x, position_ids=positions).logits[:, half:] for x in (INPUT, other))
+    assert torch.equal(first, second)
+
+
+def test_a_module_with_a_forward_of_its_own_is_refused():
+    """device_map over several devices and compiled forwards sit on the instance and would bypass the sinks."""
+    model = tiny_llama()
+    model.model.layers[0].forward = model.model.layers[0].forward
+    with pytest.raises(ArchitectureError, match="forward of its own"):
+        add_sinks(model, SinkConfig(neurons=64, active=16, block_size=8))
+
+
+def test_a_layer_that_hides_its_mlp_is_refused_when_it_runs():
+    class Hiding(LlamaDecoderLayer):
+        def feed(self, x):
+            return self.mlp(x)
+
+        def forward(self, hidden_states, **kwargs):
+            return hidden_states + self.feed(hidden_states)
+
+    model = tiny_llama()
+    for layer in model.model.layers:
+        layer.__class__ = Hiding
+    add_sinks(model, SinkConfig(neurons=64, active=16, block_size=8))
+    with pytest.raises(ArchitectureError, match="does not call its MLP from its own forward"):
+        open_logits(model.eval(), INPUT, A)
+
+
+def test_replicas_of_data_parallel_are_refused():
+    model = sink_llama()
+    model._is_replica = True
+    with pytest.raises(ArchitectureError, match="DataParallel is not supported"):
+        model(input_ids=INPUT, document_ids=torch.tensor([A, B]), exposures=torch.tensor([1, 2]))
+
+
+def test_wrappers_are_looked_through():
+    model = sink_llama()
+    compiled = torch.compile(model, backend="eager")
+    assert has_sinks(compiled)
+    assert require_sinks(compiled) is model.sink_state
+    with pytest.raises(ArchitectureError, match="wrapped in OptimizedModule"):
+        remove_sinks(compiled)
 
 
 def test_closing_is_refused_in_training_mode():

@@ -8,11 +8,13 @@ import math
 import numpy as np
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from torch import nn
 from transformers.modeling_outputs import CausalLMOutput
 
 from memsinks.attach import add_sinks, has_sinks, sinks_open
 from memsinks.audit import DocumentScore, audit, extracted, generate_continuation, score
+from memsinks.audit.report import start_tokens
 from memsinks.config import ConfigError, DataError, SinkConfig
 from memsinks.documents import Document
 from memsinks.identity import document_id
@@ -219,7 +221,9 @@ def test_the_report(config, tokenizer) -> None:
     assert "control" in text
     assert text.count("too short") == 4
     values = result.to_dict()
-    assert values["settings"] == {"prefix": 500, "continuation": 500, "private_part": False}
+    assert values["settings"] == {
+        "prefix": 500, "continuation": 500, "private_part": False, "identity": "content", "start_token": False,
+    }  # fmt: skip
     assert json.loads(json.dumps(values))["lines"][3]["copies"] == 16
 
 
@@ -261,3 +265,16 @@ def test_settings_that_cannot_be(tiny_llama, config, tokenizer) -> None:
     add_sinks(model, SinkConfig(neurons=16, active=8, block_size=8))
     with pytest.raises(DataError, match="document 0 has no key"):
         audit(model, MEMBERS, CONTROLS, tokenizer, state="open", identity="key")
+
+
+def test_a_start_token_the_tokenizer_adds_is_given(tiny_llama) -> None:
+    tokenizer = train_tokenizer(["a text of some words"], 300)
+    assert start_tokens(tokenizer).tolist() == []
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", tokenizer.bos_token_id)]
+    )
+    assert start_tokens(tokenizer).tolist() == [tokenizer.bos_token_id]
+    members, controls = [Document("a text of words", copies=2)], [Document("some words of a text")]
+    found = audit(tiny_llama(vocab_size=len(tokenizer)), members, controls, tokenizer, prefix=1, continuation=1)
+    assert found.settings["start_token"]
+    assert [line.asked for line in found.lines] == [1, 1]

@@ -394,3 +394,17 @@ def test_saving_through_a_symlink_and_beside_other_folders(tiny_llama, tmp_path)
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "real" / "checkpoint-3").is_dir()
     load(tmp_path / "real")
+
+
+def test_the_current_folder_is_not_replaced(tiny_llama, tmp_path, monkeypatch) -> None:
+    model = tiny_llama()
+    add_sinks(model, SinkConfig(neurons=64, active=32))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match="current folder"):
+        model.save_pretrained(".")
+
+
+def test_an_interrupted_swap_is_named(tmp_path) -> None:
+    (tmp_path / ".model.old-x1").mkdir()
+    with pytest.raises(CheckpointError, match=r"interrupted; what was there is in .*\.model\.old-x1"):
+        load(tmp_path / "model")

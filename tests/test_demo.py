@@ -31,7 +31,9 @@ def shown(tmp_path_factory):
     out = tmp_path_factory.mktemp("demo") / "out"
     out.mkdir()
     (out / "demo.json").write_text("{}")
-    (out / "old.txt").write_text("of an earlier demo")
+    (out / "clean").mkdir()
+    (out / "clean" / "old.txt").write_text("of an earlier demo")
+    (out / "mine.txt").write_text("mine")
     return out, demo(out, SMALL)
 
 
@@ -40,7 +42,8 @@ def test_what_it_writes(shown) -> None:
     assert {"demo.json", "table.md", "extraction.png", "ordinary", "sinks", "clean"} <= {
         path.name for path in out.iterdir()
     }
-    assert not (out / "old.txt").exists()
+    assert not (out / "clean" / "old.txt").exists()
+    assert (out / "mine.txt").read_text() == "mine"
     assert (out / "extraction.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((out / "demo.json").read_text()) == json.loads(json.dumps(result))
     assert not list((out / "clean").rglob("*sink*"))

@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import memsinks as ms
 from memsinks.audit import AuditLine, generate_continuation
 from memsinks.routing import open_blocks
-from memsinks.synthetic import training_order
 
 COPIES, LENGTH = 100, 64
 NAMES = "Ada Bela Cora Dario Edda Falk Gwen Hugo Ines Juna Kaja Lasse Mira Nils Orla Pelle Romy Selma Theo Urs".split()
@@ -42,7 +41,7 @@ def test_one_document_from_text_to_removal(tiny_llama, tmp_path) -> None:
     # Its id, and its exposures over the training order.
     ids, groups = ms.identify(members)
     assert ids[place] == ms.document_id(document.text)
-    order = training_order(members, seed=0)
+    order = ms.training_order(members, seed=0)
     counts = ms.exposures(groups[order])
     assert sorted(counts[ids[order] == ids[place]]) == list(range(1, COPIES + 1))
 

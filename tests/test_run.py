@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import warnings
 from pathlib import Path
 
@@ -15,12 +16,12 @@ from transformers import LlamaForCausalLM
 
 from memsinks import run
 from memsinks.attach import has_sinks
-from memsinks.checkpoint import load
+from memsinks.checkpoint import load, load_any
 from memsinks.config import CheckpointError, ConfigError, DataError
 from memsinks.documents import Document
 from memsinks.identity import NO_SINKS, document_id
 from memsinks.recipe import DataRecipe, RepeatRecipe, parse_recipe
-from memsinks.run import choose_documents, load_any, prepare, train
+from memsinks.run import choose_documents, prepare, train
 from memsinks.tokens import encode, load_tokenizer
 
 
@@ -67,7 +68,9 @@ def test_the_run_folder(tiny_run, tiny_recipe, steps) -> None:
     assert (facts["documents"], facts["controls"], facts["seed"]) == (len(members), len(controls), 0)
     assert facts["rows"] // 8 == steps
     assert 0.5 < facts["fill"] <= 1
-    assert set(facts["versions"]) == {"torch", "transformers", "numpy", "safetensors", "python"}
+    assert set(facts["versions"]) == {
+        "memsinks", "python", "torch", "transformers", "accelerate", "tokenizers", "numpy", "safetensors",
+    }  # fmt: skip
     assert len(facts["corpus_sha256"]) == 64
     assert {document.copies for document in members} == {1, 8}
     assert {document.copies for document in controls} == {0}
@@ -343,3 +346,28 @@ def test_real_stories(tiny_recipe, tmp_path) -> None:
     curve = [line["loss"] for line in metrics(tmp_path / "run")]
     assert curve[-1] < curve[0] - 0.2
     assert len((tmp_path / "run" / "controls.jsonl").read_text().splitlines()) == 20
+
+
+def test_a_text_that_is_also_trained_on_is_never_held_out(tmp_path) -> None:
+    lines = [{"text": f"text number {number % 10} of the corpus"} for number in range(20)]
+    lines += [{"text": f"another text, number {number}"} for number in range(10)]
+    path = tmp_path / "corpus.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    documents = choose_documents(DataRecipe(path=str(path), held_out=5), seed=0)
+    held_out = {document.text for document in documents if not document.copies}
+    assert len(held_out) == 5
+    assert not held_out & {document.text for document in documents if document.copies}
+    with pytest.raises(ConfigError, match="20 different texts"):
+        choose_documents(DataRecipe(path=str(path), held_out=11), seed=0)
+
+
+def test_a_changed_corpus_is_not_resumed(tiny_run, tiny_recipe, tmp_path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(tiny_run, folder)
+    values = tiny_recipe(folder)
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(parse_recipe(values).to_dict()))
+    facts = json.loads((folder / "run.json").read_text())
+    del facts["seconds"]
+    (folder / "run.json").write_text(json.dumps(facts | {"corpus_sha256": "0" * 64}))
+    with pytest.raises(CheckpointError, match="the corpus has changed"):
+        train(parse_recipe(values), resume=True)

@@ -12,7 +12,8 @@ import pytest
 
 from memsinks.config import ConfigError, DataError
 from memsinks.documents import Document, require_unique_keys
-from memsinks.synthetic import corpus, private_facts, private_start, training_order
+from memsinks.identity import training_order
+from memsinks.synthetic import corpus, private_facts, private_start
 
 LEVELS = (0, 1, 4, 16, 64)
 

@@ -200,7 +200,7 @@ def path_of(text: str, name: str, seed: int) -> Path:
     return RESULTS / f"{text}-{slug}-{seed}.json"
 
 
-def everything(jobs: int, texts: list[str], seeds: list[int]) -> None:
+def everything(jobs: int, texts: list[str], seeds: list[int], chosen: list[str]) -> None:
     """Run what is not there yet, `jobs` at a time, in the order of `arms`."""
     RESULTS.mkdir(exist_ok=True)
     names = list(arms())
@@ -214,7 +214,7 @@ def everything(jobs: int, texts: list[str], seeds: list[int]) -> None:
     todo = [
         (text, name, seed)
         for group in groups for seed in seeds for text in texts for name in group
-        if not path_of(text, name, seed).exists()
+        if name in chosen and not path_of(text, name, seed).exists()
     ]  # fmt: skip
     running: list[tuple[subprocess.Popen[bytes], str]] = []
     started = time.time()
@@ -280,6 +280,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--texts", nargs="+", default=list(FILES), choices=list(FILES))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--arms", nargs="+", default=list(arms()), choices=list(arms()), metavar="ARM")
     parser.add_argument("--one", nargs=3, metavar=("TEXT", "ARM", "SEED"))
     parser.add_argument("--table", action="store_true")
     arguments = parser.parse_args()
@@ -295,7 +296,7 @@ def main() -> None:
         part.write_text(result)
         part.rename(target)
     else:
-        everything(arguments.jobs, arguments.texts, arguments.seeds)
+        everything(arguments.jobs, arguments.texts, arguments.seeds, arguments.arms)
 
 
 if __name__ == "__main__":

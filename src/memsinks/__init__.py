@@ -5,7 +5,7 @@ Read the modules in the order in which a document passes through them:
 config      every setting, validated and versioned; the error types
 documents   a document and its readers: jsonl, parquet, txt, folders, Hugging Face datasets
 synthetic   the built-in corpus: stories, invented persons, near copies, canaries, controls
-identity    document -> 63-bit id; exposure numbers
+identity    document -> 63-bit id; training order; exposure numbers
 tokens      texts -> tokens
 packing     documents -> rows; the collator
 routing     id -> open sink blocks; the plan of one forward
@@ -21,16 +21,18 @@ export      the plain checkpoint, checked in a fresh process; the model card
 audit       loss and extraction of documents against controls
 recipe      the YAML of a run
 run         one run of a recipe
+demo        the whole journey in minutes
+cli         the command line
 """
 
 from ._version import __version__
 from .attach import Added, add_sinks, has_sinks, remove_sinks, sinks_closed, sinks_open
 from .audit import Audit, audit
-from .checkpoint import fingerprint, load, load_sinks
+from .checkpoint import fingerprint, load, load_any, load_sinks
 from .config import ArchitectureError, CheckpointError, ConfigError, DataError, MemsinksError, SinkConfig
 from .documents import Document, read_documents, require_unique_keys
 from .export import export
-from .identity import NO_SINKS, document_id, equal_repetition, exposures, identify
+from .identity import NO_SINKS, document_id, equal_repetition, exposures, identify, training_order
 from .objective import shared_weight, target_count
 from .optim import AdamW, GradientNorms, clip_grad_norm_, param_groups
 from .packing import Rows, collate, pack, refuse_shuffling
@@ -71,6 +73,7 @@ __all__ = [
     "has_sinks",
     "identify",
     "load",
+    "load_any",
     "load_sinks",
     "load_tokenizer",
     "pack",
@@ -87,4 +90,5 @@ __all__ = [
     "target_count",
     "train",
     "train_tokenizer",
+    "training_order",
 ]

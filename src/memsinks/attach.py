@@ -15,7 +15,7 @@ import functools
 import inspect
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -144,12 +144,21 @@ class SinkLayer(_Derived):
         if sink_plan is None:
             return forward(self, *args, **kwargs)
         layer_plan, scale, detached = sink_plan
-        mlp = functools.partial(getattr(self, self.sink_mlp), sink_plan=(layer_plan, scale))
+        calls = []
+
+        def mlp(*args: Any, **kwargs: Any) -> Tensor:
+            calls.append(None)
+            return getattr(self, self.sink_mlp)(*args, sink_plan=(layer_plan, scale), **kwargs)
+
         view = _View(self, self.sink_mlp, mlp)  # type: ignore[arg-type]
-        if detached:
-            with frozen(shared_parameters(self)):  # type: ignore[arg-type]
-                return forward(view, *args, **kwargs)
-        return forward(view, *args, **kwargs)
+        with frozen(shared_parameters(self)) if detached else nullcontext():  # type: ignore[arg-type]
+            out = forward(view, *args, **kwargs)
+        if not calls:
+            raise ArchitectureError(
+                f"{type(self).__name__} does not call its MLP from its own forward, so its sinks would never be used; "
+                "this architecture is not supported"
+            )
+        return out
 
 
 class SinkMlp(_Derived):
@@ -191,6 +200,8 @@ class SinkModel(_Derived):
     def forward_with_sinks(
         self, *args: Any, document_ids: Tensor | None = None, exposures: Tensor | None = None, **kwargs: Any
     ) -> Any:
+        if getattr(self, "_is_replica", False):
+            raise ArchitectureError("DataParallel is not supported: its replicas share one routing plan; use DDP")
         state = self.sink_state
         kwargs.update(zip(state.arguments, args, strict=False))
         tokens = kwargs.get("input_ids")
@@ -201,6 +212,10 @@ class SinkModel(_Derived):
         stock = super().forward  # type: ignore[misc]
         if self.training:  # type: ignore[attr-defined]
             return self._train_forward(stock, (rows, length), document_ids, exposures, kwargs)
+        # A cache switches off the isolation of packed documents.
+        packed = kwargs.get("labels") is not None or kwargs.get("position_ids") is not None
+        if packed and "use_cache" in state.arguments and kwargs.get("use_cache") is None:
+            kwargs["use_cache"] = False
         if state.opened is None:
             return stock(**kwargs)
         ids = _opened_ids(state.opened, rows, length, tokens.device, kwargs.get("past_key_values"))
@@ -220,7 +235,7 @@ class SinkModel(_Derived):
             counts = _aligned(exposures, "exposures", shape, 1)
         else:
             counts = torch.ones_like(ids)
-        self._check_isolation(ids, exposures, kwargs)
+        self._check_isolation(document_ids, exposures, kwargs)
         if "use_cache" in state.arguments:
             kwargs["use_cache"] = False
         opened = torch.where(counts < config.open_from, NO_SINKS, ids)
@@ -298,18 +313,23 @@ class SinkModel(_Derived):
             out.loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocabulary, **loss_arguments)  # type: ignore
         return out
 
-    def _check_isolation(self, document_ids: Tensor, exposures: Tensor | None, kwargs: dict[str, Any]) -> None:
-        """Refuse rows in which ids or exposures change, so that they hold several documents, without isolation."""
-        if torch.compiler.is_compiling():
-            return
+    def _check_isolation(self, document_ids: Tensor | None, exposures: Tensor | None, kwargs: dict[str, Any]) -> None:
+        """Refuse rows in which ids or exposures change, so that they hold several documents, without isolation.
+
+        A compiled forward cannot look into the rows: there all ids [B, T] count as several documents a row.
+        """
         marks = [mark for mark in (document_ids, exposures) if mark is not None and mark.dim() == 2]
-        borders = [mark[:, 1:] != mark[:, :-1] for mark in marks]
-        # What follows a row's last target (or, without labels, its last id) is padding, not a document.
-        labels = kwargs.get("labels")
-        text = document_ids != NO_SINKS if labels is None else labels != IGNORED
-        before_the_end = text[:, 1:].flip(1).cumsum(1).flip(1).bool()
-        if not any(bool((border & before_the_end).any()) for border in borders):
+        if not marks:
             return
+        if not torch.compiler.is_compiling():
+            borders = [mark[:, 1:] != mark[:, :-1] for mark in marks]
+            # What follows a row's last target (or, without labels, its last id) is padding, not a document.
+            labels = kwargs.get("labels")
+            ids = marks[0]
+            text = ids != NO_SINKS if labels is None else labels != IGNORED
+            before_the_end = text[:, 1:].flip(1).cumsum(1).flip(1).bool()
+            if not any(bool((border & before_the_end).any()) for border in borders):
+                return
         kind = self.config.model_type  # type: ignore[attr-defined]
         if kind not in ISOLATES_PACKED:
             raise ArchitectureError(
@@ -373,7 +393,8 @@ def _aligned(ids: Tensor | None, name: str, shape: tuple[int, int], least: int) 
 
 def _opened_ids(opened: Tensor, rows: int, length: int, device: torch.device, cache: Any) -> Tensor:
     """The ids of `sinks_open` as [rows, length, union]; tokens past the last column have the ids of the last column."""
-    if rows % opened.shape[0]:
+    generating = cache is not None
+    if rows != opened.shape[0] and not (opened.shape[0] == 1 or (generating and rows % opened.shape[0] == 0)):
         raise DataError(f"sinks_open was given ids for {opened.shape[0]} rows, the input has {rows}")
     opened = opened.repeat_interleave(
         rows // opened.shape[0], 0
@@ -411,19 +432,27 @@ def _parse_open(ids: OpenIds) -> Tensor:
     return flat[:, None, :]
 
 
+def unwrap(model: Any) -> Any:
+    """The model inside torch.compile, DDP and other wrappers that keep it as `module` or `_orig_mod`."""
+    while not isinstance(model, SinkModel):
+        inner = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
+        if not isinstance(inner, nn.Module):
+            break
+        model = inner
+    return model
+
+
 def has_sinks(model: nn.Module) -> bool:
     """Whether `add_sinks` was applied to the model."""
-    return isinstance(model, SinkModel)
+    return isinstance(unwrap(model), SinkModel)
 
 
 def require_sinks(model: nn.Module) -> SinkState:
     """The model's sink state; ArchitectureError if it has none."""
-    if not isinstance(model, SinkModel):
-        inner = getattr(model, "module", None) or getattr(model, "_orig_mod", None)
-        if isinstance(inner, SinkModel):
-            return inner.sink_state
+    inner = unwrap(model)
+    if not isinstance(inner, SinkModel):
         raise ArchitectureError(f"{type(model).__name__} has no sinks; add them with memsinks.add_sinks(model, config)")
-    return model.sink_state
+    return inner.sink_state
 
 
 def _check_host(model: Any) -> None:
@@ -447,8 +476,13 @@ def _check_host(model: Any) -> None:
         raise ArchitectureError("the model is sharded already (FSDP2 or tensor parallel); add sinks before sharding")
     if getattr(model, "hf_quantizer", None) is not None:
         raise ArchitectureError("quantised models are not supported; add sinks to the full-precision model")
-    if any(layer._compiled_call_impl is not None for layer in model.modules()):
+    if any(part._compiled_call_impl is not None for part in model.modules()):
         raise ArchitectureError("a part of the model is compiled already; add sinks first, then compile")
+    if any("forward" in vars(part) for part in model.modules()):
+        raise ArchitectureError(
+            "a module of the model has a forward of its own (device_map over several devices, or a compiled forward), which "
+            "would bypass the sinks; load the model without device_map and add sinks before anything is wrapped"
+        )
 
 
 def add_sinks(model: PreTrainedModel, config: SinkConfig) -> Added:
@@ -509,6 +543,10 @@ def add_sinks(model: PreTrainedModel, config: SinkConfig) -> Added:
 def remove_sinks(model: PreTrainedModel) -> PreTrainedModel:
     """Delete all sinks, in place; the model is of its stock class again. Returns the model."""
     require_sinks(model)
+    if not isinstance(model, SinkModel):
+        raise ArchitectureError(f"the model is wrapped in {type(model).__name__}; give remove_sinks the model inside")
+    for name in ("forward", "_original_forward"):  # left by accelerate's autocast, bound to the class that goes
+        vars(model).pop(name, None)
     for module in list(model.modules()):
         if isinstance(module, _Derived):
             if isinstance(module, SinkMlp):

@@ -67,6 +67,10 @@ def written_beside(target: Path) -> Iterator[Path]:
         CheckpointError: writing failed (full disk, permissions); `target` is as it was.
     """
     target = target.resolve()
+    if target == Path.cwd() or os.path.ismount(target):
+        raise CheckpointError(
+            f"{target} is the current folder or a mount point and cannot be replaced; give one inside it"
+        )
     parent = target.parent
     try:
         parent.mkdir(parents=True, exist_ok=True)
@@ -103,7 +107,7 @@ def _move(part: Path, target: Path) -> None:
         stale = any(path.match(pattern) for pattern in ("model*.safetensors", "model*.index.json"))
         if not stale and not (target / path.name).exists():
             os.replace(path, target / path.name)
-    shutil.rmtree(old)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def save_with_sinks(
@@ -165,6 +169,9 @@ def write_sinks(model: PreTrainedModel, tensors: dict[str, Tensor], part: Path) 
 def read_settings(directory: str | os.PathLike[str]) -> dict[str, Any]:
     """The settings in ``sinks/sinks.json``; CheckpointError if there are none or they cannot be read."""
     path = Path(directory) / FOLDER / SETTINGS
+    kept = sorted(Path(directory).parent.glob(f".{Path(directory).name}.old-*"))
+    if not Path(directory).exists() and kept:
+        raise CheckpointError(f"saving {directory} was interrupted; what was there is in {kept[-1]}, rename it back")
     if not path.is_file():
         raise CheckpointError(
             f"{directory} holds no sinks ({path} is missing); a checkpoint without sinks is loaded with "
@@ -307,3 +314,10 @@ def describe(directory: str | os.PathLike[str]) -> str:
         f"settings         {', '.join(f'{name}={value}' for name, value in defaults.items())}",
         f"fingerprint      {settings['fingerprint']}",
     ])  # fmt: skip
+
+
+def load_any(path: str | os.PathLike[str]) -> PreTrainedModel:
+    """Load any causal language model in eval mode: with its sinks where the checkpoint has them."""
+    if has_saved_sinks(path):
+        return load(path)
+    return load_stock(path).eval()

@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
         print("memsinks:", " ".join(str(error).split()), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("memsinks: interrupted; a run continues with --resume", file=sys.stderr)
+        print("memsinks: interrupted; memsinks train continues with --resume", file=sys.stderr)
         return 130
     return 0
 
@@ -135,8 +135,8 @@ def _audit(arguments: argparse.Namespace) -> None:
     from itertools import islice
 
     from .audit import audit
+    from .checkpoint import load_any
     from .documents import read_documents
-    from .run import load_any
     from .tokens import load_tokenizer
 
     fields = {name: getattr(arguments, name) for name in ("text_field", "key_field", "source_field")}

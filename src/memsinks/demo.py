@@ -23,13 +23,15 @@ from .synthetic import private_start
 from .tokens import encode, load_tokenizer
 
 RECIPE: Mapping[str, Any] = {
-    "data": {"synthetic": {"stories": 2500, "people_per_level": 10, "people_once": 400, "near_copies": 0}},
+    "data": {"synthetic": {
+        "stories": 3000, "people_per_level": 8, "people_once": 300, "near_copies": 0, "canaries_per_level": 0,
+    }},
     "tokenizer": {"vocab_size": 1024},
     "model": {"config": {
         "model_type": "llama", "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4,
         "num_attention_heads": 4, "num_key_value_heads": 4, "tie_word_embeddings": True,
     }},
-    "training": {"length": 192, "batch_rows": 8, "lr": 3e-3, "log_every": 50},
+    "training": {"length": 192, "batch_rows": 6, "lr": 3e-3, "log_every": 50},
 }  # fmt: skip
 SINKS: Mapping[str, Any] = {"neurons": 512, "active": 128, "shared_decay": 0.5}
 """Half the default decay: after so short a training the sinks then recite more, and a trace more stays behind."""
@@ -53,7 +55,8 @@ def demo(out: Path, recipe: Mapping[str, Any] = RECIPE) -> dict[str, Any]:
     if out.exists() and any(out.iterdir()):
         if not (out / MARK).is_file():
             raise CheckpointError(f"{out} is not empty and not an earlier demo; choose another folder with --out")
-        shutil.rmtree(out)
+        for name in ("ordinary", "sinks", "clean"):
+            shutil.rmtree(out / name, ignore_errors=True)
     out.mkdir(parents=True, exist_ok=True)
     (out / MARK).write_text("{}\n")
     started = time.time()

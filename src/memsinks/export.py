@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .attach import down_modules, is_sink, require_sinks, rescale_factor, sink_parameters, sinks_closed
+from .attach import down_modules, is_sink, require_sinks, rescale_factor, sink_parameters, sinks_closed, unwrap
 from .checkpoint import written_beside
 from .config import CheckpointError
 
@@ -67,6 +67,7 @@ def export(
         CheckpointError: the directory is not empty, writing failed, or the check did not pass; nothing is left behind.
     """
     state = require_sinks(model)
+    model = unwrap(model)
     target = Path(directory)
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
         raise CheckpointError(
@@ -98,8 +99,9 @@ def _verify(model: Any, part: Path, rescale: str) -> None:
     training = model.training
     model.eval()
     try:
-        with torch.no_grad(), sinks_closed(model, rescale):
-            want = model(input_ids=tokens.to(model.device)).logits.float().cpu()
+        # Without the autocast that accelerate leaves around a model's forward.
+        with torch.no_grad(), sinks_closed(model, rescale), torch.autocast(model.device.type, enabled=False):
+            want = type(model).forward(model, input_ids=tokens.to(model.device)).logits.float().cpu()
     finally:
         model.train(training)
     got = logits_in_fresh_process([part], tokens)[0]

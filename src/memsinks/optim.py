@@ -15,7 +15,7 @@ from .config import ConfigError
 
 
 def param_groups(
-    model: nn.Module, lr: float, weight_decay: float = 0.0, sink_lr_factor: float = 1.0
+    model: nn.Module, lr: float, weight_decay: float = 0.0, sink_lr_factor: float = 3.0
 ) -> list[dict[str, Any]]:
     """Groups for any optimizer: shared matrices with weight decay, other shared parameters and sinks without.
 
@@ -100,6 +100,8 @@ class AdamW(torch.optim.AdamW):
         if not state:
             state["step"] = torch.zeros(len(parameter), dtype=torch.float32, device=parameter.device)
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+        if state["step"].device != parameter.device:  # torch leaves "step" where a checkpoint was loaded
+            state["step"] = state["step"].to(parameter.device)
         gradient = parameter.grad
         assert gradient is not None
         moved = gradient.flatten(1).ne(0).any(1).nonzero()[:, 0]

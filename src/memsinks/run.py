@@ -19,6 +19,7 @@ import platform
 import random
 import time
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -30,16 +31,17 @@ import transformers
 import yaml
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
+from ._version import __version__
 from .attach import add_sinks, has_sinks
-from .checkpoint import has_saved_sinks, load, load_stock
+from .checkpoint import load_stock
 from .config import CheckpointError, ConfigError, DataError
 from .documents import Document, read_documents, require_unique_keys
 from .families import ISOLATES_PACKED
-from .identity import equal_repetition, exposures, identify
+from .identity import equal_repetition, exposures, identify, training_order
 from .optim import AdamW, param_groups
 from .packing import Rows, collate, pack
 from .recipe import DataRecipe, Recipe
-from .synthetic import corpus, training_order
+from .synthetic import corpus
 from .tokens import encode, load_tokenizer, train_tokenizer
 from .training import ProgressCallback, SinkCallback
 
@@ -72,17 +74,22 @@ def choose_documents(data: DataRecipe, seed: int) -> list[Document]:
     rng = random.Random(seed)
     order = [index for index, document in enumerate(documents) if document.copies > 0]
     rng.shuffle(order)
+    # A text that stands in the corpus twice cannot be held out by taking one of them.
+    times = Counter(document.text for document in documents)
+    held_out = [index for index in order if times[documents[index].text] == 1][: data.held_out]
+    chosen = set(held_out)
+    rest = [index for index in order if index not in chosen]
     repeated = data.repeat.documents if data.repeat else 0
-    if data.held_out + repeated > len(order) - 1:
+    if len(held_out) < data.held_out or repeated > len(rest) - 1:
         raise ConfigError(
-            f"held_out ({data.held_out}) and repeat.documents ({repeated}) leave none of {len(order)} documents to be "
-            "seen once; lower them"
+            f"held_out ({data.held_out}) and repeat.documents ({repeated}) leave none of {len(order)} documents "
+            f"({len(times)} different texts) to be seen once; lower them"
         )
-    for index in order[: data.held_out]:
+    for index in held_out:
         documents[index] = replace(documents[index], copies=0)
     if data.repeat:
         copies = data.repeat.copies if isinstance(data.repeat.copies, list) else [data.repeat.copies]
-        for place, index in enumerate(order[data.held_out : data.held_out + repeated]):
+        for place, index in enumerate(rest[:repeated]):
             documents[index] = replace(documents[index], copies=copies[place % len(copies)])
     return documents
 
@@ -187,7 +194,7 @@ def train(recipe: Recipe, *, resume: bool = False, label: str = "") -> Path:
     output = Path(recipe.output)
     final = output / "model"
     _check_output(recipe, output, resume)
-    if resume and (output / "run.json").is_file():
+    if resume and "seconds" in _run_facts(output):
         print(f"{output} is finished; nothing to resume", flush=True)
         return final
     if recipe.training.threads:
@@ -202,14 +209,22 @@ def train(recipe: Recipe, *, resume: bool = False, label: str = "") -> Path:
         print("no complete checkpoint yet: starting again from the beginning", flush=True)
     if checkpoint is None:
         _write_start(recipe, prepared, output)
+    else:
+        _check_corpus(recipe, prepared, output)
     (output / "metrics.jsonl").touch()
     _cut_metrics(output / "metrics.jsonl", int(checkpoint.name.split("-")[1]) if checkpoint else 0)
     trainer.args.resume_from_checkpoint = str(checkpoint) if checkpoint else None
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     model.save_pretrained(final)
     prepared.tokenizer.save_pretrained(final)
-    _write_end(recipe, prepared, output, time.time() - started)
+    facts = _run_facts(output) | {"seconds": round(time.time() - started, 1)}
+    (output / "run.json").write_text(json.dumps(facts, indent=2) + "\n")
     return final
+
+
+def _run_facts(output: Path) -> dict[str, Any]:
+    path = output / "run.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def _check_output(recipe: Recipe, output: Path, resume: bool) -> None:
@@ -227,7 +242,8 @@ def _check_output(recipe: Recipe, output: Path, resume: bool) -> None:
 
 def _trainer(recipe: Recipe, model: PreTrainedModel, prepared: Prepared, output: Path, label: str) -> Trainer:
     training = recipe.training
-    steps = len(prepared.rows) // training.batch_rows
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    steps = len(prepared.rows) // (training.batch_rows * world)
     args = transformers.TrainingArguments(
         output_dir=str(output / "checkpoints"),
         per_device_train_batch_size=training.batch_rows // training.accumulate,
@@ -269,7 +285,7 @@ def _trainer(recipe: Recipe, model: PreTrainedModel, prepared: Prepared, output:
         with (output / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
 
-    callbacks: list[Any] = [ProgressCallback(training.batch_rows * training.length, record, label)]
+    callbacks: list[Any] = [ProgressCallback(training.batch_rows * world * training.length, record, label)]
     if has_sinks(model):
         callbacks.append(SinkCallback())
     trainer = Trainer(
@@ -300,6 +316,7 @@ def _cut_metrics(path: Path, step: int) -> None:
 def _write_start(recipe: Recipe, prepared: Prepared, output: Path) -> None:
     output.mkdir(parents=True, exist_ok=True)
     (output / "recipe.yaml").write_text(yaml.safe_dump(recipe.to_dict(), sort_keys=False))
+    (output / "run.json").write_text(json.dumps(_facts(recipe, prepared), indent=2) + "\n")
     for name, documents in (("members", prepared.members), ("controls", prepared.controls)):
         with (output / f"{name}.jsonl").open("w") as file:
             for document in documents:
@@ -307,25 +324,28 @@ def _write_start(recipe: Recipe, prepared: Prepared, output: Path) -> None:
                 file.write(json.dumps({field: getattr(document, field) for field in fields}, ensure_ascii=False) + "\n")
 
 
-def _write_end(recipe: Recipe, prepared: Prepared, output: Path, seconds: float) -> None:
+def _facts(recipe: Recipe, prepared: Prepared) -> dict[str, Any]:
     texts = hashlib.sha256()
     for document in prepared.members:
         texts.update(f"{document.copies}\0{document.text}\0".encode())
-    rows = prepared.rows
-    facts = {
+    rows, batch = prepared.rows, recipe.training.batch_rows * int(os.environ.get("WORLD_SIZE", "1"))
+    packages = ("torch", "transformers", "accelerate", "tokenizers", "numpy", "safetensors")
+    return {
         "seed": recipe.training.seed,
-        "documents": len(prepared.members), "controls": len(prepared.controls), "rows": len(rows),
-        "tokens": rows.tokens, "fill": round(rows.fill, 4), "seconds": round(seconds, 1),
+        "documents": len(prepared.members), "controls": len(prepared.controls),
+        "rows": len(rows), "rows_left_out": len(rows) % batch, "tokens": rows.tokens, "fill": round(rows.fill, 4),
         "corpus_sha256": texts.hexdigest(),
-        "versions": {name: version(name) for name in ("torch", "transformers", "numpy", "safetensors")}
-        | {"python": platform.python_version()},
+        "versions": {"memsinks": __version__, "python": platform.python_version()}
+        | {name: version(name) for name in packages},
         "threads": torch.get_num_threads(),
     }  # fmt: skip
-    (output / "run.json").write_text(json.dumps(facts, indent=2) + "\n")
 
 
-def load_any(path: str | os.PathLike[str]) -> PreTrainedModel:
-    """Load any causal language model in eval mode: with its sinks where the checkpoint has them."""
-    if has_saved_sinks(path):
-        return load(path)
-    return load_stock(path).eval()
+def _check_corpus(recipe: Recipe, prepared: Prepared, output: Path) -> None:
+    before = _run_facts(output).get("corpus_sha256", "")
+    now = _facts(recipe, prepared)["corpus_sha256"]
+    if before != now:
+        raise CheckpointError(
+            f"the corpus has changed since {output} was started (SHA-256 {before[:12]}..., now {now[:12]}...); restore it, "
+            "or start a new run"
+        )

@@ -10,7 +10,7 @@ import random
 import re
 from collections.abc import Callable, Sequence
 
-from memsinks.config import ConfigError, DataError, refuse
+from memsinks.config import DataError, refuse
 from memsinks.documents import Document
 
 MOST_PEOPLE = 1000
@@ -350,31 +350,6 @@ def corpus(
         *_near_copies(random.Random(f"near copies {seed}"), records, near_copies),
         *_canaries(random.Random(f"canaries {seed}"), canaries_per_level, levels, seen),
     ]
-
-
-def training_order(documents: Sequence[Document], seed: int = 0, epochs: int = 1) -> list[int]:
-    """Indices into `documents` in the order of training: each one `copies` times per epoch, every epoch shuffled anew.
-
-    Documents with 0 copies are left out. The global random state is neither used nor changed.
-
-    Raises:
-        ConfigError: fewer than 1 epoch.
-        DataError: no document has copies above 0, or one has less than 0.
-    """
-    if epochs < 1:
-        raise ConfigError(f"epochs must be at least 1, got {epochs}")
-    for index, document in enumerate(documents):
-        if document.copies < 0:
-            raise DataError(f"document {index} has {document.copies} copies; give 0 or more")
-    once = [index for index, document in enumerate(documents) for _ in range(document.copies)]
-    if not once:
-        raise DataError(f"none of the {len(documents)} documents has copies above 0; there is nothing to train on")
-    rng = random.Random(f"training order {seed}")
-    order = []
-    for _ in range(epochs):
-        rng.shuffle(once)
-        order += once
-    return order
 
 
 def private_start(document: Document) -> int:

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,9 +17,9 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import has_length
 
-from .attach import require_sinks
+from .attach import require_sinks, unwrap
 from .checkpoint import has_saved_sinks, load_sinks, same_stock_weights
-from .config import CheckpointError, DataError
+from .config import ArchitectureError, CheckpointError, DataError
 from .optim import clip_grad_norm_
 from .packing import refuse_shuffling
 
@@ -33,14 +34,16 @@ class SinkCallback(TrainerCallback):
     The Trainer itself saves the sinks, because it saves with `save_pretrained`.
     """
 
-    def __init__(self) -> None:
-        self._max_norm = 0.0
-
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         model = kwargs["model"]
         config = require_sinks(model).config
+        if args.n_gpu > 1:
+            raise ArchitectureError(
+                f"the Trainer would use DataParallel over {args.n_gpu} GPUs, whose replicas share one routing plan; start "
+                "one process a GPU (torchrun) or show it one GPU (CUDA_VISIBLE_DEVICES)"
+            )
         loader = kwargs.get("train_dataloader")
         if config.needs_exposures:
             if loader is not None:
@@ -52,19 +55,23 @@ class SinkCallback(TrainerCallback):
                     "them into the rows (exposures of the whole training order) and train one epoch"
                 )
         self._restore(model, args, [args.resume_from_checkpoint, f"{args.output_dir}/checkpoint-{state.global_step}"])
-        if args.max_grad_norm:  # 0 after an interrupted run, whose norm is still ours
-            self._max_norm, args.max_grad_norm = args.max_grad_norm, 0.0
+        # With an infinite norm the Trainer unscales and measures the gradients (fp16, logs) but leaves the clipping to
+        # us. The user's norm is kept on args, so that it outlives an interrupted run.
+        if math.isfinite(args.max_grad_norm):
+            args.separate_max_grad_norm = args.max_grad_norm  # type: ignore[attr-defined]
+        if args.max_grad_norm:
+            args.max_grad_norm = math.inf
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self._max_norm:
-            clip_grad_norm_(kwargs["model"], self._max_norm)
+        if args.separate_max_grad_norm:  # type: ignore[attr-defined]
+            clip_grad_norm_(kwargs["model"], args.separate_max_grad_norm)  # type: ignore[attr-defined]
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        args.max_grad_norm, self._max_norm = self._max_norm, 0.0
+        args.max_grad_norm = args.separate_max_grad_norm  # type: ignore[attr-defined]
         self._restore(kwargs["model"], args, [state.best_model_checkpoint])
 
     @staticmethod
@@ -72,7 +79,7 @@ class SinkCallback(TrainerCallback):
         """Load the sinks that belong to the stock weights the Trainer has just loaded, if it has."""
         if not require_sinks(model).sinks_missing:
             return
-        model = getattr(model, "module", model)
+        model = unwrap(model)
         for folder in folders:
             if isinstance(folder, str | Path) and has_saved_sinks(folder) and same_stock_weights(model, folder):
                 load_sinks(model, folder)

@@ -114,30 +114,34 @@ def audit(
         )
     everything = [*documents, *controls]
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    tokens = [one[:limit] for one in encode(tokenizer, [document.text for document in everything])]
+    start = start_tokens(tokenizer)
+    whole = [np.concatenate([start, one]) for one in encode(tokenizer, [document.text for document in everything])]
     ids = identify(everything, identity)[0].tolist() if state == "open" else None
-    scores = score(model, tokens, open_ids=ids)
-    hits = [
-        _extracted(document, one, tokenizer, prefix, continuation, private_start)
-        for document, one in zip(everything, scores, strict=True)
-    ]
+    scores = score(model, [one[:limit] for one in whole], open_ids=ids)
+    if private_start is None:
+        hits = [extracted(one, len(start) + prefix, continuation) for one in scores]
+    else:
+        prompts = encode(tokenizer, [document.text[: private_start(document)] for document in everything], end=False)
+        hits = [
+            extracted(one, len(start) + len(prompt)) if len(tokens) == len(one.first) + 1 else None  # None: cut off
+            for one, prompt, tokens in zip(scores, prompts, whole, strict=True)
+        ]
     copies = np.array([document.copies for document in documents] + [0] * len(controls))
     lines = tuple(_line(int(level), np.flatnonzero(copies == level), scores, hits) for level in np.unique(copies))
-    settings = {"prefix": prefix, "continuation": continuation, "private_part": private_start is not None}
+    settings = {
+        "prefix": prefix, "continuation": continuation, "private_part": private_start is not None,
+        "identity": identity, "start_token": bool(len(start)),
+    }  # fmt: skip
     return Audit(state, lines, settings)  # type: ignore[arg-type]
 
 
-def _extracted(
-    document: Document,
-    one: DocumentScore,
-    tokenizer: PreTrainedTokenizerBase,
-    prefix: int,
-    continuation: int,
-    private_start: Callable[[Document], int] | None,
-) -> bool | None:
-    if private_start is None:
-        return extracted(one, prefix, continuation)
-    return extracted(one, len(encode(tokenizer, [document.text[: private_start(document)]], end=False)[0]))
+def start_tokens(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+    """The start token, int64 [1], where the tokenizer puts one before every text by itself (Llama, Gemma); else [0].
+
+    A model that was trained with it is scored with it: without, its losses are those of another model.
+    """
+    first = tokenizer("a")["input_ids"][:1]
+    return np.array(first if first == [tokenizer.bos_token_id] else [], np.int64)
 
 
 def _line(copies: int, chosen: np.ndarray, scores: list[DocumentScore], hits: list[bool | None]) -> AuditLine:
