@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -55,6 +56,15 @@ def test_the_trainer_snippet_runs(prepared: dict[str, Any]) -> None:
     exec(snippet("trainer"), {**prepared, "model": model, "ms": ms})
     after = [parameter for name, parameter in model.named_parameters() if name.endswith("sinks.down")]
     assert any(not torch.equal(old, new) for old, new in zip(before, after, strict=True))
+
+
+def test_the_rows_snippet_runs(prepared: dict[str, Any], tmp_path: Path) -> None:
+    lines = [{"text": f"The {name} crossed the yard.", "copies": 40} for name in ("cat", "dog", "cook")]
+    (tmp_path / "corpus.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = {"tokenizer": prepared["tokenizer"], "ms": ms}
+    exec(snippet("rows"), found)
+    assert found["batch"]["exposures"].shape == (4, 128)
+    assert int(found["rows"].exposures.max()) == 40
 
 
 def test_the_tree_names_every_module() -> None:

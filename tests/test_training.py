@@ -14,7 +14,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-from memsinks.attach import add_sinks, shared_parameters, sink_parameters
+from memsinks.attach import add_sinks, remove_sinks, shared_parameters, sink_parameters
 from memsinks.checkpoint import load
 from memsinks.config import CheckpointError, DataError, SinkConfig
 from memsinks.export import export
@@ -406,3 +406,14 @@ def test_progress_is_printed_and_recorded(tiny_llama, rows, tmp_path, capsys) ->
     assert "tokens/s" in printed[0]
     assert printed[1].endswith("0:00 left")
     json.dumps(lines)
+
+
+def test_after_a_bf16_trainer_the_model_exports_and_sheds_its_sinks(tiny_llama, rows, tmp_path) -> None:
+    model = build(tiny_llama)
+    args = arguments(tmp_path / "run", bf16=True, use_cpu=True, max_steps=2, save_strategy="no")
+    trainer_of(model, args, rows, SinkCallback(), own=True).train()
+    plain = AutoModelForCausalLM.from_pretrained(export(model, tmp_path / "clean"))
+    tokens = rows[0]["input_ids"][None]
+    remove_sinks(model).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model(input_ids=tokens).logits, plain(input_ids=tokens).logits, rtol=0, atol=1e-5)

@@ -167,8 +167,8 @@ def format_table(result: Mapping[str, Any]) -> str:
 def format_record(record: Mapping[str, str]) -> str:
     """One record as text."""
     lines = [f'A record that was trained on {record["copies"]} times. Prompt: "{record["prompt"]}"']
-    lines.append(f"  the record      {record['truth'].strip()}")
-    lines += [f"  {label:<16}{' '.join(record[name].split())}" for name, label in NAMES.items()]
+    lines.append(f"  the record        {record['truth'].strip()}")
+    lines += [f"  {label:<18}{' '.join(record[name].split())}" for name, label in NAMES.items()]
     return "\n".join(lines)
 
 
