@@ -21,12 +21,11 @@ from memsinks.attach import (
     remove_sinks,
     require_sinks,
     rescale_factor,
-    shared_parameters,
-    sink_parameters,
     sinks_closed,
     sinks_open,
 )
 from memsinks.config import ArchitectureError, CheckpointError, ConfigError, DataError, SinkConfig
+from memsinks.hosts import shared_parameters, sink_parameters
 from memsinks.routing import AssignmentTable, open_mask
 
 CONFIG = SinkConfig(neurons=64, active=16, block_size=8)

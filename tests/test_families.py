@@ -33,9 +33,10 @@ from transformers import (
 )
 from transformers.activations import ACT2FN
 
-from memsinks.attach import add_sinks, has_sinks, remove_sinks, sink_parameters, sinks_closed, sinks_open
+from memsinks.attach import add_sinks, has_sinks, remove_sinks, sinks_closed, sinks_open
 from memsinks.config import ArchitectureError, DataError
 from memsinks.families import ISOLATES_PACKED, decoder_layers
+from memsinks.hosts import sink_parameters
 from memsinks.routing import open_mask
 from memsinks.sinks import Sinks
 

@@ -12,8 +12,9 @@ from transformers import LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from memsinks.attach import add_sinks, is_sink
+from memsinks.attach import add_sinks
 from memsinks.config import ConfigError, DataError, SinkConfig
+from memsinks.hosts import is_sink
 from memsinks.objective import frozen, shared_weight, target_count
 from memsinks.routing import open_mask
 

@@ -11,8 +11,8 @@ import torch
 from tiny import gradients, sink_llama, tiny_llama, tokens
 from torch import nn
 
-from memsinks.attach import is_sink, shared_parameters, sink_parameters
 from memsinks.config import ArchitectureError, ConfigError
+from memsinks.hosts import is_sink, shared_parameters, sink_parameters
 from memsinks.optim import AdamW, clip_grad_norm_, param_groups
 from memsinks.routing import open_mask
 

@@ -14,10 +14,11 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-from memsinks.attach import add_sinks, remove_sinks, shared_parameters, sink_parameters
+from memsinks.attach import add_sinks, remove_sinks
 from memsinks.checkpoint import load
 from memsinks.config import CheckpointError, DataError, SinkConfig
 from memsinks.export import export
+from memsinks.hosts import shared_parameters, sink_parameters
 from memsinks.identity import exposures
 from memsinks.optim import AdamW, param_groups
 from memsinks.packing import FIELDS, Rows, collate, pack

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from memsinks.attach import add_sinks, sink_parameters
+from memsinks.attach import add_sinks
 from memsinks.config import SinkConfig
+from memsinks.hosts import sink_parameters
 
 VOCABULARY = 37
 IGNORED = -100

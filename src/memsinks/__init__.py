@@ -12,8 +12,9 @@ routing     id -> open sink blocks; the plan of one forward
 sinks       the sink module
 kernels     its compute paths
 families    reading a decoder: where its MLPs are and what they compute
-attach      add_sinks, remove_sinks, sinks_open
 objective   w(c) at the logits and back in the sinks; the exact mode; the divisor
+hosts       what the classes of a model with sinks do
+attach      add_sinks, remove_sinks, sinks_open, sinks_closed
 optim       parameter groups, separate clipping, lazy AdamW
 training    the Hugging Face Trainer callback
 checkpoint  save, load, fingerprint

@@ -26,8 +26,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from .attach import SinkState, add_sinks, is_sink, require_sinks
+from .attach import add_sinks, require_sinks
 from .config import FORMAT_VERSION, CheckpointError, ConfigError, SinkConfig
+from .hosts import SinkState, is_sink
 from .routing import HASH_VERSION, AssignmentTable
 
 FOLDER, SETTINGS, TENSORS = "sinks", "sinks.json", "sinks.safetensors"

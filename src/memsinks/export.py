@@ -16,9 +16,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .attach import down_modules, is_sink, require_sinks, rescale_factor, sink_parameters, sinks_closed, unwrap
+from .attach import down_modules, require_sinks, rescale_factor, sinks_closed, unwrap
 from .checkpoint import written_beside
 from .config import CheckpointError
+from .hosts import is_sink, sink_parameters
 
 CHECK = """
 import sys

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .attach import require_sinks, shared_parameters, sink_parameters
+from .attach import require_sinks
 from .config import ConfigError
+from .hosts import shared_parameters, sink_parameters
 
 
 def param_groups(
