@@ -30,6 +30,7 @@ import transformers
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import memsinks as ms
+from memsinks.checkpoint import file_hash
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -69,9 +70,10 @@ def arms() -> dict[str, Arm]:
 
 def chunks(text: str) -> np.ndarray:
     """All documents of a text, int64 [documents, LENGTH]: the start of each story, every full chunk of each article."""
-    cache = Path(tempfile.gettempdir()) / f"memsinks-defaults-{text}-{VOCABULARY}-{LENGTH}.npy"
+    source = Path(os.environ["MEMSINKS_DATA"]) / FILES[text]
+    cache = Path(tempfile.gettempdir()) / f"memsinks-{file_hash(source)[:16]}-{VOCABULARY}-{LENGTH}.npy"
     if not cache.exists():
-        texts = [document.text for document in ms.read_documents(Path(os.environ["MEMSINKS_DATA"]) / FILES[text])]
+        texts = [document.text for document in ms.read_documents(source)]
         tokenizer = ms.train_tokenizer(texts, VOCABULARY)
         rows = []
         for tokens in ms.encode(tokenizer, texts, end=False):
@@ -186,6 +188,7 @@ def run(text: str, arm: Arm, seed: int) -> dict[str, Any]:
         "parameters": sum(x.numel() for x in model.parameters()),
         "held_out": [round(x, 4) for x in losses(model, held_out)[0]],
         "repeated": [round(x, 4) for x in closed], "repeated_extracted": closed_extracted,
+        "data_sha256": file_hash(Path(os.environ["MEMSINKS_DATA"]) / FILES[text]),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "memsinks": ms.__version__},
     }  # fmt: skip
     if arm.sinks:

@@ -209,6 +209,8 @@ def sinks_open(model: nn.Module, ids: OpenIds) -> Iterator[None]:
             each row or token; or a list with one set of ids for each row (their union). -1 opens nothing.
     """
     state = require_sinks(model)
+    if model.training:
+        raise ConfigError("sinks_open is for evaluation, the model is in training mode; call model.eval() first")
     before, state.opened = state.opened, _parse_open(ids)
     try:
         yield

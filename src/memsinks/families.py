@@ -121,6 +121,8 @@ def read_mlp(mlp: nn.Module, model_type: str) -> Mlp:
     if up.weight.device.type != "meta":
         _prove(mlp, plain, width, model_type)
     std = 0.02 if up.weight.device.type == "meta" else float(up.weight.detach().float().std())
+    if std == 0:
+        raise ArchitectureError(f"the weights of {name} are all equal (not initialised?); sinks start at their spread")
     return Mlp(hidden, width, act, bool(layout.gate), std, down)
 
 

@@ -27,6 +27,9 @@ from .packing import IGNORED
 from .routing import EMPTY_TABLE, NO_SINKS, AssignmentTable, LayerPlan, RoutingPlan, check_ids, plan
 from .sinks import Sinks
 
+ROW_ARGUMENTS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
+"""Arguments of a forward whose first dimension is the row, where it is not 1."""
+
 
 @dataclass
 class SinkState:
@@ -250,7 +253,7 @@ class SinkModel(Derived):
         own = (ids != NO_SINKS).any(1)
         mixed = own & (ids == NO_SINKS).any(1)
         if bool(mixed.any()) and kwargs.get("labels") is not None:
-            mixed = mixed & ((ids == NO_SINKS) & (kwargs["labels"] != -100)).any(1)
+            mixed = mixed & ((ids == NO_SINKS) & (kwargs["labels"] != IGNORED)).any(1)
         if bool(mixed.any()):
             raise DataError(
                 f'shared="none" needs rows that open sinks apart from the others; row {int(mixed.nonzero()[0])} mixes '
@@ -258,6 +261,11 @@ class SinkModel(Derived):
             )
         if not bool(own.any()):
             return self._run(stock, kwargs, ids, None)
+        more = [name for name in ("output_hidden_states", "output_attentions") if kwargs.get(name)]
+        if more or kwargs.get("return_dict") is False:
+            raise ConfigError(
+                f'shared="none" gives logits and loss as a dict only; leave out {more or "return_dict=False"}'
+            )
         labels = kwargs.pop("labels", None)
         loss_arguments = {name: kwargs.pop(name) for name in ("num_items_in_batch", "shift_labels") if name in kwargs}
         kwargs["return_dict"] = True
@@ -267,7 +275,7 @@ class SinkModel(Derived):
             if not len(index):
                 continue
             chosen = {
-                name: value[index] if isinstance(value, Tensor) and value.dim() and len(value) == len(own) else value
+                name: value[index] if name in ROW_ARGUMENTS and value is not None and len(value) == len(own) else value
                 for name, value in kwargs.items()
             }
             self.sink_state.frozen = part is own
