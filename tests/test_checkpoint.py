@@ -186,9 +186,14 @@ def test_settings_file_without_utf8_is_named(folder) -> None:
 def test_checkpoint_without_sinks_says_so(tiny_llama, tmp_path) -> None:
     tiny_llama().save_pretrained(tmp_path / "stock")
     assert not has_saved_sinks(tmp_path / "stock")
-    for folder in (tmp_path / "stock", tmp_path / "nowhere"):
-        with pytest.raises(CheckpointError, match="holds no sinks.*from_pretrained"):
-            load(folder)
+    with pytest.raises(CheckpointError, match=r"holds no sinks.*from_pretrained"):
+        load(tmp_path / "stock")
+    with pytest.raises(CheckpointError, match=r"there is no folder .*nowhere"):
+        load(tmp_path / "nowhere")
+    (tmp_path / "run" / "model" / "sinks").mkdir(parents=True)
+    (tmp_path / "run" / "model" / "sinks" / "sinks.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"is a run folder; its model is .*model"):
+        load(tmp_path / "run")
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "sinks/sinks.safetensors"])

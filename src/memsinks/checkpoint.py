@@ -173,6 +173,10 @@ def read_settings(directory: str | os.PathLike[str]) -> dict[str, Any]:
     kept = sorted(Path(directory).parent.glob(f".{Path(directory).name}.old-*"))
     if not Path(directory).exists() and kept:
         raise CheckpointError(f"saving {directory} was interrupted; what was there is in {kept[-1]}, rename it back")
+    if not Path(directory).is_dir():
+        raise CheckpointError(f"there is no folder {directory}")
+    if (Path(directory) / "model" / FOLDER / SETTINGS).is_file():
+        raise CheckpointError(f"{directory} is a run folder; its model is {Path(directory) / 'model'}")
     if not path.is_file():
         raise CheckpointError(
             f"{directory} holds no sinks ({path} is missing); a checkpoint without sinks is loaded with "

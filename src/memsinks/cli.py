@@ -30,7 +30,12 @@ def main(argv: list[str] | None = None) -> int:
         print("memsinks:", " ".join(str(error).split()), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("memsinks: interrupted; memsinks train continues with --resume", file=sys.stderr)
+        again = (
+            "; the same command with --resume continues from the last checkpoint"
+            if hasattr(arguments, "recipe")
+            else ""
+        )
+        print(f"memsinks: interrupted{again}", file=sys.stderr)
         return 130
     return 0
 
@@ -44,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
 
     demo = commands.add_parser("demo", help="train, remove and show, on the built-in corpus", description=(
         "Train an ordinary model and the same model with sinks on invented stories and personal records, remove the sinks, "
-        "and show what each model recites. About four minutes on two cores."
+        "and show what each model recites. About two minutes on two idle cores."
     ))  # fmt: skip
     demo.add_argument("--out", default="runs/demo", help="folder for the runs, the table and the picture (%(default)s)")
     demo.set_defaults(run=_demo)

@@ -232,12 +232,22 @@ def _check_output(recipe: Recipe, output: Path, resume: bool) -> None:
         path = output / "recipe.yaml"
         if not path.is_file():
             raise CheckpointError(f"{output} holds no run to resume (recipe.yaml is missing); start without resume")
-        if yaml.safe_load(path.read_text()) != yaml.safe_load(yaml.safe_dump(recipe.to_dict())):
+        before, now = yaml.safe_load(path.read_text()), yaml.safe_load(yaml.safe_dump(recipe.to_dict()))
+        if before != now:
             raise CheckpointError(
-                f"{path} differs from this recipe; resume with the same recipe, or choose another output"
+                f"{path} differs from this recipe in {', '.join(_differing(before, now))}; resume with the same recipe and "
+                "the same --set, or choose another output"
             )
     elif output.exists() and any(output.iterdir()):
         raise CheckpointError(f"{output} is not empty; resume the run, or choose another output")
+
+
+def _differing(before: Any, now: Any, name: str = "") -> list[str]:
+    """The dotted names of the settings in which two recipes differ."""
+    if not isinstance(before, dict) or not isinstance(now, dict):
+        return [] if before == now else [name]
+    keys = sorted(set(before) | set(now))
+    return [x for key in keys for x in _differing(before.get(key), now.get(key), f"{name}.{key}".lstrip("."))]
 
 
 def _trainer(recipe: Recipe, model: PreTrainedModel, prepared: Prepared, output: Path, label: str) -> Trainer:
