@@ -204,15 +204,25 @@ def load_sinks(model: PreTrainedModel, directory: str | os.PathLike[str]) -> Non
         CheckpointError: no sinks there, another fingerprint, a file whose hash differs (a mixture of two checkpoints),
             tensors missing or of another shape. The model is unchanged then.
     """
-    state = require_sinks(model)
     directory = Path(directory)
     settings = read_settings(directory)
+    _check_fingerprint(model, directory, settings)
+    _check_files(directory, settings)
+    _read_sinks(model, directory)
+
+
+def _check_fingerprint(model: PreTrainedModel, directory: Path, settings: dict[str, Any]) -> None:
     if settings["fingerprint"] != fingerprint(model):
+        found = _differences(settings, require_sinks(model), model)
         raise CheckpointError(
-            f"the sinks in {directory} have another fingerprint than the model: {_differences(settings, state, model)}; "
+            f"the sinks in {directory} have another fingerprint than the model: {found}; "
             "load the checkpoint with memsinks.load, or build the model with the settings it was saved with"
         )
-    _check_files(directory, settings)
+
+
+def _read_sinks(model: PreTrainedModel, directory: Path) -> None:
+    """Copy the tensors of a checkpoint whose settings and files were checked into the model."""
+    state = require_sinks(model)
     own = {name: parameter for name, parameter in model.named_parameters() if is_sink(name)}
     with safe_open(directory / FOLDER / TENSORS, "pt") as file:
         names = set(file.keys())
@@ -289,7 +299,8 @@ def load(directory: str | os.PathLike[str], **arguments: Any) -> PreTrainedModel
     _check_files(Path(directory), settings)
     model = load_stock(directory, **arguments)
     add_sinks(model, config)
-    load_sinks(model, directory)
+    _check_fingerprint(model, Path(directory), settings)
+    _read_sinks(model, Path(directory))
     return model.eval()
 
 

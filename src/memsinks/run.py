@@ -40,7 +40,7 @@ from .families import ISOLATES_PACKED
 from .identity import equal_repetition, exposures, identify, training_order
 from .optim import AdamW, param_groups
 from .packing import Rows, collate, pack
-from .recipe import DataRecipe, Recipe
+from .recipe import DataRecipe, Recipe, TrainingRecipe
 from .synthetic import corpus
 from .tokens import encode, load_tokenizer, train_tokenizer
 from .training import ProgressCallback, SinkCallback
@@ -250,10 +250,15 @@ def _differing(before: Any, now: Any, name: str = "") -> list[str]:
     return [x for key in keys for x in _differing(before.get(key), now.get(key), f"{name}.{key}".lstrip("."))]
 
 
+def rows_per_step(training: TrainingRecipe) -> int:
+    """Rows of one optimizer step over all processes that torchrun started."""
+    return training.batch_rows * int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def _trainer(recipe: Recipe, model: PreTrainedModel, prepared: Prepared, output: Path, label: str) -> Trainer:
     training = recipe.training
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    steps = len(prepared.rows) // (training.batch_rows * world)
+    step_rows = rows_per_step(training)
+    steps = len(prepared.rows) // step_rows
     args = transformers.TrainingArguments(
         output_dir=str(output / "checkpoints"),
         per_device_train_batch_size=training.batch_rows // training.accumulate,
@@ -295,7 +300,7 @@ def _trainer(recipe: Recipe, model: PreTrainedModel, prepared: Prepared, output:
         with (output / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
 
-    callbacks: list[Any] = [ProgressCallback(training.batch_rows * world * training.length, record, label)]
+    callbacks: list[Any] = [ProgressCallback(step_rows * training.length, record, label)]
     if has_sinks(model):
         callbacks.append(SinkCallback())
     trainer = Trainer(
@@ -338,12 +343,13 @@ def _facts(recipe: Recipe, prepared: Prepared) -> dict[str, Any]:
     texts = hashlib.sha256()
     for document in prepared.members:
         texts.update(f"{document.copies}\0{document.text}\0".encode())
-    rows, batch = prepared.rows, recipe.training.batch_rows * int(os.environ.get("WORLD_SIZE", "1"))
+    rows = prepared.rows
     packages = ("torch", "transformers", "accelerate", "tokenizers", "numpy", "safetensors")
     return {
         "seed": recipe.training.seed,
         "documents": len(prepared.members), "controls": len(prepared.controls),
-        "rows": len(rows), "rows_left_out": len(rows) % batch, "tokens": rows.tokens, "fill": round(rows.fill, 4),
+        "rows": len(rows), "rows_left_out": len(rows) % rows_per_step(recipe.training),
+        "tokens": rows.tokens, "fill": round(rows.fill, 4),
         "corpus_sha256": texts.hexdigest(),
         "versions": {"memsinks": __version__, "python": platform.python_version()}
         | {name: version(name) for name in packages},
