@@ -85,11 +85,7 @@ def test_train_and_set(recipe, tmp_path, capsys) -> None:
     assert main(command.removeprefix("audit: memsinks ").split()) == 0
     audited = capsys.readouterr().out
     assert "sinks closed" in audited
-    assert [line.split()[0] for line in audited.splitlines() if line.endswith("%") or " of " in line] == [
-        "control",
-        "1",
-        "8",
-    ]
+    assert [line.split()[0] for line in audited.splitlines() if "%]" in line][:3] == ["control", "1", "8"]
 
 
 def test_an_interrupt_is_one_line_that_says_how_to_go_on(recipe, capsys, monkeypatch) -> None:
@@ -125,14 +121,16 @@ def test_audit_of_each_state(tiny_run, tmp_path, capsys) -> None:
              f"{tiny_run}/controls.jsonl", "--limit", "20", "--prefix", "8", "--continuation", "2"]  # fmt: skip
     losses = {}
     for state in ("open", "closed"):
-        out = tmp_path / "new" / f"{state}.json"
+        out = tmp_path / "new" / state
         assert main(["audit", f"{tiny_run}/model", "--state", state, *sides, "--out", str(out)]) == 0
         assert f"sinks {state}" in capsys.readouterr().out
-        result = json.loads(out.read_text())
-        assert result["state"] == state
-        assert sum(line["documents"] for line in result["lines"] if line["copies"]) == 20
+        result = json.loads((out / "audit.json").read_text())
+        audited = result["models"][0]
+        assert audited["state"] == state
+        assert sum(line["documents"] for line in audited["lines"] if line["copies"]) == 20
         assert result["settings"]["prefix"] == 8
-        losses[state] = [line["loss"] for line in result["lines"]]
+        losses[state] = [line["loss"] for line in audited["lines"]]
+        assert (out / "report.html").is_file()
     assert losses["open"] != losses["closed"]
     assert "say which to audit" in failed(capsys, "audit", f"{tiny_run}/model", *sides)
 

@@ -8,8 +8,8 @@ import math
 import pytest
 from transformers import AutoModelForCausalLM
 
-from memsinks.config import CheckpointError
-from memsinks.demo import NAMES, demo, draw, format_record, format_table
+from memsinks.config import CheckpointError, ConfigError
+from memsinks.demo import NAMES, demo, format_record, format_table
 
 SMALL = {
     "data": {"synthetic": {
@@ -39,7 +39,7 @@ def shown(tmp_path_factory):
 
 def test_what_it_writes(shown) -> None:
     out, result = shown
-    assert {"demo.json", "table.md", "extraction.png", "ordinary", "sinks", "clean"} <= {
+    assert {"demo.json", "table.md", "extraction.png", "ordinary", "sinks", "clean", "report"} <= {
         path.name for path in out.iterdir()
     }
     assert not (out / "clean" / "old.txt").exists()
@@ -99,11 +99,12 @@ def test_a_foreign_folder_is_left_alone(tmp_path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
-def test_without_matplotlib_there_is_a_message(shown, tmp_path, monkeypatch, capsys) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "matplotlib.pyplot", None)
-    assert draw(shown[1], tmp_path / "x.png") is None
-    assert "matplotlib is not installed" in capsys.readouterr().out
-    assert not (tmp_path / "x.png").exists()
+def test_without_matplotlib_it_does_not_start(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"memsinks\[plot\]"):
+        demo(tmp_path / "out", SMALL)
+    assert not (tmp_path / "out").exists()
+
 
 
 def test_a_table_with_records_too_short_to_ask() -> None:

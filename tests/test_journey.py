@@ -10,7 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import memsinks as ms
-from memsinks.audit import AuditLine, generate_continuation
+from memsinks.audit.extraction import generate_continuation
+from memsinks.audit.result import AuditLine
 from memsinks.routing import open_blocks
 
 COPIES, LENGTH = 100, 64
@@ -111,13 +112,13 @@ def test_one_document_from_text_to_removal(tiny_llama, tmp_path) -> None:
         return {line.copies: line for line in found.lines}
 
     opened, closed, exported = measured(model, "open"), measured(model, "closed"), measured(clean)
-    assert opened[COPIES].extracted == 1.0
-    assert closed[COPIES].extracted == exported[COPIES].extracted == 0.0
-    assert opened[0].extracted == closed[0].extracted == exported[0].extracted == 0.0
-    assert exported[COPIES].loss > opened[COPIES].loss + 0.4
-    assert exported[COPIES].loss > exported[0].loss - 0.3
-    assert exported[0].loss == pytest.approx(closed[0].loss, rel=1e-5)
-    assert exported[0].loss < 2
+    assert opened[COPIES].extracted.value == 1.0
+    assert closed[COPIES].extracted.value == exported[COPIES].extracted.value == 0.0
+    assert opened[0].extracted.value == closed[0].extracted.value == exported[0].extracted.value == 0.0
+    assert exported[COPIES].loss.value > opened[COPIES].loss.value + 0.4
+    assert exported[COPIES].loss.value > exported[0].loss.value - 0.3
+    assert exported[0].loss.value == pytest.approx(closed[0].loss.value, rel=1e-5)
+    assert exported[0].loss.value < 2
 
     # The sinks can also be taken out in place.
     ms.remove_sinks(model)

@@ -19,7 +19,7 @@ optim       parameter groups, separate clipping, lazy AdamW
 training    the Hugging Face Trainer callback
 checkpoint  save, load, fingerprint
 export      the plain checkpoint, checked in a fresh process; the model card
-audit       loss and extraction of documents against controls
+audit       what a model remembers of documents, against controls, other models, a twin
 recipe      the YAML of a run
 run         one run of a recipe
 demo        the whole journey in minutes
@@ -28,7 +28,7 @@ cli         the command line
 
 from ._version import __version__
 from .attach import Added, add_sinks, has_sinks, remove_sinks, sinks_closed, sinks_open
-from .audit import Audit, audit
+from .audit import Audit, AuditSettings, Subject, audit
 from .checkpoint import fingerprint, load, load_any, load_sinks
 from .config import ArchitectureError, CheckpointError, ConfigError, DataError, MemsinksError, SinkConfig
 from .documents import Document, read_documents, require_unique_keys
@@ -50,6 +50,7 @@ __all__ = [
     "ArchitectureError",
     "AssignmentTable",
     "Audit",
+    "AuditSettings",
     "CheckpointError",
     "ConfigError",
     "DataError",
@@ -60,6 +61,7 @@ __all__ = [
     "Rows",
     "SinkCallback",
     "SinkConfig",
+    "Subject",
     "__version__",
     "add_sinks",
     "audit",

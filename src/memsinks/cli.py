@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -16,6 +15,7 @@ Train language models whose memorization can be taken out again.
   memsinks demo                          the whole journey on the built-in corpus, in minutes
   memsinks train recipes/tinystories.yaml
   memsinks audit runs/NAME/model --state closed --documents members.jsonl --controls heldout.jsonl
+  memsinks lm-eval-task runs/NAME/model --documents members.jsonl --controls heldout.jsonl --out task/
   memsinks export runs/NAME/model clean/ a plain checkpoint without sinks
   memsinks info runs/NAME/model          what a checkpoint holds
 """
@@ -64,28 +64,61 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--resume", action="store_true", help="continue from the last complete checkpoint")
     train.set_defaults(run=_train)
 
-    audit = commands.add_parser("audit", help="loss and verbatim extraction of documents", description=(
-        "Score documents against controls the model never saw: mean loss per token, and the share whose continuation comes "
-        "out verbatim, by number of copies."
+    audit = commands.add_parser("audit", help="what a model remembers of documents", description=(
+        "Score documents against controls the model never saw: loss, verbatim extraction, membership, by number of copies. "
+        "A model is [NAME=]PATH[@open|@closed]; the state of its sinks is required where it has them."
     ))  # fmt: skip
     audit.add_argument("model", help="a checkpoint folder or name, with or without sinks")
     audit.add_argument(
         "--documents", required=True, help="documents the model may remember (jsonl, parquet, txt, folder)"
     )
     audit.add_argument("--controls", required=True, help="documents of the same kind that it never saw")
-    audit.add_argument("--state", choices=("open", "closed"), help="of the sinks; required for a model that has them")
-    audit.add_argument("--prefix", type=int, default=32, help="tokens given (%(default)s)")
-    audit.add_argument("--continuation", type=int, default=32, help="tokens that must come out (%(default)s)")
-    audit.add_argument(
+    audit.add_argument("--out", help="folder for report.html, audit.json, documents.jsonl; continues an interrupted audit")
+    audit.add_argument("--state", choices=("open", "closed"), help="of MODEL's sinks, instead of @open or @closed")
+    compared = audit.add_argument_group("other models")
+    compared.add_argument("--against", metavar="MODEL", help="the ordinary model, or the one before removal")
+    compared.add_argument("--twin", metavar="MODEL", help="a model trained without the documents")
+    compared.add_argument("--seen-once", metavar="MODEL", help="a model that saw each document once")
+    compared.add_argument("--also", metavar="MODEL", action="append", default=[], help="one more, for table and pictures")
+    asked = audit.add_argument_group("what is asked")
+    asked.add_argument("--prefix", type=int, default=32, help="tokens given (%(default)s)")
+    asked.add_argument("--continuation", type=int, default=32, help="tokens that must come out (%(default)s)")
+    asked.add_argument("--prefixes", type=int, nargs="+", default=[8, 16, 32, 64], help="also these (%(default)s)")
+    asked.add_argument("--offsets", type=int, nargs="+", default=[0], help="from these tokens on (%(default)s)")
+    asked.add_argument("--no-end", action="store_true", help="documents were trained on without an end token")
+    asked.add_argument("--generate", type=int, default=16, help="documents also generated, as a check (%(default)s)")
+    asked.add_argument("--shown", type=int, default=6, help="documents whose text is in the report (%(default)s)")
+    asked.add_argument("--relearn", type=int, default=0, metavar="STEPS", help="fine-tune copies for so many steps")
+    asked.add_argument("--relearn-lr", type=float, default=3e-4, help="(%(default)s)")
+    asked.add_argument("--margin-loss", type=float, default=0.03, help="of equivalence, nats per token (%(default)s)")
+    asked.add_argument("--margin-auc", type=float, default=0.03, help="of equivalence, AUC (%(default)s)")
+    read = audit.add_argument_group("how files are read")
+    read.add_argument(
         "--identity", choices=("content", "key", "source"), default="content", help="what ids were made of"
     )
-    audit.add_argument("--text-field", default="text", help="field that holds the text (%(default)s)")
-    audit.add_argument("--copies-field", help="field that says how often a document was trained on; 1 without it")
-    audit.add_argument("--key-field", help="field that holds the key, for --identity key")
-    audit.add_argument("--source-field", help="field that holds the source, for --identity source")
-    audit.add_argument("--limit", type=_count, help="score at most so many documents of each side")
-    audit.add_argument("--out", help="also write the result as JSON")
+    read.add_argument("--text-field", default="text", help="field that holds the text (%(default)s)")
+    read.add_argument("--copies-field", help="field that says how often a document was trained on; 1 without it")
+    read.add_argument("--key-field", help="field that holds the key")
+    read.add_argument("--source-field", help="field that holds the source")
+    read.add_argument("--tokenizer", help="folder, file or name; default: beside MODEL")
+    read.add_argument("--limit", type=_count, help="score at most so many documents of each side")
     audit.set_defaults(run=_audit)
+
+    task = commands.add_parser("lm-eval-task", help="write a task for lm-evaluation-harness", description=(
+        "Write a folder with a task for lm-evaluation-harness that measures verbatim extraction and loss gap, and print the "
+        "command that runs it. It needs no memsinks and reads a checkpoint with its sinks closed."
+    ))  # fmt: skip
+    task.add_argument("model", help="the model, or its tokenizer alone: texts are cut at its tokens")
+    task.add_argument(
+        "--documents", required=True, help="documents the model may remember (jsonl, parquet, txt, folder)"
+    )
+    task.add_argument("--controls", required=True, help="documents of the same kind that it never saw")
+    task.add_argument("--out", required=True, help="an empty or new folder")
+    task.add_argument("--prefix", type=int, default=32, help="tokens given (%(default)s)")
+    task.add_argument("--continuation", type=int, default=32, help="tokens that must come out (%(default)s)")
+    task.add_argument("--text-field", default="text", help="field that holds the text (%(default)s)")
+    task.add_argument("--copies-field", help="field that says how often a document was trained on; 1 without it")
+    task.set_defaults(run=_lm_eval_task)
 
     export = commands.add_parser("export", help="write a plain checkpoint without sinks", description=(
         "Write the model without its sinks into an empty folder, load it in a fresh process without memsinks, compare "
@@ -139,25 +172,52 @@ def _train(arguments: argparse.Namespace) -> None:
 def _audit(arguments: argparse.Namespace) -> None:
     from itertools import islice
 
-    from .audit import audit
-    from .checkpoint import load_any
+    from .audit import AuditSettings, Subject, audit
     from .documents import read_documents
     from .tokens import load_tokenizer
 
+    settings = AuditSettings(
+        prefix=arguments.prefix, continuation=arguments.continuation, prefixes=tuple(arguments.prefixes),
+        offsets=tuple(arguments.offsets), identity=arguments.identity, end=not arguments.no_end, shown=arguments.shown,
+        generate=arguments.generate, margin_loss=arguments.margin_loss, margin_auc=arguments.margin_auc,
+    )  # fmt: skip
     fields = {name: getattr(arguments, name) for name in ("text_field", "key_field", "source_field")}
     documents = list(
         islice(read_documents(arguments.documents, copies_field=arguments.copies_field, **fields), arguments.limit)
     )
     controls = list(islice(read_documents(arguments.controls, **fields), arguments.limit))
-    model, tokenizer = load_any(arguments.model), load_tokenizer(arguments.model)
+    against, twin, seen_once = (
+        Subject.parse(text) if text else None for text in (arguments.against, arguments.twin, arguments.seen_once)
+    )
     result = audit(
-        model, documents, controls, tokenizer, state=arguments.state, identity=arguments.identity,
-        prefix=arguments.prefix, continuation=arguments.continuation,
+        Subject.parse(arguments.model), documents, controls,
+        load_tokenizer(arguments.tokenizer) if arguments.tokenizer else None, state=arguments.state, against=against,
+        twin=twin, seen_once=seen_once, others=[Subject.parse(text) for text in arguments.also], settings=settings,
+        relearn_steps=arguments.relearn, relearn_lr=arguments.relearn_lr, out=arguments.out, progress=True,
     )  # fmt: skip
     print(result)
     if arguments.out:
-        Path(arguments.out).parent.mkdir(parents=True, exist_ok=True)
-        Path(arguments.out).write_text(json.dumps(result.to_dict(), indent=2) + "\n")
+        print(f"\n{arguments.out}/report.html")
+
+
+def _lm_eval_task(arguments: argparse.Namespace) -> None:
+    from shlex import join
+
+    from .audit.harness import write_lm_eval_task
+    from .documents import read_documents
+    from .tokens import load_tokenizer
+
+    field = arguments.text_field
+    folder = write_lm_eval_task(
+        list(read_documents(arguments.documents, text_field=field, copies_field=arguments.copies_field)),
+        list(read_documents(arguments.controls, text_field=field)), load_tokenizer(arguments.model), arguments.out,
+        prefix=arguments.prefix, continuation=arguments.continuation,
+    )  # fmt: skip
+    model = "MODEL" if Path(arguments.model).is_file() else arguments.model
+    print(join([
+        "lm_eval", "--model", "hf", "--model_args", f"pretrained={model},softmax_dtype=float32", "--include_path",
+        str(folder), "--tasks", "memsinks",
+    ]))  # fmt: skip
 
 
 def _export(arguments: argparse.Namespace) -> None:

@@ -11,7 +11,10 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from .audit import Audit, audit, generate_continuation
+from .audit import AuditSettings, Subject, audit, verdict
+from .audit.extraction import generate_continuation
+from .audit.pictures import require_matplotlib
+from .audit.result import AuditLine
 from .checkpoint import load
 from .config import CheckpointError
 from .documents import Document
@@ -24,7 +27,8 @@ from .tokens import encode, load_tokenizer
 
 RECIPE: Mapping[str, Any] = {
     "data": {"synthetic": {
-        "stories": 3000, "people_per_level": 8, "people_once": 300, "near_copies": 0, "canaries_per_level": 0,
+        "stories": 3000, "people_per_level": 8, "people_once": 300, "people_held_out": 100, "near_copies": 0,
+        "canaries_per_level": 0,
     }},
     "tokenizer": {"vocab_size": 1024},
     "model": {"config": {
@@ -51,11 +55,13 @@ def demo(out: Path, recipe: Mapping[str, Any] = RECIPE) -> dict[str, Any]:
 
     Raises:
         CheckpointError: `out` holds something else.
+        ConfigError: matplotlib is not installed.
     """
+    require_matplotlib()
     if out.exists() and any(out.iterdir()):
         if not (out / MARK).is_file():
             raise CheckpointError(f"{out} is not empty and not an earlier demo; choose another folder with --out")
-        for name in ("ordinary", "sinks", "clean"):
+        for name in ("ordinary", "sinks", "clean", "report"):
             shutil.rmtree(out / name, ignore_errors=True)
     out.mkdir(parents=True, exist_ok=True)
     (out / MARK).write_text("{}\n")
@@ -76,7 +82,7 @@ def demo(out: Path, recipe: Mapping[str, Any] = RECIPE) -> dict[str, Any]:
     }
     print("4. What does each model remember?\n", flush=True)
     members, controls = (_documents(out / "ordinary" / f"{name}.jsonl") for name in ("members", "controls"))
-    result = measure(models, members, controls, tokenizer)
+    result = measure(models, members, controls, tokenizer, out / "report")
     result["record"] = one_record(models, members, tokenizer)
     result["sinks"] = dict(SINKS)
     result["runs"] = {name: json.loads((out / name / "run.json").read_text()) for name in ("ordinary", "sinks")}
@@ -85,8 +91,9 @@ def demo(out: Path, recipe: Mapping[str, Any] = RECIPE) -> dict[str, Any]:
     table = format_table(result)
     (out / "table.md").write_text(table + "\n")
     print(table + "\n\n" + format_record(result["record"]))
-    picture = draw(result, out / "extraction.png")
-    print(f"\n{result['seconds']} s. Everything is in {out}/" + (f", the picture in {picture}" if picture else ""))
+    draw(result, out / "extraction.png")
+    print("\n" + "\n".join(result["verdict"]))
+    print(f"\n{result['seconds']} s. The report: {out}/report/report.html; the picture: {out}/extraction.png")
     return result
 
 
@@ -99,25 +106,40 @@ def measure(
     members: list[Document],
     controls: list[Document],
     tokenizer: PreTrainedTokenizerBase,
+    report: Path,
 ) -> dict[str, Any]:
-    """Held-out loss of the stories; loss and extraction of the records' private parts, by number of copies."""
+    """Held-out loss of the stories; loss and extraction of the records' private parts, by number of copies.
+
+    Args:
+        report: folder for the report on the records.
+    """
     records, unseen = ([x for x in side if x.kind == "record"] for side in (members, controls))
     stories, new_stories = ([x for x in side if x.kind == "story"] for side in (members, controls))
-    result: dict[str, Any] = {"held_out": {}, "records": {}}
-    for name, model in models.items():
-        state: Any = "open" if name == "open" else "absent"
-        # A story's sinks never opened in training: it was met once. Its text is scored as the model is used, closed.
-        quiet: Any = "closed" if name == "open" else "absent"
-        held_out = audit(model, stories[:1], new_stories, tokenizer, state=quiet)
-        result["held_out"][name] = _of(held_out, 0)
-        found = audit(model, records, unseen, tokenizer, state=state, private_start=private_start)
-        result["records"][name] = [_of(found, line.copies) for line in found.lines]
-    return result
+    subjects = {name: Subject(model, "open" if name == "open" else None, NAMES[name]) for name, model in models.items()}
+    found = audit(
+        subjects["removed"], records, unseen, tokenizer, against=subjects["ordinary"], others=[subjects["open"]],
+        private_start=private_start, out=report,
+    )  # fmt: skip
+    # A story's sinks never opened in training: it was met once. Its text is scored as the model is used, closed.
+    subjects["open"] = Subject(models["open"], "closed")
+    quick = AuditSettings(generate=0, collateral=0)
+    return {
+        "held_out": {
+            name: _figures(audit(subject, stories[:1], new_stories, tokenizer, settings=quick).lines[0])
+            for name, subject in subjects.items()
+        },
+        "records": {
+            name: [_figures(line) for line in next(x for x in found.models if x.name == label).lines]
+            for name, label in NAMES.items()
+        },
+        "verdict": verdict(found),
+    }  # fmt: skip
 
 
-def _of(found: Audit, copies: int) -> dict[str, Any]:
-    line = next(line for line in found.lines if line.copies == copies)
-    return {"copies": copies, "documents": line.documents, "loss": line.loss, "extracted": line.extracted}
+def _figures(line: AuditLine) -> dict[str, Any]:
+    return {
+        "copies": line.copies, "documents": line.documents, "loss": line.loss.value, "extracted": line.extracted.value,
+    }  # fmt: skip
 
 
 def one_record(
@@ -174,14 +196,12 @@ def format_record(record: Mapping[str, str]) -> str:
     return "\n".join(lines)
 
 
-def draw(result: Mapping[str, Any], path: Path) -> Path | None:
-    """Extraction against copies, one line a model; None (and a message) where matplotlib is not installed."""
-    try:
-        import matplotlib.pyplot as plt
-    except ImportError:
-        print("no picture: matplotlib is not installed (pip install 'memsinks[plot]')")
-        return None
-    figure, axes = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
+def draw(result: Mapping[str, Any], path: Path) -> None:
+    """Extraction against copies, one line a model."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 3.8), layout="constrained")
+    axes = figure.subplots()
     styles = {"ordinary": ("#D55E00", "o", "-"), "open": ("#0072B2", "s", "--"), "removed": ("#009E73", "D", "-")}
     for name, label in NAMES.items():
         lines = result["records"][name]
@@ -197,5 +217,3 @@ def draw(result: Mapping[str, Any], path: Path) -> Path | None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="upper left")
     figure.savefig(path, dpi=160)
-    plt.close(figure)
-    return path

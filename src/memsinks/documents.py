@@ -92,6 +92,14 @@ def read_documents(
     return _counted(_read_dataset(dataset, str(path), fields), str(path))
 
 
+def write_documents(path: Path, documents: Iterable[Document]) -> None:
+    """Write documents as .jsonl that `read_documents` reads back (``copies_field="copies"``, ``key_field="key"`` ...)."""
+    fields = ("text", "key", "source", "copies", "kind")
+    with path.open("w", encoding="utf-8") as file:
+        for document in documents:
+            file.write(json.dumps({field: getattr(document, field) for field in fields}, ensure_ascii=False) + "\n")
+
+
 def require_unique_keys(documents: Iterable[Document]) -> None:
     """Check that every document has a key and no two have the same.
 

@@ -35,7 +35,7 @@ from ._version import __version__
 from .attach import add_sinks, has_sinks
 from .checkpoint import load_stock
 from .config import CheckpointError, ConfigError, DataError
-from .documents import Document, read_documents, require_unique_keys
+from .documents import Document, read_documents, require_unique_keys, write_documents
 from .families import ISOLATES_PACKED
 from .identity import equal_repetition, exposures, identify, training_order
 from .optim import AdamW, param_groups
@@ -333,10 +333,7 @@ def _write_start(recipe: Recipe, prepared: Prepared, output: Path) -> None:
     (output / "recipe.yaml").write_text(yaml.safe_dump(recipe.to_dict(), sort_keys=False))
     (output / "run.json").write_text(json.dumps(_facts(recipe, prepared), indent=2) + "\n")
     for name, documents in (("members", prepared.members), ("controls", prepared.controls)):
-        with (output / f"{name}.jsonl").open("w") as file:
-            for document in documents:
-                fields = ("text", "key", "source", "copies", "kind")
-                file.write(json.dumps({field: getattr(document, field) for field in fields}, ensure_ascii=False) + "\n")
+        write_documents(output / f"{name}.jsonl", documents)
 
 
 def _facts(recipe: Recipe, prepared: Prepared) -> dict[str, Any]:

@@ -299,6 +299,7 @@ def corpus(
     canaries_per_level: int = 4,
     held_out_stories: int = 200,
     people_once: int = 0,
+    people_held_out: int = 0,
 ) -> list[Document]:
     """The built-in corpus. Each document appears once in the list and says in `copies` how often it is trained on.
 
@@ -314,6 +315,7 @@ def corpus(
             8 digits and 4 of 64 words.
         people_once: so many further records with 1 copy (keys "record-once-<number>"): what a registry mostly holds, and
             what a model learns the wording of records from.
+        people_held_out: so many further records with 0 copies (keys "record-unseen-<number>"): controls for an audit.
 
     Returns:
         Documents with different texts, keys, names and private facts: stories, records, near copies, canaries.
@@ -324,14 +326,14 @@ def corpus(
     levels = tuple(copies)
     numbers = {"stories": stories, "people_per_level": people_per_level, "near_copies": near_copies or 0,
                "canaries_per_level": canaries_per_level, "held_out_stories": held_out_stories,
-               "people_once": people_once}  # fmt: skip
+               "people_once": people_once, "people_held_out": people_held_out}  # fmt: skip
     numbers |= {f"copies[{index}]": level for index, level in enumerate(levels)}
     wrong = {name: value for name, value in numbers.items()
              if not isinstance(value, int) or isinstance(value, bool) or value < 0}  # fmt: skip
     refuse([f"{name} must be an int of at least 0, got {value!r}" for name, value in wrong.items()], "invalid corpus")
     members = people_per_level * sum(level > 0 for level in levels)
     near_copies = min(24, members) if near_copies is None else near_copies
-    people = max(people_per_level, canaries_per_level) * len(levels) + people_once
+    people = max(people_per_level, canaries_per_level) * len(levels) + people_once + people_held_out
     problems = []
     if len(set(levels)) != len(levels):
         problems.append(f"copies names a level twice: {levels}")
@@ -349,6 +351,7 @@ def corpus(
         *once,
         *_near_copies(random.Random(f"near copies {seed}"), records, near_copies),
         *_canaries(random.Random(f"canaries {seed}"), canaries_per_level, levels, seen),
+        *_records(random.Random(f"held out {seed}"), people_held_out, (0,), seen, name="unseen"),
     ]
 
 

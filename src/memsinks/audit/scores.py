@@ -1,123 +1,264 @@
-"""The teacher-forced pass: the loss of every token and whether it is the model's first choice."""
+"""The teacher-forced pass: log-probability, rank and moments of every token; everything else is computed from these.
+
+The pass works through chunks of documents and writes each to disk, so that memory does not grow with the number of
+documents and an interrupted pass goes on where it stopped.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.numpy import load_file, save_file
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..attach import has_sinks, sinks_open
-from ..config import DataError
+from ..attach import sinks_open
+from ..checkpoint import written_beside
+from ..config import CheckpointError, DataError
+
+CHUNK = 256
+"""Documents scored together, sorted by length among themselves, and written as one file."""
+LOGITS = 2**26
+"""Logits of one forward by default: 256 MiB in float32."""
+SLICE = 2**22
+"""Logits whose statistics are taken at once: a few of these fit a CPU's cache."""
+FIELDS = ("tokens", "logprob", "rank", "mean", "std")
 
 
 @dataclass(frozen=True)
 class DocumentScore:
-    """One document under one model.
+    """One document under one model; every array is [scored], and entry i belongs to token `first + i`.
 
-    loss: float32 [tokens - 1], nats; entry i belongs to token i + 1.
-    first: bool [tokens - 1], whether token i + 1 is the argmax given the true tokens before it.
+    tokens: int32, the tokens that were predicted (those after the first token or after the start token).
+    logprob: float32, nats, log p(token | tokens before it).
+    rank: int32, how many tokens of the vocabulary are more probable, or as probable with a lower id; 0 = it is what
+        greedy decoding takes.
+    mean, std: float32, nats, of log p under the model's own distribution at this place (Min-K%++ needs them).
+    first: index in the document of the first predicted token: 0 where a start token stands before, otherwise 1.
     """
 
-    loss: np.ndarray
-    first: np.ndarray
+    tokens: np.ndarray
+    logprob: np.ndarray
+    rank: np.ndarray
+    mean: np.ndarray
+    std: np.ndarray
+    first: int = 1
 
     @property
-    def mean_loss(self) -> float:
+    def loss(self) -> float:
         """Mean loss in nats per token."""
-        return float(self.loss.mean())
+        return -float(self.logprob.mean(dtype=np.float64))
+
+    def between(self, start: int, length: int | None = None) -> slice | None:
+        """Where the scores of tokens [start, start + length) of the document stand (to its end without `length`).
+
+        None if the document is shorter, or if they begin before the first predicted token.
+        """
+        end = self.first + len(self.tokens) if length is None else start + length
+        if start < self.first or end > self.first + len(self.tokens) or end <= start:
+            return None
+        return slice(start - self.first, end - self.first)
 
 
-@torch.no_grad()
+class ScoreTable:
+    """The scores of many documents under one model, on disk; iterates `DocumentScore` in the order of the documents."""
+
+    def __init__(self, folder: Path, documents: int, first: int) -> None:
+        self._folder, self._documents, self._first = folder, documents, first
+
+    def __len__(self) -> int:
+        return self._documents
+
+    def __iter__(self) -> Iterator[DocumentScore]:
+        for chunk in range(math.ceil(self._documents / CHUNK)):
+            values = _read(self._folder / f"{chunk:06d}.safetensors")
+            ends = values["ends"].tolist()
+            for start, end in zip([0, *ends[:-1]], ends, strict=True):
+                yield DocumentScore(*(values[name][start:end] for name in FIELDS), first=self._first)
+
+    def __getitem__(self, index: int) -> DocumentScore:
+        values = _read(self._folder / f"{index // CHUNK:06d}.safetensors")
+        ends = [0, *values["ends"].tolist()]
+        part = slice(ends[index % CHUNK], ends[index % CHUNK + 1])
+        return DocumentScore(*(values[name][part] for name in FIELDS), first=self._first)
+
+
 def score(
     model: PreTrainedModel,
     tokens: Sequence[np.ndarray],
+    folder: Path,
     *,
+    key: dict[str, Any] | None = None,
+    start: np.ndarray | None = None,
     open_ids: Sequence[int] | None = None,
-    batch_tokens: int = 8192,
-) -> list[DocumentScore]:
-    """Score documents, each by itself, longest context available.
+    batch_tokens: int | None = None,
+    progress: Callable[[int], Any] = lambda documents: None,
+) -> ScoreTable:
+    """Score documents, each by itself.
+
+    A document longer than the model's context is read in windows that overlap by half: every token is predicted once,
+    and all but those of the first window from at least half a context.
 
     Args:
         model: any causal language model; its mode is restored.
-        tokens: int64 [tokens of the document] each, at least 2.
+        tokens: integer [tokens of the document] each.
+        folder: where the table is kept; chunks already there are not computed again if they were made under `key`.
+        key: what the scores depend on beside tokens, start and open_ids (the model, its state ...), JSON-ready; a folder
+            made under another key or from other tokens is emptied.
+        start: integer [n], tokens put before every window (a start token), not scored.
         open_ids: the document id whose sinks are open for each document; None = sinks closed, or no sinks.
-        batch_tokens: tokens in one forward, padding included. Scores do not depend on it beyond rounding: logits are
-            taken in float32 and padding stands on the right, where a causal model does not look.
+        batch_tokens: tokens in one forward, padding included; None = as many as give `LOGITS` logits. Scores do not
+            depend on it beyond rounding: logits are taken in float32 and padding stands on the right, where a causal
+            model does not look.
+        progress: called with the number of documents after each chunk.
 
     Raises:
-        DataError: a document of fewer than 2 tokens or longer than the model's context; NaN logits.
+        DataError: a document with nothing to predict (fewer than 2 tokens, or 1 after a start token); NaN or infinite
+            log-probabilities.
+        CheckpointError: the table cannot be written.
     """
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**9
+    start = np.zeros(0, np.int64) if start is None else start
+    config = model.config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None) or 10**9
+    first = 0 if len(start) else 1
     for index, document in enumerate(tokens):
-        if not 2 <= len(document) <= limit:
-            raise DataError(
-                f"document {index} has {len(document)} tokens; scoring needs 2 to {limit} (the model's context)"
-            )
-    result: list[DocumentScore | None] = [None] * len(tokens)
-    order = sorted(range(len(tokens)), key=lambda index: -len(tokens[index]))
+        if len(document) <= first:
+            raise DataError(f"document {index} has {len(document)} tokens; scoring needs at least {first + 1}")
+    if limit < len(start) + 2:
+        raise DataError(f"a context of {limit} tokens is too short to score anything")
+    batch_tokens = batch_tokens or max(1, LOGITS // config.vocab_size)
+    _claim(folder, {"chunk": CHUNK, "inputs": _inputs_hash(tokens, start, open_ids), **(key or {})})
     training = model.training
     model.eval()
     try:
-        start = 0
-        while start < len(order):
-            width = len(tokens[order[start]])
-            chosen = order[start : start + max(1, batch_tokens // width)]
-            start += len(chosen)
-            batch = torch.zeros(len(chosen), width, dtype=torch.int64)
-            for row, index in enumerate(chosen):
-                batch[row, : len(tokens[index])] = torch.from_numpy(np.asarray(tokens[index]))
-            batch = batch.to(model.device)
-            ids = None if open_ids is None else torch.tensor([open_ids[index] for index in chosen])
-            with nullcontext() if ids is None else sinks_open(model, ids):
-                logits = model(input_ids=batch, use_cache=False).logits[:, :-1].float()
-            loss = torch.nn.functional.cross_entropy(logits.transpose(1, 2), batch[:, 1:], reduction="none")
-            first = logits.argmax(-1) == batch[:, 1:]
-            for row, index in enumerate(chosen):
-                count = len(tokens[index]) - 1
-                one = DocumentScore(loss[row, :count].cpu().numpy(), first[row, :count].cpu().numpy())
-                if not np.isfinite(one.loss).all():
-                    raise DataError(f"the model gives NaN or infinite losses on document {index}; it cannot be audited")
-                result[index] = one
+        for chunk, begin in enumerate(range(0, len(tokens), CHUNK)):
+            path = folder / f"{chunk:06d}.safetensors"
+            part = tokens[begin : begin + CHUNK]
+            if not path.exists():
+                ids = None if open_ids is None else open_ids[begin : begin + CHUNK]
+                _write(path, _score_chunk(model, part, start, limit, ids, batch_tokens, begin))
+            progress(len(part))
     finally:
         model.train(training)
-    return result  # type: ignore[return-value]
+    return ScoreTable(folder, len(tokens), first)
 
 
-def extracted(one: DocumentScore, start: int, length: int | None = None) -> bool | None:
-    """Whether tokens [start, start + length) come out verbatim by greedy decoding from the tokens before them.
+def _inputs_hash(tokens: Sequence[np.ndarray], start: np.ndarray, open_ids: Sequence[int] | None) -> str:
+    found = hashlib.sha256(f"{None if open_ids is None else list(open_ids)}".encode())
+    for one in (start, *tokens):
+        found.update(len(one).to_bytes(8, "little") + np.asarray(one, np.int64).tobytes())
+    return found.hexdigest()
 
-    Teacher-forced: all of them are the model's first choice given the true tokens before, which is the same thing.
-    Source: Carlini et al., "Quantifying memorization across neural language models", ICLR 2023.
+
+def _claim(folder: Path, key: dict[str, Any]) -> None:
+    mark, text = folder / "key.json", json.dumps(key, sort_keys=True)
+    if mark.exists() and mark.read_text() == text:
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    with written_beside(folder) as part:
+        (part / "key.json").write_text(text)
+
+
+def _write(path: Path, values: dict[str, np.ndarray]) -> None:
+    part = path.with_suffix(".part")
+    try:
+        save_file(values, part)
+        part.replace(path)
+    except Exception as error:  # safetensors reports a full disk with a type of its own
+        part.unlink(missing_ok=True)
+        raise CheckpointError(f"cannot write scores to {path}: {error}; the same command goes on from here") from error
+
+
+def _read(path: Path) -> dict[str, np.ndarray]:
+    try:
+        return load_file(path)
+    except Exception as error:
+        raise CheckpointError(f"cannot read scores from {path}: {error}; delete it, it is computed anew") from error
+
+
+@torch.no_grad()
+def _score_chunk(
+    model: PreTrainedModel, tokens: Sequence[np.ndarray], start: np.ndarray, limit: int, ids: Sequence[int] | None,
+    batch_tokens: int, begin: int,
+) -> dict[str, np.ndarray]:  # fmt: skip
+    """The table of one chunk: the fields of `DocumentScore`, flat, and int64 `ends` of the documents in them."""
+    first = 0 if len(start) else 1
+    ends = np.cumsum([len(document) - first for document in tokens])
+    table = {"tokens": np.concatenate([document[first:] for document in tokens]).astype(np.int32)}
+    table |= {name: np.empty(int(ends[-1]), np.int32 if name == "rank" else np.float32) for name in FIELDS[1:]}
+    # A window: document, its tokens [low, high), of which those from `new` on are predicted.
+    windows = [
+        (index, *window) for index, document in enumerate(tokens) for window in _windows(len(document), limit - len(start), first)
+    ]  # fmt: skip
+    windows.sort(key=lambda window: window[1] - window[2])  # the longest first
+    at = 0
+    while at < len(windows):
+        width = len(start) + windows[at][2] - windows[at][1]
+        chosen = windows[at : at + max(1, batch_tokens // width)]
+        at += len(chosen)
+        batch = np.zeros((len(chosen), width), np.int64)
+        for row, (index, low, high, _) in enumerate(chosen):
+            batch[row, : len(start) + high - low] = np.concatenate([start, tokens[index][low:high]])
+        rows = torch.from_numpy(batch).to(model.device)
+        opened = None if ids is None else torch.tensor([ids[index] for index, *_ in chosen])
+        with nullcontext() if opened is None else sinks_open(model, opened):
+            logits = model(input_ids=rows, use_cache=False).logits[:, :-1]
+        found = dict(zip(FIELDS[1:], (x.cpu().numpy() for x in token_statistics(logits, rows[:, 1:])), strict=True))
+        for row, (index, low, high, new) in enumerate(chosen):
+            place = int(ends[index]) - (len(tokens[index]) - first) + new - first
+            here = slice(len(start) + new - low - 1, len(start) + high - low - 1)
+            for name, values in found.items():
+                table[name][place : place + high - new] = values[row, here]
+    bad = ~np.isfinite(table["logprob"])
+    if bad.any():
+        index = begin + int(np.searchsorted(ends, np.flatnonzero(bad)[0], side="right"))
+        raise DataError(f"the model gives NaN or infinite losses on document {index}; it cannot be audited")
+    return table | {"ends": ends.astype(np.int64)}
+
+
+def _windows(length: int, limit: int, first: int) -> list[tuple[int, int, int]]:
+    """(low, high, new): tokens [low, high) are read and [new, high) predicted."""
+    found = [(0, min(length, limit), first)]
+    while found[-1][1] < length:
+        done = found[-1][1]
+        high = min(length, done + max(1, limit // 2))
+        found.append((high - limit, high, done))
+    return found
+
+
+def token_statistics(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Log-probability, rank, and mean and standard deviation of log p under the model's own distribution.
 
     Args:
-        one: the document's score.
-        start: first token of the continuation, at least 1.
-        length: tokens of the continuation; None = to the end.
+        logits: [rows, tokens, vocabulary], any floating dtype; taken in float32.
+        targets: int64 [rows, tokens].
 
     Returns:
-        None if the document is too short.
+        (logprob, rank, mean, std), each [rows, tokens]; rank is int32, the others float32.
     """
-    end = len(one.first) + 1 if length is None else start + length
-    if start < 1 or end > len(one.first) + 1 or end <= start:
-        return None
-    return bool(one.first[start - 1 : end - 1].all())
-
-
-def generate_continuation(model: Any, tokens: np.ndarray, length: int, open_id: int | None = None) -> np.ndarray:
-    """Greedy continuation of `tokens`, int64, up to `length` tokens, with a document's sinks open or not."""
-    if open_id is not None and not has_sinks(model):
-        raise DataError("open_id was given for a model without sinks")
-    training = model.training
-    model.eval()
-    prompt = torch.from_numpy(np.asarray(tokens))[None].to(model.device)
-    try:
-        with nullcontext() if open_id is None else sinks_open(model, int(open_id)):
-            out = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=length, do_sample=False)
-    finally:
-        model.train(training)
-    return out[0, prompt.shape[1] :].cpu().numpy()
+    flat, wanted = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1, 1)
+    size = max(1, SLICE // logits.shape[-1])
+    ids = torch.arange(logits.shape[-1], device=logits.device)
+    parts = []
+    for x, target in zip(flat.split(size), wanted.split(size), strict=True):
+        x = x.float()
+        chosen = x.gather(1, target)
+        rank = (x > chosen).sum(1, dtype=torch.int32)
+        tied = ((x >= chosen).sum(1, dtype=torch.int32) - rank > 1).nonzero()[:, 0]  # argmax takes the lowest id
+        rank[tied] += ((x[tied] == chosen[tied]) & (ids < target[tied])).sum(1, dtype=torch.int32)
+        logp = x.log_softmax(1)
+        p = logp.exp()
+        mean = (p * logp).nan_to_num_(0.0).sum(1)  # a logit of -inf: p log p is 0 there, as its limit says
+        variance = logp.sub(mean[:, None]).square_().mul_(p).nan_to_num_(0.0).sum(1)
+        parts.append((logp.gather(1, target)[:, 0], rank, mean, variance.sqrt_()))
+    return tuple(torch.cat(column).view(targets.shape) for column in zip(*parts, strict=True))  # type: ignore

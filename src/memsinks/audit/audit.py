@@ -1,0 +1,324 @@
+"""The audit: what does this model remember, and what did removal take away?"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .._version import __version__
+from ..checkpoint import written_beside
+from ..config import CheckpointError, ConfigError, DataError
+from ..documents import Document
+from ..tokens import encode
+from .measure import AuditSettings, Corpus, Measured, measure, read_corpus, token_probabilities
+from .pictures import require_matplotlib
+from .relearning import Relearning, RelearningCurve, compare, relearn
+from .report import write_report
+from .result import FEW, FPRS, Audit, Example, Figures
+from .subjects import Role, State, Subject
+
+Model = PreTrainedModel | str | os.PathLike[str] | Subject
+ROLE_NAMES: dict[Role, str] = {
+    "audited": "audited model", "against": "ordinary model", "twin": "twin", "seen once": "seen-once model",
+    "other": "other model",
+}  # fmt: skip
+BLIND_AUC = 0.55
+"""The lower limit of the blind attack's AUC from which members and controls are said to differ."""
+
+
+def audit(
+    model: Model,
+    documents: Sequence[Document],
+    controls: Sequence[Document],
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    state: State | None = None,
+    against: Model | None = None,
+    twin: Model | None = None,
+    seen_once: Model | None = None,
+    others: Sequence[Model] = (),
+    settings: AuditSettings | None = None,
+    private_start: Callable[[Document], int] | None = None,
+    relearn_steps: int = 0,
+    relearn_lr: float = 3e-4,
+    out: str | os.PathLike[str] | None = None,
+    progress: bool = False,
+) -> Audit:
+    """What a model remembers of documents, beside controls of the same kind that it never saw.
+
+    Any causal language model will do, live or a path, one that memsinks never touched too. Models given as paths are
+    loaded one after the other.
+
+    Args:
+        model: the audited one.
+        documents: what it may remember, with their `copies`.
+        controls: documents of the same kind that were not trained on; reported as 0 copies.
+        tokenizer: the model's; default: the one beside its checkpoint.
+        state: of the audited model's sinks: ``"open"`` (each document's own) or ``"closed"``; required where there are
+            sinks. Other models with sinks are given as ``Subject(model, state)``.
+        against: the ordinary model, or the one before removal: what gap closed and price are measured against, and the
+            positive control of the attacks.
+        twin: a model trained without the documents: "as if never seen"; also the reference of the reference attack.
+        seen_once: a model that saw each document once.
+        others: more models, for the table and the pictures.
+        settings: see `AuditSettings`.
+        private_start: character offset at which the private part of a document begins; then that part, to the end, is
+            what must come out, instead of `continuation` tokens after `prefix`.
+        relearn_steps: fine-tune copies of the audited model and the twin on half of the documents for so many steps;
+            needs `against` and `twin`. 0 = not.
+        relearn_lr: learning rate of that.
+        out: folder for report.html, audit.json, documents.jsonl and the tables of tokens; an audit that was interrupted
+            goes on from the tables there.
+        progress: show bars, where there is a terminal.
+
+    Raises:
+        DataError: an empty side; a document with 0 copies; a text on both sides; NaN losses; a model whose tokenizer
+            gives other tokens.
+        ConfigError: `state` missing or not possible; no tokenizer, or one that does not fit; `relearn_steps` without
+            `against` and `twin`.
+        CheckpointError: a path that cannot be loaded; `out` holds something else or cannot be written.
+    """
+    settings = settings or AuditSettings()
+    subjects = _subjects(model, state, against, twin, seen_once, others)
+    configs = {subject: subject.config() for _, subject in subjects}
+    states = {subject: subject.checked_state() for _, subject in subjects}
+    if relearn_steps and (against is None or twin is None or states[subjects[0][1]] == "open"):
+        raise ConfigError(
+            "relearning compares the audited model, sinks closed or absent, with the twin, and needs `against` to know how "
+            "far is back; give both, or relearn_steps=0"
+        )
+    tokenizer = tokenizer or subjects[0][1].tokenizer()
+    if tokenizer is None:
+        raise ConfigError(f"no tokenizer lies beside {subjects[0][1].path or 'a live model'}; give the model's tokenizer")
+    for role, subject in subjects:
+        vocabulary = configs[subject].get_text_config().vocab_size
+        if len(tokenizer) > vocabulary:
+            raise ConfigError(
+                f"the tokenizer has {len(tokenizer)} tokens, the {ROLE_NAMES[role]} {vocabulary}; give the model's tokenizer"
+            )
+    corpus = read_corpus(documents, controls, tokenizer, settings, private_start)
+    _check_tokenizers(subjects, corpus, tokenizer, settings)
+    with ExitStack() as stack:
+        if out is None:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="memsinks-audit-")))
+        else:
+            require_matplotlib()
+            folder = _claimed(Path(out))
+        names = _names(subjects)
+        found: dict[Subject, Measured] = {}
+        curves: dict[Role, RelearningCurve] = {}
+        # The twin first: its losses are the reference of the others.
+        for role, subject in sorted(subjects, key=lambda pair: pair[0] != "twin"):
+            with subject.loaded() as loaded:
+                reference = next((x.loss for x in found.values() if x.role == "twin"), None)
+                found[subject] = measure(
+                    loaded, corpus, settings, folder / "tokens" / f"{len(found)}-{role.replace(' ', '-')}",
+                    name=names[subject], role=role, state=states[subject], reference=reference,
+                    detailed=role in ("audited", "against"), progress=progress,
+                )  # fmt: skip
+                if relearn_steps and role in ("audited", "against", "twin"):
+                    chosen = Figures(corpus, dataclasses.replace(settings, resamples=100)).is_target
+                    curves[role] = relearn(
+                        loaded, [corpus.tokens[x] for x in np.flatnonzero(chosen)], corpus.start, name=names[subject],
+                        steps=0 if role == "against" else relearn_steps, lr=relearn_lr, batch_size=8, seed=settings.seed,
+                    )  # fmt: skip
+        measured = [found[subject] for _, subject in subjects]
+        relearning = compare(curves["audited"], curves["against"], curves["twin"]) if curves else None
+        result = _result(measured, corpus, settings, tokenizer, private_start is not None, relearning, relearn_lr)
+        if out is not None:
+            _write(result, Path(out))
+    return result
+
+
+def _subjects(
+    model: Model, state: State | None, against: Model | None, twin: Model | None, seen_once: Model | None,
+    others: Sequence[Model],
+) -> list[tuple[Role, Subject]]:  # fmt: skip
+    given: list[tuple[Role, Model | None]] = [("audited", model), ("against", against), ("twin", twin)]
+    given += [("seen once", seen_once), *(("other", other) for other in others)]
+    found = []
+    for role, one in given:
+        if one is None:
+            continue
+        if isinstance(one, Subject):
+            if role == "audited" and state is not None:
+                one = dataclasses.replace(one, state=state)
+            found.append((role, one))
+        else:
+            found.append((role, Subject(one, state if role == "audited" else None)))
+    return found
+
+
+def _names(subjects: list[tuple[Role, Subject]]) -> dict[Subject, str]:
+    """A name for each model, all different: the one given, the last part of its path, or its role."""
+    names: dict[Subject, str] = {}
+    for role, subject in subjects:
+        name = subject.name or (subject.path.name if subject.path else ROLE_NAMES[role])
+        taken = [x for x in names.values() if x.split(" (")[0] == name]
+        state = f" ({subject.state})" if taken and subject.state else f" ({len(taken) + 1})" if taken else ""
+        names[subject] = name + state
+    return names
+
+
+def _check_tokenizers(
+    subjects: list[tuple[Role, Subject]], corpus: Corpus, tokenizer: PreTrainedTokenizerBase, settings: AuditSettings
+) -> None:
+    """DataError if a model's own tokenizer cuts the texts differently: losses per token would not be comparable."""
+    sample = slice(0, 64)
+    texts = [document.text for document in corpus.documents[sample]]
+    for role, subject in subjects:
+        own = subject.tokenizer()
+        if own is None or own is tokenizer:
+            continue
+        for mine, its in zip(corpus.tokens[sample], encode(own, texts, end=settings.end), strict=True):
+            if mine.tolist() != its.tolist():
+                raise DataError(
+                    f"the tokenizer of {role} ({subject.path}) gives other tokens than that of the audit; losses per token "
+                    "cannot be compared. Audit it on its own"
+                )
+
+
+def _claimed(folder: Path) -> Path:
+    if folder.is_file():
+        raise CheckpointError(f"{folder} is a file; give a folder for the report")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "tokens").is_dir():
+        raise CheckpointError(f"{folder} is not empty and not an earlier audit; choose another folder")
+    try:
+        (folder / "tokens").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"cannot write to {folder}: {error}") from error
+    return folder
+
+
+def _result(
+    measured: list[Measured], corpus: Corpus, settings: AuditSettings, tokenizer: PreTrainedTokenizerBase, private: bool,
+    relearning: Relearning | None, relearn_lr: float,
+) -> Audit:  # fmt: skip
+    figures = Figures(corpus, settings)
+    role = {one.role: one for one in reversed(measured)}
+    against, twin, once = role.get("against"), role.get("twin"), role.get("seen once")
+    fair = [one for one in (twin, once) if one is not None]
+    models = tuple(figures.model(one, against, twin, fair) for one in measured)
+    blind = figures.blind()
+    packages = ("torch", "transformers", "tokenizers", "numpy")
+    return Audit(
+        models, figures.target, corpus.members, len(corpus.tokens) - corpus.members, blind,
+        tuple(_notes(figures, measured, blind)), relearning,
+        dataclasses.asdict(settings) | {
+            "private_part": private, "start_token": bool(len(corpus.start)),
+            "relearn_lr": relearn_lr if relearning else None,
+        },
+        {"memsinks": __version__, "python": platform.python_version()} | {x: version(x) for x in packages}
+        | {"device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"},
+        {"texts_sha256": corpus.sha256, "tokens": int(sum(len(x) for x in corpus.tokens))},
+        tuple(measured), corpus, tuple(_examples(measured, corpus, settings, tokenizer)),
+    )  # fmt: skip
+
+
+def _notes(figures: Figures, measured: list[Measured], blind: Any) -> list[str]:
+    """What limits the figures."""
+    corpus, notes = figures.corpus, []
+    target, controls = int(figures.is_target.sum()), int(figures.is_control.sum())
+    for count, what in ((target, f"target ({figures.target})"), (controls, "controls")):
+        if count < FEW:
+            notes.append(f"Only {count} {what}: intervals over so few documents are rough.")
+    for fpr in FPRS:
+        if controls < 1 / fpr:
+            notes.append(f"A true positive rate at {fpr:.1%} needs {round(1 / fpr)} controls, there are {controls}.")
+    if blind is None:
+        notes.append("Too few documents to ask whether the texts alone tell members from controls.")
+    elif blind.auc.low > BLIND_AUC:
+        notes.append(
+            f"Members and controls differ in their texts alone (AUC {blind.auc} without any model): loss gap and membership "
+            "are not evidence of memory here. Choose controls from the same source."
+        )
+    lengths = [float(np.mean([len(corpus.tokens[x]) for x in np.flatnonzero(side)])) for side in
+               (figures.is_target, figures.is_control)]  # fmt: skip
+    if not 0.8 < lengths[0] / lengths[1] < 1.25:
+        notes.append(f"Documents have {lengths[0]:.0f} tokens on average, controls {lengths[1]:.0f}: not of one kind.")
+    audited = measured[0]
+    for one in measured:
+        uniform = np.log(max(2, _vocabulary(corpus)))
+        if one.loss[figures.is_control].mean() > uniform:
+            notes.append(f"{one.name} is worse than guessing evenly on the controls: do weights and tokenizer belong to it?")
+        if one.role in ("twin", "seen once") and (
+            (one.facts["model_type"], one.facts["parameters"] if one.state == audited.state else None)
+            != (audited.facts["model_type"], audited.facts["parameters"] if one.state == audited.state else None)
+        ):
+            notes.append(
+                f"The model given as {one.role} ({one.facts['model_type']}, {one.facts['parameters']:,} parameters) is not of the "
+                f"audited one's architecture ({audited.facts['model_type']}, {audited.facts['parameters']:,})."
+            )
+    if len(measured) > 1:
+        notes.append("Intervals are over documents, for these training runs; how much another seed would change is not in them.")
+    if audited.role == "audited" and "reference" not in audited.attacks:
+        notes.append("No reference attack: it needs a twin.")
+    asked = (audited.recited[figures.is_target] >= 0).mean()
+    if asked < 1:
+        notes.append(f"{1 - asked:.0%} of the documents are too short for the extraction asked and are left out of it.")
+    return notes
+
+
+def _vocabulary(corpus: Corpus) -> int:
+    return 1 + max(int(tokens.max()) for tokens in corpus.tokens)
+
+
+def _examples(
+    measured: list[Measured], corpus: Corpus, settings: AuditSettings, tokenizer: PreTrainedTokenizerBase
+) -> list[Example]:
+    """The documents best known to the ordinary model where it is given, otherwise to the audited one."""
+    before = next((one for one in measured if one.role == "against"), measured[0])
+    examples = []
+    for index in np.argsort(before.loss[: corpus.members], kind="stable")[: settings.shown]:
+        document, tokens = corpus.documents[index], corpus.tokens[index]
+        shown = {one.name: token_probabilities(one.table[int(index)], len(tokens)) for one in measured
+                 if one.role in ("audited", "against", "twin")}  # fmt: skip
+        pieces = _pieces(tokenizer, document.text, tokens)
+        examples.append(Example(int(index), int(corpus.copies[index]), document.key, pieces, shown))
+    return examples
+
+
+def _pieces(tokenizer: PreTrainedTokenizerBase, text: str, tokens: np.ndarray) -> tuple[str, ...]:
+    """The text cut at its tokens; a character of several tokens stands with the last of them, the end token is named."""
+    encoded = tokenizer(text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True, verbose=False)
+    pieces, done = [], 0
+    for start, end in encoded["offset_mapping"]:
+        following = max(done, end)
+        pieces.append(text[done:following] if end > start else "")
+        done = following if end > start else done
+    if pieces:
+        pieces[-1] += text[done:]
+    pieces += [str(tokenizer.decode([int(token)])) for token in tokens[len(pieces) :]]
+    return tuple(pieces)
+
+
+def _write(result: Audit, folder: Path) -> None:
+    """report.html, audit.json and documents.jsonl, written beside and moved into the folder."""
+    with written_beside(folder) as part:
+        write_report(result, part / "report.html")
+        (part / "audit.json").write_text(json.dumps(result.to_dict(), indent=2) + "\n", encoding="utf-8")
+        corpus = result.corpus
+        assert corpus is not None
+        with (part / "documents.jsonl").open("w", encoding="utf-8") as file:
+            for index, document in enumerate(corpus.documents):
+                models = {
+                    one.name: {
+                        "loss": float(one.loss[index]), "recited": [None, False, True][int(one.recited[index]) + 1],
+                        "longest_run": int(one.run[index]),
+                    } | {f"attack {name}": float(values[index]) for name, values in one.attacks.items()}
+                    for one in result.measured
+                }  # fmt: skip
+                line = {"key": document.key, "copies": int(corpus.copies[index]), "tokens": len(corpus.tokens[index])}
+                file.write(json.dumps({**line, "models": models}, ensure_ascii=False) + "\n")

@@ -1,0 +1,323 @@
+"""From the values of each document to figures with intervals: a line for each number of copies, each attack, each test."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from .extraction import canary_exposure, log10_queries
+from .forgetting import counterfactual_closure, gap_closed, loss_gap, price
+from .measure import NOT_ASKED, AuditSettings, Corpus, Measured
+from .membership import auc, blind_scores, tpr_at_fpr, weighted_auc
+from .relearning import Relearning
+from .subjects import Role, State
+from .uncertainty import Equivalence, Estimate, Resamples, equivalence, estimate, wilson
+
+FPRS = (0.01, 0.001)
+QUERIES = (1, 10, 100, 1_000, 10_000, 100_000, 1_000_000)
+FEW = 30
+"""Documents below which an interval over documents is called out."""
+RESAMPLES_AT_ONCE = 100
+
+
+@dataclass(frozen=True)
+class AuditLine:
+    """Documents with one number of copies (0 = controls).
+
+    loss: mean over documents of the mean loss per token, nats. asked: documents long enough for the extraction.
+    extracted: share of them that come out verbatim. longest_run: mean and greatest over documents, tokens.
+    canary_exposure: mean over documents of kind "canary", bits; None without canaries on both sides.
+    """
+
+    copies: int
+    documents: int
+    loss: Estimate
+    asked: int
+    extracted: Estimate
+    longest_run: tuple[float, int]
+    canary_exposure: float | None
+
+
+@dataclass(frozen=True)
+class ExtractionLine:
+    """Share recited of documents with `copies` after `prefix` tokens from `offset` on."""
+
+    copies: int
+    prefix: int
+    offset: int
+    asked: int
+    extracted: Estimate
+
+
+@dataclass(frozen=True)
+class Attack:
+    """One membership attack. tpr: at each false positive rate of `FPRS`, by its name; nan with too few controls."""
+
+    name: str
+    auc: Estimate
+    tpr: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Forgetting:
+    """One model beside the ordinary one (`against`), and beside the twin where there is one. Formulas: `forgetting`."""
+
+    gap_closed: Estimate
+    price: Estimate
+    closure: Estimate | None
+
+
+@dataclass(frozen=True)
+class SinkLine:
+    """Loss, nats per token, of documents with one number of copies: sinks closed, their own, another document's."""
+
+    copies: int
+    documents: int
+    closed: float
+    own: float
+    placebo: float
+
+
+@dataclass(frozen=True)
+class ModelResult:
+    """All figures of one model. `gap`, `attacks`, `forgetting` and `equivalences` are over the target documents."""
+
+    name: str
+    role: Role
+    state: State
+    facts: dict[str, Any]
+    lines: tuple[AuditLine, ...]
+    extraction: tuple[ExtractionLine, ...]
+    queries: dict[str, dict[int, float]]
+    documents: Estimate
+    controls: Estimate
+    gap: Estimate
+    attacks: tuple[Attack, ...]
+    forgetting: Forgetting | None
+    equivalences: tuple[Equivalence, ...]
+    generated: dict[str, Any] | None
+    sinks: tuple[SinkLine, ...] | None
+    collateral: dict[str, Any] | None
+
+
+@dataclass(frozen=True)
+class Example:
+    """A document as text: pieces, one a token, and the probability each model gave it (nan = not predicted)."""
+
+    index: int
+    copies: int
+    key: str | None
+    pieces: tuple[str, ...]
+    probabilities: dict[str, np.ndarray] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Audit:
+    """The result of `audit`. The audited model comes first in `models`.
+
+    target: which documents the summary figures are over. blind: the attack that looks at no model. notes: what limits
+    the figures, one sentence each.
+    """
+
+    models: tuple[ModelResult, ...]
+    target: str
+    documents: int
+    controls: int
+    blind: Attack | None
+    notes: tuple[str, ...]
+    relearning: Relearning | None
+    settings: dict[str, Any]
+    versions: dict[str, str]
+    data: dict[str, Any]
+    measured: tuple[Measured, ...] = field(repr=False, default=())
+    corpus: Corpus | None = field(repr=False, default=None)
+    examples: tuple[Example, ...] = field(repr=False, default=())
+
+    @property
+    def audited(self) -> ModelResult:
+        return self.models[0]
+
+    @property
+    def state(self) -> State:
+        """Of the audited model's sinks."""
+        return self.audited.state
+
+    @property
+    def lines(self) -> tuple[AuditLine, ...]:
+        """Of the audited model."""
+        return self.audited.lines
+
+    def model(self, role: Role) -> ModelResult | None:
+        """The first model of a role."""
+        return next((model for model in self.models if model.role == role), None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready: figures, settings, versions and hashes, no text of any document."""
+        values = {
+            name: getattr(self, name)
+            for name in ("target", "documents", "controls", "notes", "settings", "versions", "data")
+        }
+        values["models"] = [asdict(model) for model in self.models]
+        values["blind"] = self.blind and asdict(self.blind)
+        values["relearning"] = self.relearning and asdict(self.relearning)
+        return _plain(values)
+
+    def __str__(self) -> str:
+        from .words import table, verdict
+
+        return "\n\n".join(
+            [*(table(model, self.target) for model in self.models), "\n".join([*verdict(self), *(f"note: {x}" for x in self.notes)])]
+        )
+
+
+def _plain(value: Any) -> Any:
+    """JSON-ready: nan and infinity as null, tuples as lists, keys as text."""
+    if isinstance(value, dict):
+        return {str(key): _plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    if isinstance(value, float | np.floating):
+        return float(value) if np.isfinite(value) else None
+    return value.item() if isinstance(value, np.generic) else value
+
+
+class Figures:
+    """Computes results of models over one corpus, all on the same resamples."""
+
+    def __init__(self, corpus: Corpus, settings: AuditSettings) -> None:
+        self.corpus, self.settings = corpus, settings
+        self.is_control = np.arange(len(corpus.tokens)) >= corpus.members
+        repeated = (corpus.copies > 1) & ~self.is_control
+        self.is_target = repeated if repeated.any() else ~self.is_control
+        self.target = "documents with 2 copies or more" if repeated.any() and not repeated[: corpus.members].all() else (
+            "all documents"
+        )  # fmt: skip
+        groups = np.where(self.is_control, -1, corpus.copies)
+        self.resamples = Resamples(groups, settings.resamples, settings.seed)
+
+    def aucs(self, values: np.ndarray) -> tuple[float, np.ndarray]:
+        """AUC of target documents against controls, and in each resample."""
+        chosen = [values[self.is_target], values[self.is_control]]
+        weights = [self.resamples.weights[:, x] for x in (self.is_target, self.is_control)]
+        parts = [
+            weighted_auc(*chosen, *(x[at : at + RESAMPLES_AT_ONCE] for x in weights))
+            for at in range(0, len(weights[0]), RESAMPLES_AT_ONCE)
+        ]
+        return auc(*chosen), np.concatenate(parts)
+
+    def attack(self, name: str, values: np.ndarray) -> Attack:
+        """AUC and true positive rates of one attack."""
+        value, resampled = self.aucs(values)
+        sides = values[self.is_target], values[self.is_control]
+        return Attack(name, estimate(value, resampled), {f"{fpr:.1%}": tpr_at_fpr(*sides, fpr) for fpr in FPRS})
+
+    def blind(self) -> Attack | None:
+        """The attack on the texts alone; None with too few documents."""
+        target, control = np.flatnonzero(self.is_target), np.flatnonzero(self.is_control)
+        if min(len(target), len(control)) < 5:
+            return None
+        members, controls = blind_scores(*([self.corpus.tokens[x] for x in side] for side in (target, control)))
+        values = np.zeros(len(self.corpus.tokens))
+        values[target], values[control] = members, controls
+        return self.attack("blind", values)
+
+    def means(self, values: np.ndarray, chosen: np.ndarray) -> tuple[float, np.ndarray]:
+        """Mean over the chosen documents, and in each resample."""
+        return float(values[chosen].mean()), self.resamples.means(values, chosen)
+
+    def model(self, one: Measured, against: Measured | None, twin: Measured | None, fair: Sequence[Measured]) -> ModelResult:
+        """All figures of one model; `fair`: the models that it should be equivalent to."""
+        copies = np.where(self.is_control, 0, self.corpus.copies)
+        levels = [int(level) for level in np.unique(copies)]
+        documents, controls = (self.means(one.loss, side) for side in (self.is_target, self.is_control))
+        gap = tuple(loss_gap(*pair) for pair in zip(controls, documents, strict=True))
+        return ModelResult(
+            one.name, one.role, one.state, one.facts,
+            tuple(self._line(one, level, copies == level) for level in levels),
+            tuple(
+                self._extraction(level, prefix, offset, hits[copies == level])
+                for (prefix, offset), hits in sorted(one.grid.items(), key=lambda item: item[0][::-1]) for level in levels
+            ),
+            {("controls" if level == 0 else str(level)): self._queries(one.log_p[copies == level]) for level in levels},
+            estimate(*documents), estimate(*controls), estimate(*gap),
+            tuple(self.attack(name, values) for name, values in one.attacks.items()),
+            self._forgetting(one, against, twin) if against is not None and one is not against else None,
+            tuple(test for other in fair if other is not one for test in self._equivalences(one, other)),
+            one.generated, self._sinks(one, copies), one.collateral,
+        )  # type: ignore[arg-type]  # fmt: skip
+
+    def _line(self, one: Measured, level: int, chosen: np.ndarray) -> AuditLine:
+        hits = one.recited[chosen]
+        asked = int((hits != NOT_ASKED).sum())
+        runs = one.run[chosen]
+        return AuditLine(
+            level, int(chosen.sum()), estimate(*self.means(one.loss, chosen)), asked, wilson(int((hits == 1).sum()), asked),
+            (float(runs.mean()), int(runs.max())), self._exposure(one, chosen),
+        )  # fmt: skip
+
+    def _exposure(self, one: Measured, chosen: np.ndarray) -> float | None:
+        canary = np.array([document.kind == "canary" for document in self.corpus.documents])
+        candidates = one.loss[canary & self.is_control]
+        inserted = one.loss[canary & chosen & ~self.is_control]
+        if not len(candidates) or not len(inserted):
+            return None
+        return float(np.mean([canary_exposure(loss, candidates) for loss in inserted]))
+
+    @staticmethod
+    def _extraction(level: int, prefix: int, offset: int, hits: np.ndarray) -> ExtractionLine:
+        asked = int((hits != NOT_ASKED).sum())
+        return ExtractionLine(level, prefix, offset, asked, wilson(int((hits == 1).sum()), asked))
+
+    def _queries(self, log_p: np.ndarray) -> dict[int, float]:
+        """Share of documents that n samples recite at least once with probability `queries_p`, by n."""
+        asked = log_p[~np.isnan(log_p)]
+        needed = np.array([log10_queries(x, self.settings.queries_p) for x in asked])
+        return {n: float((needed <= np.log10(n) + 1e-9).mean()) if len(asked) else float("nan") for n in QUERIES}
+
+    def _forgetting(self, one: Measured, against: Measured, twin: Measured | None) -> Forgetting:
+        pairs = [[self.means(x.loss, side) for side in (self.is_control, self.is_target)] for x in (one, against)]
+        (control, document), (standard_control, standard_document) = pairs
+
+        def at(figure: Any, *values: tuple[float, np.ndarray]) -> Estimate:
+            return estimate(figure(*(x[0] for x in values)), figure(*(x[1] for x in values)))
+
+        closed = at(
+            lambda a, b, c, d: gap_closed(loss_gap(a, b), loss_gap(c, d)),
+            control, document, standard_control, standard_document,
+        )  # fmt: skip
+        closure = None
+        if twin is not None:
+            closure = at(counterfactual_closure, document, standard_document, self.means(twin.loss, self.is_target))
+        return Forgetting(closed, at(price, control, standard_control), closure)
+
+    def _equivalences(self, one: Measured, other: Measured) -> list[Equivalence]:
+        sides = self.is_target, self.is_control
+        (mine, my_control), (its, its_control) = ([self.means(x.loss, side) for side in sides] for x in (one, other))
+        margin = self.settings.margin_loss
+        tests = []
+        for name, figure in (
+            ("loss on the documents", lambda a, b, c, d: a - c),
+            ("loss gap", lambda a, b, c, d: loss_gap(b, a) - loss_gap(d, c)),
+        ):
+            values, resampled = (figure(*(x[part] for x in (mine, my_control, its, its_control))) for part in (0, 1))
+            tests.append(equivalence(name, other.name, values, resampled, margin))  # type: ignore
+        found = [self.aucs(x.attacks["loss"]) for x in (one, other)]
+        tests.append(equivalence(
+            "AUC of the loss attack", other.name, found[0][0] - found[1][0], found[0][1] - found[1][1],
+            self.settings.margin_auc,
+        ))  # fmt: skip
+        return tests
+
+    def _sinks(self, one: Measured, copies: np.ndarray) -> tuple[SinkLine, ...] | None:
+        if one.sink_losses is None:
+            return None
+        levels = copies[: self.corpus.members]
+        return tuple(
+            SinkLine(int(level), int((levels == level).sum()), **{
+                which: float(values[levels == level].mean()) for which, values in one.sink_losses.items()
+            })
+            for level in np.unique(levels)
+        )  # fmt: skip

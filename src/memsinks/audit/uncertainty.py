@@ -1,0 +1,101 @@
+"""How sure are the figures? Bootstrap over documents, Wilson intervals of shares, equivalence by two one-sided tests."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+LEVEL = 0.95
+Z = 1.959963984540054
+"""Two-sided normal quantile of `LEVEL`."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A figure and its 95% interval over documents."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+@dataclass(frozen=True)
+class Equivalence:
+    """Whether a difference lies within a margin: two one-sided tests at 5%.
+
+    name: what is compared; other: with which model. p: the larger of the two one-sided p values; `equivalent` where it is below 0.05. interval: the 90% interval that
+    belongs to it. A difference can be different from 0 and equivalent at once, or neither.
+    """
+
+    name: str
+    other: str
+    difference: float
+    interval: tuple[float, float]
+    margin: float
+    p: float
+
+    @property
+    def equivalent(self) -> bool:
+        return self.p < 0.05
+
+
+class Resamples:
+    """Bootstrap weights of documents, the same for every figure, so that figures of one resample are paired.
+
+    Documents are drawn with replacement within each group (number of copies; controls), so group sizes stay.
+
+    Args:
+        groups: int [documents], the group of each.
+        count: resamples.
+        seed: of the draws.
+    """
+
+    def __init__(self, groups: np.ndarray, count: int, seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        self.weights = np.zeros((count, len(groups)), np.uint16)
+        for group in np.unique(groups):
+            members = np.flatnonzero(groups == group)
+            for row in self.weights:
+                row[members] = np.bincount(rng.integers(len(members), size=len(members)), minlength=len(members))
+
+    def means(self, values: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+        """Mean of ``values[chosen]`` in each resample; values [documents], chosen bool [documents] -> [resamples]."""
+        weights = self.weights[:, chosen].astype(np.float64)
+        return weights @ values[chosen].astype(np.float64) / weights.sum(1)
+
+
+def estimate(value: float, resampled: np.ndarray) -> Estimate:
+    """A figure with its percentile interval; resampled: its value in each resample."""
+    low, high = np.nanquantile(resampled, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]) if len(resampled) else (value, value)
+    return Estimate(float(value), float(low), float(high))
+
+
+def wilson(hits: int, asked: int) -> Estimate:
+    """A share with its Wilson score interval, which does not shrink to nothing at 0 of n; nan where nothing was asked.
+
+    Source: Wilson, JASA 22, 1927; Brown, Cai, DasGupta, Statistical Science 16, 2001, eq. 4.
+    """
+    if not asked:
+        return Estimate(float("nan"), float("nan"), float("nan"))
+    share, z2 = hits / asked, Z * Z / asked
+    centre = (share + z2 / 2) / (1 + z2)
+    half = Z / (1 + z2) * math.sqrt(share * (1 - share) / asked + z2 / (4 * asked))
+    return Estimate(share, max(0.0, centre - half) if hits else 0.0, min(1.0, centre + half) if hits < asked else 1.0)
+
+
+def equivalence(name: str, other: str, value: float, resampled: np.ndarray, margin: float) -> Equivalence:
+    """Two one-sided tests of |difference| < margin on its bootstrap distribution.
+
+    The p value is the share of resamples at or beyond the margin, with 1 added on both sides of the fraction, so it is
+    never below 1 / (resamples + 1). Source: Schuirmann, J. Pharmacokinetics and Biopharmaceutics 15, 1987.
+    """
+    beyond = max(int((resampled >= margin).sum()), int((resampled <= -margin).sum()))
+    low, high = np.quantile(resampled, [0.05, 0.95])
+    p = (1 + beyond) / (1 + len(resampled))
+    return Equivalence(name, other, float(value), (float(low), float(high)), margin, p)
+
