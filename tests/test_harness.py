@@ -91,7 +91,6 @@ def check_cuts(folder: Path, tokenizer, documents: list[Document]) -> None:
 
 
 def test_both_programs_find_the_same(exported, tmp_path) -> None:
-    pytest.importorskip("lm_eval")
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 

@@ -23,9 +23,9 @@ from ..config import CheckpointError, ConfigError, DataError
 from ..documents import Document
 from .measure import AuditSettings, Corpus, read_corpus
 
-# custom_dataset, softmax_dtype: from 0.4.9. A tokenizer's own start token is kept by default: from 0.4.9.2.
+# 0.4.10 is the first lm-eval that can be imported beside transformers 5.
 TASK = """\
-# A task for lm-evaluation-harness (0.4.9.2 or newer) and for models with the tokenizer it was written with.
+# A task for lm-evaluation-harness (0.4.10 or newer) and for models with the tokenizer it was written with.
 # The folder can be moved; its files belong together.
 task: NAME
 custom_dataset: !function utils.load

@@ -31,7 +31,9 @@ CHUNK = 256
 LOGITS = 2**26
 """Logits of one forward by default: 256 MiB in float32."""
 SLICE = 2**22
-"""Logits whose statistics are taken at once: a few of these fit a CPU's cache."""
+"""Logits whose statistics are taken at once."""
+LEAST = -1e4
+"""Logits further below the greatest count as this far: their probability is 0 in float32, and 0 times it is 0."""
 FIELDS = ("tokens", "logprob", "rank", "mean", "std")
 
 
@@ -212,8 +214,9 @@ def _score_chunk(
         rows = torch.from_numpy(batch).to(model.device)
         opened = None if ids is None else torch.tensor([ids[index] for index, *_ in chosen])
         with nullcontext() if opened is None else sinks_open(model, opened):
-            logits = model(input_ids=rows, use_cache=False).logits[:, :-1]
-        found = dict(zip(FIELDS[1:], (x.cpu().numpy() for x in token_statistics(logits, rows[:, 1:])), strict=True))
+            logits = model(input_ids=rows, use_cache=False).logits
+        found = token_statistics(logits, rows.roll(-1, 1))  # the last column is not used: cutting it off would copy all
+        found = dict(zip(FIELDS[1:], (x.cpu().numpy() for x in found), strict=True))
         for row, (index, low, high, new) in enumerate(chosen):
             place = int(ends[index]) - (len(tokens[index]) - first) + new - first
             here = slice(len(start) + new - low - 1, len(start) + high - low - 1)
@@ -248,17 +251,24 @@ def token_statistics(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, T
     """
     flat, wanted = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1, 1)
     size = max(1, SLICE // logits.shape[-1])
-    ids = torch.arange(logits.shape[-1], device=logits.device)
+    shape = (min(size, len(flat)), logits.shape[-1])
+    away, weight = (torch.empty(shape, dtype=torch.float32, device=logits.device) for _ in range(2))
     parts = []
     for x, target in zip(flat.split(size), wanted.split(size), strict=True):
-        x = x.float()
-        chosen = x.gather(1, target)
-        rank = (x > chosen).sum(1, dtype=torch.int32)
-        tied = ((x >= chosen).sum(1, dtype=torch.int32) - rank > 1).nonzero()[:, 0]  # argmax takes the lowest id
-        rank[tied] += ((x[tied] == chosen[tied]) & (ids < target[tied])).sum(1, dtype=torch.int32)
-        logp = x.log_softmax(1)
-        p = logp.exp()
-        mean = (p * logp).nan_to_num_(0.0).sum(1)  # a logit of -inf: p log p is 0 there, as its limit says
-        variance = logp.sub(mean[:, None]).square_().mul_(p).nan_to_num_(0.0).sum(1)
-        parts.append((logp.gather(1, target)[:, 0], rank, mean, variance.sqrt_()))
+        x, a, p = x.float(), away[: len(x)], weight[: len(x)]
+        torch.sub(x, x.amax(1, keepdim=True), out=a)
+        a.clamp_(min=LEAST)
+        chosen = a.gather(1, target)
+        rank = torch.gt(a, chosen, out=p).sum(1).to(torch.int32)
+        torch.exp(a, out=p)
+        total = p.sum(1)
+        mean = _dot(a, p) / total
+        variance = (_dot(a.square_(), p) / total - mean.square()).clamp_(min=0)
+        chosen = chosen[:, 0].masked_fill(chosen[:, 0] <= LEAST, -torch.inf)
+        parts.append((chosen - total.log(), rank, mean - total.log(), variance.sqrt_()))
     return tuple(torch.cat(column).view(targets.shape) for column in zip(*parts, strict=True))  # type: ignore
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """Row by row, without a buffer for the products."""
+    return torch.bmm(a[:, None], b[:, :, None])[:, 0, 0]
