@@ -32,7 +32,7 @@ CONTROLS = [Document(text, copies=0) for text in UNSEEN]
 CONFIG = {
     "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
     "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 128, "tie_word_embeddings": True,
-    "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0,
+    "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None,
 }  # fmt: skip
 
 

@@ -92,9 +92,9 @@ def audit(
     """
     settings = settings or AuditSettings()
     subjects = _subjects(model, state, against, twin, seen_once, others)
-    configs = {subject: subject.config() for _, subject in subjects}
-    states = {subject: subject.checked_state() for _, subject in subjects}
-    if relearn_steps and (against is None or twin is None or states[subjects[0][1]] == "open"):
+    configs = [subject.config() for _, subject in subjects]
+    states = [subject.checked_state() for _, subject in subjects]
+    if relearn_steps and (against is None or twin is None or states[0] == "open"):
         raise ConfigError(
             "relearning compares the audited model, sinks closed or absent, with the twin, and needs `against` to know how "
             "far is back; give both, or relearn_steps=0"
@@ -102,8 +102,8 @@ def audit(
     tokenizer = tokenizer or subjects[0][1].tokenizer()
     if tokenizer is None:
         raise ConfigError(f"no tokenizer lies beside {subjects[0][1].path or 'a live model'}; give the model's tokenizer")
-    for role, subject in subjects:
-        vocabulary = configs[subject].get_text_config().vocab_size
+    for (role, _), config in zip(subjects, configs, strict=True):
+        vocabulary = config.get_text_config().vocab_size
         if len(tokenizer) > vocabulary:
             raise ConfigError(
                 f"the tokenizer has {len(tokenizer)} tokens, the {ROLE_NAMES[role]} {vocabulary}; give the model's tokenizer"
@@ -117,24 +117,24 @@ def audit(
             require_matplotlib()
             folder = _claimed(Path(out))
         names = _names(subjects)
-        found: dict[Subject, Measured] = {}
+        found: dict[int, Measured] = {}
         curves: dict[Role, RelearningCurve] = {}
         # The twin first: its losses are the reference of the others.
-        for role, subject in sorted(subjects, key=lambda pair: pair[0] != "twin"):
+        for place in sorted(range(len(subjects)), key=lambda place: subjects[place][0] != "twin"):
+            role, subject = subjects[place]
             with subject.loaded() as loaded:
                 reference = next((x.loss for x in found.values() if x.role == "twin"), None)
-                found[subject] = measure(
-                    loaded, corpus, settings, folder / "tokens" / f"{len(found)}-{role.replace(' ', '-')}",
-                    name=names[subject], role=role, state=states[subject], reference=reference,
-                    detailed=role in ("audited", "against"), progress=progress,
+                found[place] = measure(
+                    loaded, corpus, settings, folder / "tokens" / f"{place}-{role.replace(' ', '-')}", name=names[place],
+                    role=role, state=states[place], reference=reference, detailed=role in ("audited", "against"),
+                    progress=progress,
                 )  # fmt: skip
                 if relearn_steps and role in ("audited", "against", "twin"):
-                    chosen = Figures(corpus, dataclasses.replace(settings, resamples=100)).is_target
                     curves[role] = relearn(
-                        loaded, [corpus.tokens[x] for x in np.flatnonzero(chosen)], corpus.start, name=names[subject],
+                        loaded, [corpus.tokens[x] for x in np.flatnonzero(corpus.target)], corpus.start, name=names[place],
                         steps=0 if role == "against" else relearn_steps, lr=relearn_lr, batch_size=8, seed=settings.seed,
                     )  # fmt: skip
-        measured = [found[subject] for _, subject in subjects]
+        measured = [found[place] for place in range(len(subjects))]
         relearning = compare(curves["audited"], curves["against"], curves["twin"]) if curves else None
         result = _result(measured, corpus, settings, tokenizer, private_start is not None, relearning, relearn_lr)
         if out is not None:
@@ -161,14 +161,16 @@ def _subjects(
     return found
 
 
-def _names(subjects: list[tuple[Role, Subject]]) -> dict[Subject, str]:
+def _names(subjects: list[tuple[Role, Subject]]) -> list[str]:
     """A name for each model, all different: the one given, the last part of its path, or its role."""
-    names: dict[Subject, str] = {}
+    names: list[str] = []
     for role, subject in subjects:
         name = subject.name or (subject.path.name if subject.path else ROLE_NAMES[role])
-        taken = [x for x in names.values() if x.split(" (")[0] == name]
-        state = f" ({subject.state})" if taken and subject.state else f" ({len(taken) + 1})" if taken else ""
-        names[subject] = name + state
+        if name in names:
+            name = f"{name} ({subject.state or role})"
+        while name in names:
+            name += "'"
+        names.append(name)
     return names
 
 
@@ -214,7 +216,7 @@ def _result(
     blind = figures.blind()
     packages = ("torch", "transformers", "tokenizers", "numpy")
     return Audit(
-        models, figures.target, corpus.members, len(corpus.tokens) - corpus.members, blind,
+        models, corpus.target_name, corpus.members, len(corpus.tokens) - corpus.members, blind,
         tuple(_notes(figures, measured, blind)), relearning,
         dataclasses.asdict(settings) | {
             "private_part": private, "start_token": bool(len(corpus.start)),
@@ -231,7 +233,7 @@ def _notes(figures: Figures, measured: list[Measured], blind: Any) -> list[str]:
     """What limits the figures."""
     corpus, notes = figures.corpus, []
     target, controls = int(figures.is_target.sum()), int(figures.is_control.sum())
-    for count, what in ((target, f"target ({figures.target})"), (controls, "controls")):
+    for count, what in ((target, f"target ({corpus.target_name})"), (controls, "controls")):
         if count < FEW:
             notes.append(f"Only {count} {what}: intervals over so few documents are rough.")
     for fpr in FPRS:

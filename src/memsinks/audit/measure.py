@@ -109,6 +109,22 @@ class Corpus:
     private: list[int] | None
     sha256: str
 
+    @property
+    def control(self) -> np.ndarray:
+        """Which entries are controls, bool [n]."""
+        return np.arange(len(self.tokens)) >= self.members
+
+    @property
+    def target(self) -> np.ndarray:
+        """The documents that summary figures are over, bool [n]: those with 2 copies or more, or all if there are none."""
+        repeated = (self.copies > 1) & ~self.control
+        return repeated if repeated.any() else ~self.control
+
+    @property
+    def target_name(self) -> str:
+        """`target` in words."""
+        return "all documents" if (self.target | self.control).all() else "documents with 2 copies or more"
+
 
 @dataclass
 class Measured:

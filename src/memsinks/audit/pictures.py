@@ -155,11 +155,8 @@ def relearning(audit: Audit, figure: Any) -> None:
 
 def sides(audit: Audit) -> tuple[np.ndarray, np.ndarray]:
     """Which entries are target documents and which are controls, bool [n] each."""
-    corpus = audit.corpus
-    assert corpus is not None
-    control = np.arange(len(corpus.tokens)) >= corpus.members
-    least = 2 if audit.target != "all documents" else 1
-    return (corpus.copies >= least) & ~control, control
+    assert audit.corpus is not None
+    return audit.corpus.target, audit.corpus.control
 
 
 def drawn(audit: Audit) -> list[tuple[str, str, bytes]]:

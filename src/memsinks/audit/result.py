@@ -189,12 +189,7 @@ class Figures:
 
     def __init__(self, corpus: Corpus, settings: AuditSettings) -> None:
         self.corpus, self.settings = corpus, settings
-        self.is_control = np.arange(len(corpus.tokens)) >= corpus.members
-        repeated = (corpus.copies > 1) & ~self.is_control
-        self.is_target = repeated if repeated.any() else ~self.is_control
-        self.target = "documents with 2 copies or more" if repeated.any() and not repeated[: corpus.members].all() else (
-            "all documents"
-        )  # fmt: skip
+        self.is_control, self.is_target = corpus.control, corpus.target
         groups = np.where(self.is_control, -1, corpus.copies)
         self.resamples = Resamples(groups, settings.resamples, settings.seed)
 

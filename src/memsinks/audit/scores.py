@@ -260,6 +260,8 @@ def token_statistics(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, T
         a.clamp_(min=LEAST)
         chosen = a.gather(1, target)
         rank = torch.gt(a, chosen, out=p).sum(1).to(torch.int32)
+        for row in (torch.eq(a, chosen, out=p).sum(1) > 1).nonzero()[:, 0].tolist():
+            rank[row] += (a[row, : target[row]] == chosen[row]).sum()
         torch.exp(a, out=p)
         total = p.sum(1)
         mean = _dot(a, p) / total
