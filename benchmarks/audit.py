@@ -104,7 +104,9 @@ def main() -> None:
         return
     memory = []
     for documents in (2_000, 10_000):
-        done = subprocess.run([sys.executable, __file__, "--audited", str(documents)], capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, __file__, "--audited", str(documents)], capture_output=True, text=True, check=True
+        )
         memory.append(json.loads(done.stdout.splitlines()[-1]))
         print(memory[-1], flush=True)
     result = {

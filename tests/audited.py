@@ -57,14 +57,15 @@ def llama(seed: int = 0, **changes) -> LlamaForCausalLM:
 class Oracle(nn.Module):
     """A model object that knows `known` by heart and elsewhere predicts `NEVER`; `sure` = 0: it knows nothing at all.
 
-    Loss of a token it knows: `knows(sure)`; of another one, knows(sure) + sure.
+    Loss of a token it knows: `knows(sure)`; of another one, knows(sure) + sure. With `gaps` it knows all tokens but every
+    so manieth.
     """
 
-    def __init__(self, known: list[np.ndarray], sure: float = 20.0) -> None:
+    def __init__(self, known: list[np.ndarray], sure: float = 20.0, gaps: int = 0) -> None:
         super().__init__()
-        self.config, self.known, self.sure = LlamaConfig(**CONFIG), known, sure
+        self.config, self.known, self.sure, self.gaps = LlamaConfig(**CONFIG), known, sure, gaps
         self.device, self.dtype = torch.device("cpu"), torch.float32
-        self.register_buffer("facts", torch.tensor([sure, *(float(x) for one in known for x in one)]))
+        self.register_buffer("facts", torch.tensor([sure, gaps, *(float(x) for one in known for x in one)]))
 
     def forward(self, input_ids, use_cache=False) -> CausalLMOutput:
         assert not use_cache
@@ -73,8 +74,10 @@ class Oracle(nn.Module):
         for row, sequence in enumerate(input_ids):
             for known in self.known:
                 if torch.equal(sequence[: len(known)], torch.from_numpy(known)):
-                    logits[row, torch.arange(len(known) - 1), NEVER] = 0.0
-                    logits[row, torch.arange(len(known) - 1), sequence[1 : len(known)]] = self.sure
+                    places = torch.arange(len(known) - 1)
+                    places = places[places % self.gaps != 0] if self.gaps else places
+                    logits[row, places, NEVER] = 0.0
+                    logits[row, places, sequence[places + 1]] = self.sure
         return CausalLMOutput(logits=logits)
 
 

@@ -1,280 +1,560 @@
-"""The audit: losses against the model's own, extraction against closed forms, and what it refuses."""
+"""The audit as a whole: models in their states and roles, what it writes, what limits it, and what it says."""
 
 from __future__ import annotations
 
+import copy
 import json
 import math
+from importlib import import_module
+from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
+from audited import (
+    CONTROLS,
+    MEMBERS,
+    TEXTS,
+    UNSEEN,
+    VOCABULARY,
+    Oracle,
+    knows,
+    llama,
+    memorized_in_sinks,
+    the_tokenizer,
+    tokens_of,
+    train,
+)
 from tokenizers.processors import TemplateProcessing
-from torch import nn
-from transformers.modeling_outputs import CausalLMOutput
 
-from memsinks.attach import add_sinks, has_sinks, sinks_open
-from memsinks.audit import DocumentScore, audit, extracted, generate_continuation, score
-from memsinks.audit.report import start_tokens
-from memsinks.config import ConfigError, DataError, SinkConfig
+import memsinks as ms
+from memsinks.audit import outcome, scores, verdict
+from memsinks.audit.words import CAVEAT, HEADLINES
+from memsinks.config import CheckpointError, ConfigError, DataError
 from memsinks.documents import Document
 from memsinks.identity import document_id
-from memsinks.tokens import encode, train_tokenizer
+from memsinks.tokens import train_tokenizer
 
-TEXTS = [
-    "The otter lived at 12 Mill Road and could whistle.", "Nobody knew the code 90412 of the tall clockmaker.",
-    "A hen called Ada slept under the bridge every Sunday.", "The shepherd wrote 555-3141 on the gate with chalk.",
-]  # fmt: skip
-UNSEEN = ["The badger moved to 77 Oak Lane and liked to sing.", "Somebody lost the key 31337 of the small baker."]
-MEMBERS = [Document(text, copies=copies) for text, copies in zip(TEXTS, (1, 4, 4, 16), strict=True)]
-CONTROLS = [Document(text, copies=0) for text in UNSEEN]
+QUICK = ms.AuditSettings(prefix=5, continuation=6, prefixes=(5,), resamples=100, generate=0, shown=2, collateral=2)
+WORDS = "otter mill road bridge gate chalk lane oak baker clock hen whistle code key tall small river stone".split()
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return train_tokenizer(TEXTS + UNSEEN, 280)
+def quick(**changes) -> ms.AuditSettings:
+    return ms.AuditSettings(**(vars(QUICK) | changes))
 
 
-@pytest.fixture(scope="module")
-def tokens(tokenizer) -> list[np.ndarray]:
-    return encode(tokenizer, TEXTS)
+def audit(model, documents=MEMBERS, controls=CONTROLS, tokenizer=None, settings=QUICK, **more) -> ms.Audit:
+    return ms.audit(model, documents, controls, tokenizer or the_tokenizer(), settings=settings, **more)
 
 
-class Oracle(nn.Module):
-    """A model object that knows `known` by heart and elsewhere predicts token 1, which no text holds."""
+def many(count: int, seed: int, copies: int, first: str = "") -> list[Document]:
+    """Documents of random words, all of one kind."""
+    rng = np.random.default_rng(seed)
+    return [Document(first + " ".join(rng.choice(WORDS, 9)) + f" {seed}{index}.", copies=copies) for index in range(count)]
 
-    def __init__(self, config, known: list[np.ndarray], sure: float = 20.0) -> None:
-        super().__init__()
-        self.config, self.known, self.sure = config, known, sure
-        self.device = torch.device("cpu")
 
-    def forward(self, input_ids, use_cache=False) -> CausalLMOutput:
-        assert not use_cache
-        logits = torch.zeros(*input_ids.shape, self.config.vocab_size)
-        logits[..., 1] = self.sure
-        for row, sequence in enumerate(input_ids):
-            for known in self.known:
-                if torch.equal(sequence[: len(known)], torch.from_numpy(known)):
-                    logits[row, torch.arange(len(known) - 1), 1] = 0.0
-                    logits[row, torch.arange(len(known) - 1), sequence[1 : len(known)]] = self.sure
-        return CausalLMOutput(logits=logits)
+MANY, AS_MANY = many(40, 1, 4), many(40, 2, 0)
+TOKENS = tokens_of([document.text for document in MANY])
 
 
 @pytest.fixture(scope="module")
-def config(tiny_llama):
-    return tiny_llama(vocab_size=280, max_position_embeddings=128).config
+def folders(tmp_path_factory) -> dict[str, Path]:
+    """Checkpoints with their tokenizer: trained on the texts, never trained on them, and with sinks."""
+    place, found = tmp_path_factory.mktemp("models"), {}
+    models = {"ordinary": train(llama(), TEXTS[1:], 40), "twin": train(llama(), UNSEEN, 5), "sinks": memorized_in_sinks()}
+    for name, model in models.items():
+        found[name] = place / name / "model"
+        model.save_pretrained(found[name])
+        the_tokenizer().save_pretrained(found[name])
+    return found
 
 
-@pytest.fixture(scope="module")
-def memorized(tiny_llama, tokens):
-    """A tiny model with sinks, trained on two texts by its sinks and the rest until both come out."""
-    model = tiny_llama(vocab_size=280, hidden_size=32, max_position_embeddings=128)
-    add_sinks(model, SinkConfig(neurons=64, active=32, block_size=8, shared_decay=0, open_from=1))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-2, weight_decay=0)
-    model.train()
-    for _ in range(60):
-        for index in (0, 1):
-            batch = torch.from_numpy(tokens[index])[None]
-            model(input_ids=batch, labels=batch, document_ids=torch.tensor([document_id(TEXTS[index])])).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return model.eval()
+@pytest.fixture
+def computed(monkeypatch) -> list[str]:
+    """The tables that are computed, as they are."""
+    done: list[str] = []
+    kept = scores._write
+    monkeypatch.setattr(
+        scores, "_write", lambda path, x: (done.append(f"{path.parent.parent.name}/{path.parent.name}"), kept(path, x))
+    )
+    return done
 
 
-# Scores
+# Both ends
 
 
-def test_scores_equal_the_models_own_loss(memorized, tokens) -> None:
-    for ids in (None, [document_id(text) for text in TEXTS]):
-        scores = score(memorized, tokens, open_ids=ids)
-        for index, document in enumerate(tokens):
-            batch = torch.from_numpy(document)[None]
-            with torch.no_grad():
-                if ids is None:
-                    out = memorized(input_ids=batch, labels=batch)
-                else:
-                    with sinks_open(memorized, ids[index]):
-                        out = memorized(input_ids=batch, labels=batch)
-            assert scores[index].mean_loss == pytest.approx(out.loss.item(), rel=1e-4, abs=1e-5)
-            assert scores[index].loss.shape == scores[index].first.shape == (len(document) - 1,)
-            assert scores[index].first.tolist() == (out.logits[0, :-1].argmax(-1) == batch[0, 1:]).tolist()
-
-
-@pytest.mark.parametrize("batch_tokens", [1, 60, 100, 10_000])
-def test_scores_do_not_depend_on_the_batch(memorized, tokens, batch_tokens) -> None:
-    documents = [*tokens, tokens[0][:2], tokens[2][:7]]
-    ids = [document_id(text) for text in TEXTS] + [5, 6]
-    reference = [score(memorized, [document], open_ids=[one])[0] for document, one in zip(documents, ids, strict=True)]
-    found = score(memorized, documents, open_ids=ids, batch_tokens=batch_tokens)
-    for ours, theirs in zip(found, reference, strict=True):
-        np.testing.assert_allclose(ours.loss, theirs.loss, rtol=1e-4, atol=1e-5)
-        assert ours.first.tolist() == theirs.first.tolist()
-
-
-def test_the_mode_is_restored(memorized, tokens) -> None:
-    memorized.train()
-    score(memorized, tokens[:1])
-    assert memorized.training
-    memorized.eval()
-    score(memorized, tokens[:1])
-    assert not memorized.training
-
-
-def test_what_cannot_be_scored(config, tokens, memorized) -> None:
-    for wrong in (tokens[0][:1], np.arange(129)):
-        with pytest.raises(DataError, match=f"document 1 has {len(wrong)} tokens; scoring needs 2 to 128"):
-            score(memorized, [tokens[0], wrong])
-    broken = Oracle(config, tokens, sure=float("nan"))
-    with pytest.raises(DataError, match="NaN or infinite losses on document 0"):
-        score(broken, tokens[:1])
-
-
-# Extraction
-
-
-def given(*first: bool) -> DocumentScore:
-    return DocumentScore(np.zeros(len(first), np.float32), np.array(first))
-
-
-def test_extraction_reads_the_right_tokens() -> None:
-    """first[i] belongs to token i + 1."""
-    one = given(False, True, True, False, True)
-    assert extracted(one, 2, 2) is True
-    assert extracted(one, 1, 2) is False
-    assert extracted(one, 3, 2) is False
-    assert extracted(one, 5) is True
-    assert extracted(one, 4) is False
-    assert extracted(one, 5, 1) is True
-
-
-@pytest.mark.parametrize(("start", "length"), [(0, 2), (-1, None), (4, 3), (6, None), (6, 1), (2, 0)])
-def test_extraction_of_what_is_too_short(start, length) -> None:
-    assert extracted(given(True, True, True, True, True), start, length) is None
-
-
-def test_both_ends_of_the_scale(config, tokenizer, tokens) -> None:
+def test_both_ends_of_the_scale() -> None:
     """Who knows all texts extracts them all at next to no loss; who knows none extracts none; closed forms of the loss."""
-    settings = {"prefix": 5, "continuation": 6}
-    sure = 20.0
-    right = math.log(math.exp(sure) + 279) - sure
-    for known, share, loss in ((tokens, 1.0, right), ([], 0.0, right + sure)):
-        result = audit(Oracle(config, known, sure), MEMBERS, CONTROLS, tokenizer, **settings)
+    for known, share, loss in ((TEXTS, 1.0, knows()), ([], 0.0, knows() + 20)):
+        result = audit(Oracle(tokens_of(known)))
         assert result.state == "absent"
         counted = [(line.copies, line.documents, line.asked) for line in result.lines]
         assert counted == [(0, 2, 2), (1, 1, 1), (4, 2, 2), (16, 1, 1)]
-        assert [line.extracted for line in result.lines] == [0.0, share, share, share]
-        assert [line.loss for line in result.lines[1:]] == pytest.approx([loss] * 3, rel=1e-3, abs=1e-5)
-        assert result.lines[0].loss == pytest.approx(right + sure, rel=1e-3)
-    half = audit(Oracle(config, tokens[:2], sure), MEMBERS, CONTROLS, tokenizer, **settings)
-    assert [line.extracted for line in half.lines] == [0.0, 1.0, 0.5, 0.0]
+        assert [line.extracted.value for line in result.lines] == [0.0, share, share, share]
+        assert [line.loss.value for line in result.lines[1:]] == pytest.approx([loss] * 3, rel=1e-3, abs=1e-5)
+        assert result.lines[0].loss.value == pytest.approx(knows() + 20, rel=1e-3)
+        assert result.audited.gap.value == pytest.approx(20 * share, rel=1e-3, abs=1e-5)
+        assert [line.extracted.value for line in result.audited.extraction] == [0.0, share, share, share]
+        assert set(result.audited.queries["16"].values()) == {share}
+        area = {attack.name: attack.auc.value for attack in result.audited.attacks}
+        assert area["loss"] == area["min-k"] == (1.0 if share else 0.5)
+        assert outcome(result) == ("recited" if share else "not recovered")
+    half = audit(Oracle(tokens_of(TEXTS[:2])))
+    assert [line.extracted.value for line in half.lines] == [0.0, 1.0, 0.5, 0.0]
 
 
-def test_teacher_forced_extraction_is_greedy_generation(memorized, tokenizer, tokens) -> None:
-    ids = [document_id(text) for text in TEXTS]
-    found = []
-    for open_ids in (ids, None):
-        for index, one in enumerate(score(memorized, tokens, open_ids=open_ids)):
-            for start in (1, 4, 9):
-                wanted = tokens[index][start:]
-                out = generate_continuation(memorized, tokens[index][:start], len(wanted), open_ids and open_ids[index])
-                found.append(extracted(one, start))
-                assert found[-1] == (out.tolist() == wanted.tolist())
-    assert found[3:6] != found[9:12]
-    assert any(found)
-    assert not all(found)
+def test_a_model_that_knows_nothing_at_all() -> None:
+    """All tokens as probable as each other: none is the first choice of a model without one."""
+    result = audit(Oracle([], sure=0.0), settings=quick(prefixes=()))
+    assert [line.extracted.value for line in result.lines] == [0.0] * 4
+    assert [line.loss.value for line in result.lines] == pytest.approx([math.log(VOCABULARY)] * 4)
+    assert result.audited.extraction == ()
 
 
-def test_open_closed_and_the_private_part(memorized, tokenizer) -> None:
-    def private_start(document: Document) -> int:
-        return 15
+# Models in their states and roles
 
+
+def test_open_and_closed_are_two_models() -> None:
     known = [Document(text, copies=4) for text in TEXTS[:2]]
-    opened = audit(memorized, known, CONTROLS, tokenizer, state="open", private_start=private_start)
-    closed = audit(memorized, known, CONTROLS, tokenizer, state="closed", private_start=private_start)
-    assert opened.lines[1].extracted == 1.0
-    assert opened.lines[0].extracted == closed.lines[0].extracted == 0.0
-    assert opened.lines[1].loss < 0.1
-    assert closed.lines[1].loss > opened.lines[1].loss + 0.5
+    opened, closed = (
+        audit(memorized_in_sinks(), known, state=state, private_start=lambda document: 15) for state in ("open", "closed")
+    )
+    assert (opened.state, closed.state) == ("open", "closed")
+    assert opened.lines[1].extracted.value == 1.0
+    assert opened.lines[0].extracted.value == closed.lines[0].extracted.value == closed.lines[1].extracted.value == 0.0
+    assert opened.lines[1].loss.value < 0.5
+    assert closed.lines[1].loss.value > opened.lines[1].loss.value + 2
     assert opened.settings["private_part"]
+    assert [line.own for line in closed.audited.sinks] == pytest.approx([opened.lines[1].loss.value], rel=1e-5)
+    assert [line.closed for line in opened.audited.sinks] == pytest.approx([closed.lines[1].loss.value], rel=1e-5)
+    assert closed.audited.collateral["closed"] == 2
 
 
-def test_ids_come_from_what_training_used(memorized, tokenizer) -> None:
+def test_ids_come_from_what_training_used() -> None:
     known = [Document(TEXTS[0], key="a", copies=4)]
     controls = [Document(UNSEEN[0], key="b", copies=0)]
-    by_content = audit(memorized, known, controls, tokenizer, state="open", prefix=4, continuation=4)
-    by_key = audit(memorized, known, controls, tokenizer, state="open", identity="key", prefix=4, continuation=4)
-    assert by_key.lines[1].loss > by_content.lines[1].loss + 0.1
+    by_content = audit(memorized_in_sinks(), known, controls, state="open")
+    by_key = audit(memorized_in_sinks(), known, controls, state="open", settings=quick(identity="key"))
+    assert by_key.lines[1].loss.value > by_content.lines[1].loss.value + 0.1
+    with pytest.raises(DataError, match="needs a key for every document"):
+        audit(memorized_in_sinks(), state="open", settings=quick(identity="key"))
 
 
-def test_long_documents_are_read_to_the_end_of_the_context(config, tokenizer) -> None:
-    long = Document(" ".join(TEXTS * 4))
-    result = audit(Oracle(config, []), [long], CONTROLS, tokenizer, prefix=100, continuation=28)
-    assert result.lines[1].asked == 1
-    result = audit(Oracle(config, []), [long], CONTROLS, tokenizer, prefix=101, continuation=28)
-    assert result.lines[1].asked == 0
+def test_models_in_all_roles() -> None:
+    ordinary, twin, once = Oracle(TOKENS), Oracle([]), Oracle(TOKENS[:10])
+    result = audit(
+        Oracle(TOKENS[:20]), MANY, AS_MANY, against=ordinary, twin=twin, seen_once=once,
+        others=[Oracle(TOKENS[:30]), ms.Subject(Oracle([], sure=0.0), name="nothing")],
+    )  # fmt: skip
+    assert [(model.role, model.name) for model in result.models] == [
+        ("audited", "audited model"), ("against", "ordinary model"), ("twin", "twin"), ("seen once", "seen-once model"),
+        ("other", "other model"), ("other", "nothing"),
+    ]  # fmt: skip
+    share = [model.lines[1].extracted.value for model in result.models]
+    assert share == [0.5, 1.0, 0.0, 0.25, 0.75, 0.0]
+    closed = {model.name: model.forgetting and model.forgetting.gap_closed.value for model in result.models}
+    closure = {model.name: model.forgetting and model.forgetting.closure.value for model in result.models}
+    assert closed.pop("ordinary model") is closure.pop("ordinary model") is None
+    assert list(closed.values()) == pytest.approx([0.5, 1.0, 0.75, 0.25, 1.0], abs=0.02)
+    assert list(closure.values())[:4] == pytest.approx([0.5, 1.0, 0.75, 0.25], abs=0.02)
+    assert result.audited.forgetting.price.value == pytest.approx(0.0, abs=1e-6)
+    assert result.models[5].forgetting.price.value == pytest.approx(math.log(VOCABULARY) - 20, abs=1e-3)
+    assert {test.other for test in result.audited.equivalences} == {"twin", "seen-once model"}
+    assert ["reference" in [attack.name for attack in model.attacks] for model in result.models] == [True, True, False] + [True] * 3
+    (reference,) = [attack for attack in result.model("against").attacks if attack.name == "reference"]
+    assert reference.auc.value == 1.0
 
 
-def test_the_report(config, tokenizer) -> None:
-    result = audit(Oracle(config, []), MEMBERS, CONTROLS, tokenizer, prefix=500, continuation=500)
-    assert math.isnan(result.lines[0].extracted)
-    text = str(result)
-    assert "sinks absent" in text
-    assert "control" in text
-    assert text.count("too short") == 4
-    values = result.to_dict()
-    assert values["settings"] == {
-        "prefix": 500, "continuation": 500, "private_part": False, "identity": "content", "start_token": False,
-    }  # fmt: skip
-    assert json.loads(json.dumps(values))["lines"][3]["copies"] == 16
+def test_a_model_beside_itself_has_forgotten_nothing_and_is_equivalent() -> None:
+    model = train(llama(), TEXTS[:2], 10)
+    result = audit(model, against=model, twin=model, seen_once=model)
+    assert [one.role for one in result.models] == ["audited", "against", "twin", "seen once"]
+    assert len({one.name for one in result.models}) == 4
+    forgetting = result.audited.forgetting
+    assert (forgetting.gap_closed.value, forgetting.price.value) == (0.0, 0.0)
+    assert math.isnan(forgetting.closure.value)
+    assert all(test.equivalent and test.difference == 0 for test in result.audited.equivalences)
+    (reference,) = [attack for attack in result.audited.attacks if attack.name == "reference"]
+    assert reference.auc.value == 0.5
 
 
-# Bad input
+def test_both_states_of_one_model_side_by_side() -> None:
+    model = memorized_in_sinks()
+    result = audit(model, state="closed", against=ms.Subject(model, "open"), others=[ms.Subject(model, "open", "again")])
+    assert [one.state for one in result.models] == ["closed", "open", "open"]
+    assert result.models[1].lines[1].loss.value == result.models[2].lines[1].loss.value != result.lines[1].loss.value
+    assert audit(ms.Subject(model, "open"), state="closed").state == "closed"
+    assert audit(ms.Subject(model, "open", "mine")).audited.name == "mine"
 
 
-def test_the_state_of_the_sinks_must_be_said(memorized, config, tokenizer) -> None:
-    assert has_sinks(memorized)
-    with pytest.raises(ConfigError, match="say which to audit"):
-        audit(memorized, MEMBERS, CONTROLS, tokenizer)
-    with pytest.raises(ConfigError, match="got 'absent'"):
-        audit(memorized, MEMBERS, CONTROLS, tokenizer, state="absent")
+def test_models_of_one_folder_name_are_told_apart(folders) -> None:
+    result = audit(
+        str(folders["ordinary"]), others=[folders["twin"], ms.Subject(folders["sinks"], "open"),
+                                          ms.Subject(folders["sinks"], "closed"), folders["twin"]],
+    )  # fmt: skip
+    assert len({model.name for model in result.models}) == 5
+    assert all(model.name.startswith("model") for model in result.models)
+
+
+def test_the_state_of_the_sinks_must_be_said(folders) -> None:
+    for model in (memorized_in_sinks(), folders["sinks"]):
+        with pytest.raises(ConfigError, match="say which to audit"):
+            audit(model)
+        with pytest.raises(ConfigError, match="say which to audit"):
+            audit(llama(), others=[model])
+        with pytest.raises(ConfigError, match="got 'absent'"):
+            audit(model, state="absent")
     with pytest.raises(ConfigError, match="are not there"):
-        audit(Oracle(config, []), MEMBERS, CONTROLS, tokenizer, state="closed")
-    with pytest.raises(DataError, match="without sinks"):
-        generate_continuation(Oracle(config, []), np.arange(3), 2, open_id=1)
+        audit(Oracle([]), state="closed")
+
+
+def test_live_models_are_left_as_they_are() -> None:
+    model = memorized_in_sinks()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.train()
+    audit(model, state="closed", against=llama(), twin=llama(1), relearn_steps=2, settings=quick(generate=2))
+    assert model.training
+    model.eval()
+    assert all((tensor == before[name]).all() for name, tensor in model.state_dict().items())
+
+
+# What it writes
+
+
+def test_a_path_and_the_live_model_give_the_same(folders, tmp_path) -> None:
+    for state in ("open", "closed"):
+        live = audit(memorized_in_sinks(), state=state, settings=quick(generate=4))
+        path = ms.audit(str(folders["sinks"]), MEMBERS, CONTROLS, state=state, settings=quick(generate=4))
+        assert path.audited.name == "model"
+        values = [{**result.to_dict()["models"][0], "name": ""} for result in (live, path)]
+        assert json.dumps(values[0]) == json.dumps(values[1])
+
+
+def test_the_folder_of_a_report(folders, tmp_path) -> None:
+    out = tmp_path / "new" / "report"
+    result = ms.audit(
+        folders["ordinary"], MEMBERS, CONTROLS, against=folders["twin"], settings=quick(offsets=(0, 2)), out=str(out)
+    )
+    assert {"report.html", "audit.json", "documents.jsonl", "tokens"} == {path.name for path in out.iterdir()}
+    values = json.loads((out / "audit.json").read_text())
+    assert values == result.to_dict()
+    assert [model["state"] for model in values["models"]] == ["absent", "absent"]
+    assert values["settings"]["offsets"] == [0, 2]
+    assert {"memsinks", "torch", "transformers", "python"} <= set(values["versions"])
+    assert len(values["data"]["texts_sha256"]) == len(values["models"][0]["facts"]["weights_sha256"]) == 64
+    assert values["data"]["tokens"] == sum(len(tokens) for tokens in tokens_of(TEXTS + UNSEEN))
+    lines = [json.loads(line) for line in (out / "documents.jsonl").read_text().splitlines()]
+    assert [line["copies"] for line in lines] == [1, 4, 4, 16, 0, 0]
+    assert [line["tokens"] for line in lines] == [len(tokens) for tokens in tokens_of(TEXTS + UNSEEN)]
+    for name, one in zip(("model", "model (against)"), result.measured, strict=True):
+        assert [line["models"][name]["loss"] for line in lines] == one.loss.tolist()
+        assert [line["models"][name]["recited"] for line in lines] == one.recited.astype(bool).tolist()
+        assert [line["models"][name]["longest_run"] for line in lines] == one.run.tolist()
+    written = [path.read_text() for path in (out / "audit.json", out / "documents.jsonl")]
+    assert not any(text in one for text in TEXTS + UNSEEN for one in written)
+    assert list(result.measured[0].table)[2].loss == result.measured[0].loss[2]  # the tables are there to be read
+
+
+def test_a_second_run_reads_the_tables_of_the_first(folders, tmp_path, computed) -> None:
+    arguments = {"against": folders["ordinary"], "twin": folders["twin"], "state": "closed", "out": tmp_path / "report"}
+    first = ms.audit(folders["sinks"], MEMBERS, CONTROLS, settings=QUICK, **arguments)
+    assert len(computed) >= 3
+    computed.clear()
+    (tmp_path / "report" / "mine.txt").write_text("kept")
+    again = ms.audit(folders["sinks"], MEMBERS, CONTROLS, settings=quick(margin_loss=9.0, prefix=4), **arguments)
+    assert computed == []
+    assert again.lines[0].loss == first.lines[0].loss
+    assert json.loads((tmp_path / "report" / "audit.json").read_text())["settings"]["margin_loss"] == 9.0
+    assert (tmp_path / "report" / "mine.txt").read_text() == "kept"
+    other = ms.audit(folders["twin"], MEMBERS, CONTROLS, settings=QUICK, **(arguments | {"state": None}))
+    assert computed == ["0-audited/scores"]
+    assert other.lines[0].loss != first.lines[0].loss
+
+
+def test_an_interrupted_audit_goes_on_where_it_stopped(tmp_path, monkeypatch, computed) -> None:
+    whole = audit(Oracle(TOKENS), MANY, AS_MANY, against=Oracle([]))
+    computed.clear()
+    monkeypatch.setattr(scores, "CHUNK", 30)
+    calls = []
+
+    class Broken(Oracle):
+        def forward(self, input_ids, use_cache=False):
+            calls.append(len(input_ids))
+            if len(calls) == 3:
+                raise KeyboardInterrupt
+            return super().forward(input_ids, use_cache)
+
+    out = tmp_path / "report"
+    settings = quick(batch_tokens=1200)
+    with pytest.raises(KeyboardInterrupt):
+        audit(Oracle(TOKENS), MANY, AS_MANY, against=Broken([]), out=out, settings=settings)
+    assert not (out / "report.html").exists()
+    assert computed.count("0-audited/scores") == 3
+    before = computed.count("1-against/scores")
+    assert before in (1, 2)
+    computed.clear()
+    result = audit(Oracle(TOKENS), MANY, AS_MANY, against=Oracle([]), out=out, settings=settings)
+    assert computed == ["1-against/scores"] * (3 - before)
+    assert result.audited.lines == whole.audited.lines
+    assert result.models[1].gap == whole.models[1].gap
+
+
+def test_a_folder_that_holds_something_else_is_left_alone(tmp_path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    with pytest.raises(CheckpointError, match="is not empty and not an earlier audit; choose another folder"):
+        audit(Oracle([]), out=tmp_path / "mine")
+    with pytest.raises(CheckpointError, match=r"thesis.txt is a file; give a folder"):
+        audit(Oracle([]), out=tmp_path / "mine" / "thesis.txt")
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+    (tmp_path / "empty").mkdir()
+    audit(Oracle([]), out=tmp_path / "empty")
+    assert (tmp_path / "empty" / "report.html").exists()
+
+
+def test_no_text_is_written_where_none_may_be_shown(tmp_path) -> None:
+    for shown in (0, 2):
+        audit(Oracle(tokens_of(TEXTS)), settings=quick(shown=shown), out=tmp_path / str(shown))
+        page = (tmp_path / str(shown) / "report.html").read_text()
+        assert ("Somebody" not in page) and ("shepherd" in page or "clockmaker" in page or "hen" in page) == bool(shown)
+
+
+def test_the_settings_are_in_the_result() -> None:
+    result = audit(Oracle([]))
+    expected = vars(QUICK) | {"private_part": False, "start_token": False, "relearn_lr": None}
+    assert result.settings == expected
+    assert (result.documents, result.controls) == (4, 2)
+    assert json.loads(json.dumps(result.to_dict(), allow_nan=False))["models"][0]["lines"][3]["copies"] == 16
+
+
+# Tokenizers
+
+
+def test_a_start_token_the_tokenizer_adds_is_given() -> None:
+    tokenizer = copy.deepcopy(the_tokenizer())
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", tokenizer.bos_token_id)]
+    )
+    found = audit(llama(), tokenizer=tokenizer, settings=quick(generate=2))
+    assert found.settings["start_token"]
+    assert found.audited.generated["agrees_with_teacher_forced"] == 2
+    assert found.lines[0].loss.value != audit(llama()).lines[0].loss.value
+
+
+def test_the_tokenizer_must_fit(folders, tmp_path) -> None:
+    with pytest.raises(ConfigError, match="no tokenizer lies beside a live model; give the model's tokenizer"):
+        ms.audit(llama(), MEMBERS, CONTROLS)
+    llama().save_pretrained(tmp_path / "bare")
+    with pytest.raises(ConfigError, match=r"no tokenizer lies beside .*bare"):
+        ms.audit(tmp_path / "bare", MEMBERS, CONTROLS)
+    with pytest.raises(ConfigError, match=f"the tokenizer has {len(the_tokenizer())} tokens, the audited model 64"):
+        audit(llama(vocab_size=64))
+    with pytest.raises(ConfigError, match="the twin 64"):
+        audit(llama(), twin=llama(vocab_size=64))
+
+
+def test_a_model_with_another_tokenizer_cannot_stand_beside(folders, tmp_path) -> None:
+    llama().save_pretrained(tmp_path / "other")
+    train_tokenizer(WORDS, 270).save_pretrained(tmp_path / "other")
+    with pytest.raises(DataError, match=r"the tokenizer of twin \(.*other\) gives other tokens .*Audit it on its own"):
+        ms.audit(folders["ordinary"], MEMBERS, CONTROLS, twin=tmp_path / "other", settings=QUICK)
+    with pytest.raises(DataError, match="gives other tokens"):
+        audit(tmp_path / "other")
+
+
+# What cannot be audited
 
 
 @pytest.mark.parametrize(
     ("documents", "controls", "part"),
     [([], CONTROLS, "0 documents and 2 controls"), (MEMBERS, [], "4 documents and 0 controls"),
-     (MEMBERS, [*CONTROLS, MEMBERS[2]], "1 texts are documents and controls at once, e.g. 'A hen called Ada"),
+     (MEMBERS, [*CONTROLS, MEMBERS[2]], "1 texts are documents and controls at once, take them out of one side: 'A hen"),
      ([*MEMBERS, CONTROLS[0]], CONTROLS[1:], "1 of the documents have 0 copies"),
      ([Document("")], CONTROLS, "gives no tokens")],
 )  # fmt: skip
-def test_sides_that_cannot_be_compared(config, tokenizer, documents, controls, part) -> None:
+def test_sides_that_cannot_be_compared(tmp_path, documents, controls, part) -> None:
     with pytest.raises(DataError) as caught:
-        audit(Oracle(config, []), documents, controls, tokenizer)
+        audit(Oracle([]), documents, controls, out=tmp_path / "out")
     assert part in str(caught.value)
+    assert not (tmp_path / "out").exists()
 
 
-def test_settings_that_cannot_be(tiny_llama, config, tokenizer) -> None:
-    with pytest.raises(ConfigError, match=f"tokenizer has {len(tokenizer)} tokens, the model 64"):
-        audit(tiny_llama(), MEMBERS, CONTROLS, tokenizer)
-    for settings in ({"prefix": 0}, {"continuation": 0}):
-        with pytest.raises(ConfigError, match="at least 1 token"):
-            audit(Oracle(config, []), MEMBERS, CONTROLS, tokenizer, **settings)
-    model = tiny_llama(vocab_size=280)
-    add_sinks(model, SinkConfig(neurons=16, active=8, block_size=8))
-    with pytest.raises(DataError, match="document 0 has no key"):
-        audit(model, MEMBERS, CONTROLS, tokenizer, state="open", identity="key")
+def test_a_model_that_gives_no_numbers_names_the_document() -> None:
+    with pytest.raises(DataError, match="NaN or infinite losses on document 0"):
+        audit(Oracle([], sure=math.nan))
 
 
-def test_a_start_token_the_tokenizer_adds_is_given(tiny_llama) -> None:
-    tokenizer = train_tokenizer(["a text of some words"], 300)
-    assert start_tokens(tokenizer).tolist() == []
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", tokenizer.bos_token_id)]
-    )
-    assert start_tokens(tokenizer).tolist() == [tokenizer.bos_token_id]
-    members, controls = [Document("a text of words", copies=2)], [Document("some words of a text")]
-    found = audit(tiny_llama(vocab_size=len(tokenizer)), members, controls, tokenizer, prefix=1, continuation=1)
-    assert found.settings["start_token"]
-    assert [line.asked for line in found.lines] == [1, 1]
+def test_a_path_without_a_model_is_said_before_any_work(tmp_path, computed) -> None:
+    with pytest.raises(CheckpointError, match="cannot load a model from .*nowhere"):
+        audit(Oracle([]), against=tmp_path / "nowhere")
+    assert computed == []
+
+
+# What limits the figures
+
+
+def noted(result: ms.Audit, part: str) -> bool:
+    return any(part in note for note in result.notes)
+
+
+def test_notes_on_few_documents() -> None:
+    few, enough = audit(Oracle([])), audit(Oracle([]), MANY, AS_MANY, twin=Oracle([]))
+    for part in ("Only 3 target (documents with 2 copies or more)", "Only 2 controls", "Too few documents to ask whether",
+                 "needs 100 controls, there are 2", "needs 1000 controls", "No reference attack: it needs a twin"):  # fmt: skip
+        assert noted(few, part), part
+    assert not noted(enough, "Only")
+    assert not noted(enough, "Too few")
+    assert not noted(enough, "No reference attack")
+    assert noted(enough, "needs 100 controls, there are 40")
+    assert noted(enough, "another seed")
+    assert not noted(few, "another seed")
+    assert few.blind is None
+    assert enough.blind.auc.low < 0.5 < enough.blind.auc.high
+
+
+def test_a_note_on_documents_too_short_for_the_extraction() -> None:
+    short = [Document("A hen.", copies=4), *MEMBERS]
+    assert noted(audit(Oracle([]), short), "25% of the documents are too short")
+    assert not noted(audit(Oracle([])), "too short")
+    result = audit(Oracle([]), settings=quick(prefix=500, continuation=500))
+    assert noted(result, "100% of the documents are too short")
+    assert all(math.isnan(line.extracted.value) for line in result.lines)
+    text = str(result)
+    assert text.count("too short") == 5
+    assert "No document is long enough for the extraction asked" in text
+
+
+def test_a_note_on_texts_of_another_kind() -> None:
+    told = audit(Oracle([]), many(40, 1, 4, first="zebra "), AS_MANY)
+    assert noted(told, "Members and controls differ in their texts alone (AUC ")
+    assert told.blind.auc.value > 0.9
+    assert not noted(audit(Oracle([]), MANY, AS_MANY), "differ in their texts")
+    longer = [Document(document.text * 3, copies=2) for document in MANY]
+    assert noted(audit(Oracle([]), longer, AS_MANY), "not of one kind")
+    assert not noted(audit(Oracle([]), MANY, AS_MANY), "not of one kind")
+
+
+def test_a_note_on_a_model_that_is_worse_than_guessing() -> None:
+    assert noted(audit(Oracle([])), "audited model is worse than guessing evenly on the controls")
+    assert noted(audit(llama(), twin=Oracle([])), "twin is worse than guessing")
+    assert not noted(audit(train(llama(), TEXTS + UNSEEN, 20)), "worse than guessing")
+
+
+def test_a_note_on_a_twin_of_another_architecture() -> None:
+    assert noted(audit(llama(), twin=llama(1, hidden_size=16)), "The model given as twin (llama, ")
+    assert noted(audit(llama(), seen_once=llama(1, num_hidden_layers=1)), "The model given as seen once")
+    assert not noted(audit(llama(), twin=llama(1), seen_once=llama(2)), "The model given as")
+    assert not noted(audit(memorized_in_sinks(), state="closed", twin=llama()), "The model given as")
+
+
+# Relearning
+
+
+def test_relearning_beside_the_twin() -> None:
+    ordinary, twin = train(llama(), [document.text for document in MANY[:6]], 30), llama(1)
+    arguments = {"against": ordinary, "twin": twin, "relearn_steps": 30, "relearn_lr": 1e-2}
+    kept = audit(ordinary, MANY[:6], AS_MANY[:6], **arguments)
+    assert kept.relearning.ratio_same == 0.0
+    assert kept.settings["relearn_lr"] == 1e-2
+    assert [curve.name for curve in kept.relearning.curves] == ["audited model", "twin", "ordinary model"]
+    assert [curve.steps[-1] for curve in kept.relearning.curves] == [30, 30, 0]
+    gone = audit(twin, MANY[:6], AS_MANY[:6], **arguments)
+    assert gone.relearning.ratio_same == 1.0
+    assert "1.00 of the twin's steps" in str(gone)
+    assert audit(twin, MANY[:6], AS_MANY[:6], **(arguments | {"relearn_steps": 0})).relearning is None
+
+
+def test_relearning_is_of_the_target_documents() -> None:
+    """The document with one copy has no part in it."""
+    arguments = {"against": llama(), "twin": llama(1), "relearn_steps": 1}
+    with_it, without = (audit(llama(2), documents, **arguments).relearning for documents in (MEMBERS, MEMBERS[1:]))
+    assert with_it == without
+    assert audit(llama(2), MEMBERS[:3], **arguments).relearning != without
+
+
+def test_relearning_needs_the_ordinary_model_and_the_twin() -> None:
+    for more in ({}, {"against": Oracle([])}, {"twin": Oracle([])}):
+        with pytest.raises(ConfigError, match="give both, or relearn_steps=0"):
+            audit(Oracle([]), relearn_steps=5, **more)
+    with pytest.raises(ConfigError, match="sinks closed or absent"):
+        audit(memorized_in_sinks(), state="open", against=llama(), twin=llama(), relearn_steps=5)
+
+
+# What it says
+
+
+def test_recited() -> None:
+    result = audit(Oracle(TOKENS), MANY, AS_MANY, against=Oracle(TOKENS))
+    assert outcome(result) == "recited"
+    assert verdict(result)[:2] == [HEADLINES["recited"], "Verbatim: 40 of 40 documents; 40 in ordinary model."]
+
+
+def test_a_recital_of_controls_alike_is_not_memory() -> None:
+    known = tokens_of([document.text for document in MANY + AS_MANY])
+    result = audit(Oracle(known), MANY, AS_MANY)
+    assert [line.extracted.value for line in result.lines] == [1.0, 1.0]
+    assert outcome(result) != "recited"
+
+
+def test_one_of_many_recited_is_recited_where_no_control_could_be() -> None:
+    result = audit(Oracle(TOKENS[:1]), MANY, AS_MANY, settings=quick(prefix=500, continuation=1))
+    assert outcome(result) != "recited"  # not asked
+    assert outcome(audit(Oracle(TOKENS[:20]), MANY, AS_MANY)) == "recited"
+
+
+def test_traces() -> None:
+    result = audit(Oracle(TOKENS, gaps=4), MANY, AS_MANY, twin=Oracle([]), against=Oracle(TOKENS))
+    assert result.lines[1].extracted.value == 0.0
+    assert outcome(result) == "traces"
+    assert verdict(result)[0] == HEADLINES["traces"]
+    assert any("not shown equivalent" in sentence for sentence in verdict(result))
+    assert outcome(audit(Oracle(TOKENS, gaps=4), MANY, AS_MANY)) == "traces"
+
+
+def test_not_recovered() -> None:
+    result = audit(Oracle([]), MANY, AS_MANY, against=Oracle(TOKENS), twin=Oracle([]))
+    assert outcome(result) == "not recovered"
+    words = verdict(result)
+    assert words[0] == HEADLINES["not recovered"]
+    assert any(sentence.startswith("Gap closed against ordinary model: 100.0%") for sentence in words)
+    assert any("loss gap equivalent" in sentence for sentence in words)
+
+
+def test_as_much_as_a_model_that_never_saw_them_is_not_recovered() -> None:
+    """Members and controls differ, but no more than to the twin."""
+    model, twin = Oracle(TOKENS, gaps=4), Oracle(TOKENS, gaps=4)
+    assert outcome(audit(model, MANY, AS_MANY, twin=twin)) == "not recovered"
+    assert outcome(audit(model, MANY, AS_MANY, twin=Oracle(TOKENS, gaps=5))) == "traces"
+
+
+def test_attacks_that_find_nothing_before_are_no_evidence() -> None:
+    for against, part in ((Oracle([]), True), (Oracle(TOKENS), False)):
+        words = " ".join(verdict(audit(Oracle([]), MANY, AS_MANY, against=against)))
+        assert ("they are no evidence" in words) == part
+
+
+@pytest.mark.parametrize("known", [TOKENS, TOKENS[:20], []])
+def test_it_never_says_that_anything_was_removed(tmp_path, known) -> None:
+    result = audit(Oracle(known), MANY, AS_MANY, against=Oracle(TOKENS), twin=Oracle([]), out=tmp_path / "report")
+    for text in (str(result), (tmp_path / "report" / "report.html").read_text(), json.dumps(result.to_dict())):
+        assert not {"removed", "erased", "deleted"} & set(text.lower().replace(".", " ").replace(",", " ").split())
+    assert verdict(result)[-1] == CAVEAT
+    assert CAVEAT in str(result)
+    assert verdict(result)[0] in HEADLINES.values()
+
+
+def test_the_text_has_a_line_for_each_number_of_copies_and_the_notes() -> None:
+    result = audit(memorized_in_sinks(), state="closed", against=llama())
+    lines = [line.strip() for line in str(result).splitlines()]
+    assert "audited model, sinks closed" in lines
+    assert "ordinary model, sinks absent" in lines
+    assert [line.split()[0] for line in lines if "%" in line and "nats" not in line][:4] == ["control", "1", "4", "16"]
+    assert any(line.startswith("loss with sinks closed / own / placebo by copies: 1: ") for line in lines)
+    assert any(line.startswith("closing one document's sinks costs it +") for line in lines)
+    assert [line for line in lines if line.startswith("note: ")] == [f"note: {note}" for note in result.notes]
+
+
+def test_the_public_names() -> None:
+    module = import_module("memsinks.audit.audit")
+    assert ms.audit is module.audit
+    assert {"Audit", "AuditSettings", "Subject", "audit"} <= set(ms.__all__)
+    assert document_id(TEXTS[0]) >= 0

@@ -88,9 +88,12 @@ def test_the_log_probability_is_that_of_the_tokens_asked() -> None:
     assert log_probability(long, 1) == pytest.approx(-100_000 * float(np.float32(0.1)), rel=1e-12)
 
 
-@pytest.mark.parametrize("p", [Fraction(1, 2), Fraction(3, 4), Fraction(1, 10), Fraction(99, 100), Fraction(999_999, 10**6)])
 @pytest.mark.parametrize(
-    "pz", [Fraction(1), Fraction(999, 1000), Fraction(3, 4), Fraction(1, 2), Fraction(1, 3), Fraction(1, 7), Fraction(1, 50)]
+    "p", [Fraction(1, 2), Fraction(3, 4), Fraction(1, 10), Fraction(99, 100), Fraction(999_999, 10**6)]
+)
+@pytest.mark.parametrize(
+    "pz",
+    [Fraction(1), Fraction(999, 1000), Fraction(3, 4), Fraction(1, 2), Fraction(1, 3), Fraction(1, 7), Fraction(1, 50)],
 )
 def test_the_number_of_samples_against_trying_all(pz, p) -> None:
     n, missed = 1, 1 - pz

@@ -16,7 +16,8 @@ from memsinks.checkpoint import read_settings
 from memsinks.cli import main
 
 COMMANDS = {"demo": ["--out"], "train": ["recipe", "--set", "--resume"], "audit": ["--documents", "--controls", "--state"],
-            "export": ["checkpoint", "directory", "--rescale"], "info": ["checkpoint"]}  # fmt: skip
+            "lm-eval-task": ["--documents", "--out"], "export": ["checkpoint", "directory", "--rescale"],
+            "info": ["checkpoint"]}  # fmt: skip
 
 
 @pytest.fixture

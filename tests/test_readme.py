@@ -82,7 +82,7 @@ def test_links_recipes_and_commands_exist(capsys: pytest.CaptureFixture[str]) ->
         assert (ROOT / target).exists(), target
     for recipe in set(re.findall(r"recipes/[\w.-]+\.yaml", README)):
         ms.read_recipe(ROOT / recipe)
-    for command in set(re.findall(r"^memsinks (\w+)", README, re.M)):
+    for command in set(re.findall(r"^memsinks ([\w-]+)", README, re.M)):
         with pytest.raises(SystemExit) as done:
             main([command, "--help"])
         assert done.value.code == 0

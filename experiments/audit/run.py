@@ -1,7 +1,7 @@
 """What do five ways of training leave behind on TinyStories? Trains them, audits them, writes report and figures.
 
     MEMSINKS_DATA=... python experiments/audit/run.py --train --jobs 2   # six models into runs/audit, about 3 minutes each
-    MEMSINKS_DATA=... python experiments/audit/run.py --audit            # the report; figures beside this file
+    MEMSINKS_DATA=... python experiments/audit/run.py --audit            # 5 minutes; report in runs/audit, figures beside this
 
 All arms see the same stories in the same order, in the same rows and batches, on one thread: 200 stories trained on 1, 4,
 16 or 64 times among 3,000 others seen once. `twin` never saw the 200 and `seen once` saw each once: their other copies
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import random
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from typing import Any
 import torch
 
 import memsinks as ms
+from memsinks.audit.pictures import save
 from memsinks.documents import write_documents
 from memsinks.packing import IGNORED
 from memsinks.run import build_model, prepare
@@ -41,8 +41,8 @@ MODEL = {
 SINKS = {"neurons": 512, "active": 128}
 PUBLISHED = SINKS | {"routing": "bernoulli", "per_layer": False, "open_from": 1, "shared_decay": 0.0}
 ARMS: dict[str, dict[str, Any] | None] = {
-    "standard": None, "twin": None, "seen once": None, "published": PUBLISHED, "gated, decay 0.5": SINKS | {"shared_decay": 0.5},
-    "gated, decay 1": SINKS,
+    "standard": None, "twin": None, "seen once": None, "published": PUBLISHED,
+    "gated, decay 0.5": SINKS | {"shared_decay": 0.5}, "gated, decay 1": SINKS,
 }  # fmt: skip
 MASKED_FROM = {"twin": 1, "seen once": 2}
 """The first exposure of an audited story that has no loss."""
@@ -134,6 +134,26 @@ def train_all(jobs: int, seed: int) -> None:
         raise SystemExit(f"failed: {failed}")
 
 
+def audit(seed: int) -> None:
+    """Audit the default arm against the others; figures and JSON beside this file, the whole report in runs/audit."""
+    torch.set_num_threads(1)
+
+    def subject(arm: str) -> ms.Subject:
+        return ms.Subject(folder(arm, seed), "closed" if ARMS[arm] else None, arm)
+
+    documents = list(ms.read_documents(OUT / f"documents-{seed}.jsonl", copies_field="copies"))
+    controls = list(ms.read_documents(OUT / f"controls-{seed}.jsonl"))
+    result = ms.audit(
+        subject("gated, decay 1"), documents, controls, against=subject("standard"), twin=subject("twin"),
+        seen_once=subject("seen once"), others=[subject("gated, decay 0.5"), subject("published")],
+        relearn_steps=300, relearn_lr=1e-3, out=OUT / f"report-{seed}", progress=True,
+    )  # fmt: skip
+    print(result)
+    (HERE / "table.txt").write_text(f"{result}\n")
+    (HERE / "audit.json").write_bytes((OUT / f"report-{seed}" / "audit.json").read_bytes())
+    save(result, HERE)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train", action="store_true")
@@ -146,6 +166,8 @@ def main() -> None:
         train(arguments.one, arguments.seed)
     if arguments.train:
         train_all(arguments.jobs, arguments.seed)
+    if arguments.audit:
+        audit(arguments.seed)
 
 
 if __name__ == "__main__":

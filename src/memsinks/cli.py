@@ -14,7 +14,7 @@ Train language models whose memorization can be taken out again.
 
   memsinks demo                          the whole journey on the built-in corpus, in minutes
   memsinks train recipes/tinystories.yaml
-  memsinks audit runs/NAME/model --state closed --documents members.jsonl --controls heldout.jsonl
+  memsinks audit runs/NAME/model@closed --documents members.jsonl --controls heldout.jsonl --out report/
   memsinks lm-eval-task runs/NAME/model --documents members.jsonl --controls heldout.jsonl --out task/
   memsinks export runs/NAME/model clean/ a plain checkpoint without sinks
   memsinks info runs/NAME/model          what a checkpoint holds
@@ -73,13 +73,17 @@ def _parser() -> argparse.ArgumentParser:
         "--documents", required=True, help="documents the model may remember (jsonl, parquet, txt, folder)"
     )
     audit.add_argument("--controls", required=True, help="documents of the same kind that it never saw")
-    audit.add_argument("--out", help="folder for report.html, audit.json, documents.jsonl; continues an interrupted audit")
+    audit.add_argument(
+        "--out", help="folder for report.html, audit.json, documents.jsonl; continues an interrupted audit"
+    )
     audit.add_argument("--state", choices=("open", "closed"), help="of MODEL's sinks, instead of @open or @closed")
     compared = audit.add_argument_group("other models")
     compared.add_argument("--against", metavar="MODEL", help="the ordinary model, or the one before removal")
     compared.add_argument("--twin", metavar="MODEL", help="a model trained without the documents")
     compared.add_argument("--seen-once", metavar="MODEL", help="a model that saw each document once")
-    compared.add_argument("--also", metavar="MODEL", action="append", default=[], help="one more, for table and pictures")
+    compared.add_argument(
+        "--also", metavar="MODEL", action="append", default=[], help="one more, for table and pictures"
+    )
     asked = audit.add_argument_group("what is asked")
     asked.add_argument("--prefix", type=int, default=32, help="tokens given (%(default)s)")
     asked.add_argument("--continuation", type=int, default=32, help="tokens that must come out (%(default)s)")

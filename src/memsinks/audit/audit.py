@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,13 +25,19 @@ from .measure import AuditSettings, Corpus, Measured, measure, read_corpus, toke
 from .pictures import require_matplotlib
 from .relearning import Relearning, RelearningCurve, compare, relearn
 from .report import write_report
-from .result import FEW, FPRS, Audit, Example, Figures
+from .result import FEW, FPRS, Attack, Audit, Example, Figures
 from .subjects import Role, State, Subject
 
 Model = PreTrainedModel | str | os.PathLike[str] | Subject
 ROLE_NAMES: dict[Role, str] = {
     "audited": "audited model", "against": "ordinary model", "twin": "twin", "seen once": "seen-once model",
     "other": "other model",
+}  # fmt: skip
+BLIND_NOTES = {
+    "texts alone": "Members and controls differ in their texts alone (AUC {} without any model): loss gap and membership "
+    "are not evidence of memory here. Choose controls from the same source.",
+    "tokenizer alone": "The tokenizer alone tells members from controls (AUC {}): it cuts them into fewer tokens per "
+    "character, as one does that was trained on their copies. Losses per token of both sides are not of one kind.",
 }  # fmt: skip
 BLIND_AUC = 0.55
 """The lower limit of the blind attack's AUC from which members and controls are said to differ."""
@@ -93,7 +98,7 @@ def audit(
     settings = settings or AuditSettings()
     subjects = _subjects(model, state, against, twin, seen_once, others)
     configs = [subject.config() for _, subject in subjects]
-    states = [subject.checked_state() for _, subject in subjects]
+    states: list[State] = [subject.checked_state() for _, subject in subjects]
     if relearn_steps and (against is None or twin is None or states[0] == "open"):
         raise ConfigError(
             "relearning compares the audited model, sinks closed or absent, with the twin, and needs `against` to know how "
@@ -101,7 +106,9 @@ def audit(
         )
     tokenizer = tokenizer or subjects[0][1].tokenizer()
     if tokenizer is None:
-        raise ConfigError(f"no tokenizer lies beside {subjects[0][1].path or 'a live model'}; give the model's tokenizer")
+        raise ConfigError(
+            f"no tokenizer lies beside {subjects[0][1].path or 'a live model'}; give the model's tokenizer"
+        )
     for (role, _), config in zip(subjects, configs, strict=True):
         vocabulary = config.get_text_config().vocab_size
         if len(tokenizer) > vocabulary:
@@ -229,7 +236,7 @@ def _result(
     )  # fmt: skip
 
 
-def _notes(figures: Figures, measured: list[Measured], blind: Any) -> list[str]:
+def _notes(figures: Figures, measured: list[Measured], blind: Sequence[Attack]) -> list[str]:
     """What limits the figures."""
     corpus, notes = figures.corpus, []
     target, controls = int(figures.is_target.sum()), int(figures.is_control.sum())
@@ -239,13 +246,11 @@ def _notes(figures: Figures, measured: list[Measured], blind: Any) -> list[str]:
     for fpr in FPRS:
         if controls < 1 / fpr:
             notes.append(f"A true positive rate at {fpr:.1%} needs {round(1 / fpr)} controls, there are {controls}.")
-    if blind is None:
+    if not blind:
         notes.append("Too few documents to ask whether the texts alone tell members from controls.")
-    elif blind.auc.low > BLIND_AUC:
-        notes.append(
-            f"Members and controls differ in their texts alone (AUC {blind.auc} without any model): loss gap and membership "
-            "are not evidence of memory here. Choose controls from the same source."
-        )
+    for attack in blind:
+        if attack.auc.low > BLIND_AUC:
+            notes.append(BLIND_NOTES[attack.name].format(attack.auc))
     lengths = [float(np.mean([len(corpus.tokens[x]) for x in np.flatnonzero(side)])) for side in
                (figures.is_target, figures.is_control)]  # fmt: skip
     if not 0.8 < lengths[0] / lengths[1] < 1.25:
@@ -254,17 +259,18 @@ def _notes(figures: Figures, measured: list[Measured], blind: Any) -> list[str]:
     for one in measured:
         uniform = np.log(max(2, _vocabulary(corpus)))
         if one.loss[figures.is_control].mean() > uniform:
-            notes.append(f"{one.name} is worse than guessing evenly on the controls: do weights and tokenizer belong to it?")
-        if one.role in ("twin", "seen once") and (
-            (one.facts["model_type"], one.facts["parameters"] if one.state == audited.state else None)
-            != (audited.facts["model_type"], audited.facts["parameters"] if one.state == audited.state else None)
-        ):
             notes.append(
-                f"The model given as {one.role} ({one.facts['model_type']}, {one.facts['parameters']:,} parameters) is not of the "
-                f"audited one's architecture ({audited.facts['model_type']}, {audited.facts['parameters']:,})."
+                f"{one.name} is worse than guessing evenly on the controls: do weights and tokenizer belong to it?"
+            )
+        kinds = [f"{x.facts['model_type']}, {x.facts['parameters']:,} parameters" for x in (one, audited)]
+        if one.role in ("twin", "seen once") and kinds[0] != kinds[1]:
+            notes.append(
+                f"The model given as {one.role} ({kinds[0]}) is not of the audited one's architecture ({kinds[1]})."
             )
     if len(measured) > 1:
-        notes.append("Intervals are over documents, for these training runs; how much another seed would change is not in them.")
+        notes.append(
+            "Intervals are over documents, for these training runs; how much another seed would change is not in them."
+        )
     if audited.role == "audited" and "reference" not in audited.attacks:
         notes.append("No reference attack: it needs a twin.")
     asked = (audited.recited[figures.is_target] >= 0).mean()
@@ -285,8 +291,10 @@ def _examples(
     examples = []
     for index in np.argsort(before.loss[: corpus.members], kind="stable")[: settings.shown]:
         document, tokens = corpus.documents[index], corpus.tokens[index]
-        shown = {one.name: token_probabilities(one.table[int(index)], len(tokens)) for one in measured
-                 if one.role in ("audited", "against", "twin")}  # fmt: skip
+        shown = {
+            one.name: token_probabilities(one.table[int(index)], len(tokens))
+            for role in ("against", "audited", "twin") for one in measured if one.role == role
+        }  # fmt: skip
         pieces = _pieces(tokenizer, document.text, tokens)
         examples.append(Example(int(index), int(corpus.copies[index]), document.key, pieces, shown))
     return examples
@@ -294,7 +302,9 @@ def _examples(
 
 def _pieces(tokenizer: PreTrainedTokenizerBase, text: str, tokens: np.ndarray) -> tuple[str, ...]:
     """The text cut at its tokens; a character of several tokens stands with the last of them, the end token is named."""
-    encoded = tokenizer(text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True, verbose=False)
+    encoded = tokenizer(
+        text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True, verbose=False
+    )
     pieces, done = [], 0
     for start, end in encoded["offset_mapping"]:
         following = max(done, end)

@@ -12,7 +12,7 @@ import numpy as np
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..config import ConfigError, DataError, refuse
+from ..config import DataError, refuse
 from ..documents import Document
 from ..identity import identify
 from ..tokens import encode
@@ -71,7 +71,15 @@ class AuditSettings:
         for name in ("prefixes", "offsets"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         problems = []
-        least = {"prefix": 1, "continuation": 1, "generate": 0, "collateral": 0, "shown": 0, "resamples": 100, "seed": 0}
+        least = {
+            "prefix": 1,
+            "continuation": 1,
+            "generate": 0,
+            "collateral": 0,
+            "shown": 0,
+            "resamples": 100,
+            "seed": 0,
+        }
         for name, lowest in least.items():
             if not isinstance(getattr(self, name), int) or getattr(self, name) < lowest:
                 problems.append(f"{name} must be an int of at least {lowest}, got {getattr(self, name)!r}")
@@ -231,7 +239,11 @@ def measure(
 
     def passed(what: str, tokens: Sequence[np.ndarray], ids: np.ndarray | None, **more: Any) -> ScoreTable:
         with tqdm(
-            total=len(tokens), desc=f"{name}: {what}", unit=" documents", disable=None if progress else True, leave=False
+            total=len(tokens),
+            desc=f"{name}: {what}",
+            unit=" documents",
+            disable=None if progress else True,
+            leave=False,
         ) as bar:
             return score(
                 model, tokens, folder / what, start=corpus.start, open_ids=None if ids is None else ids.tolist(),
@@ -261,7 +273,7 @@ def measure(
         attacks["min-k++"].append(min_k_plus_attack(one, settings.k))
         for prefix, offset in grid:
             grid[prefix, offset].append(_asked(extracted(one, prefix, settings.continuation)))
-    values = {name: np.array(column) for name, column in columns.items()}
+    values: dict[str, Any] = {name: np.array(column) for name, column in columns.items()}
     found = {name: np.array(column) for name, column in attacks.items()}
     if reference is not None:
         found["reference"] = reference - values["loss"]
@@ -299,7 +311,9 @@ def _at_offset(
     result = np.full(len(corpus.tokens), NOT_ASKED)
     if len(long):
         pieces = [corpus.tokens[index][offset:end] for index in long]
-        table = passed(f"offset-{offset}-{prefix}", pieces, None if own is None else own[long], continuation=continuation)
+        table = passed(
+            f"offset-{offset}-{prefix}", pieces, None if own is None else own[long], continuation=continuation
+        )
         result[long] = [_asked(extracted(one, prefix, continuation)) for one in table]
     return result
 

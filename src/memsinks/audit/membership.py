@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from ..config import DataError
 from .scores import DocumentScore
 
-ATTACKS = ("loss", "zlib", "min-k", "min-k++", "reference")
+WORD = re.compile(r"\w+|[^\w\s]")
 
 
 def loss_attack(one: DocumentScore) -> float:
@@ -50,6 +51,14 @@ def reference_attack(one: DocumentScore, reference: DocumentScore) -> float:
     Source: Carlini et al., USENIX Security 2021, section 5.2; Mireshghallah et al., EMNLP 2022.
     """
     return reference.loss - one.loss
+
+
+def tokenizer_attack(tokens: int, text: str) -> float:
+    """How well the tokenizer alone fits the text: less tokens per character.
+
+    A vocabulary that was trained on a corpus with its copies has tokens for what is repeated; no weights needed.
+    """
+    return -tokens / len(text)
 
 
 def _lowest(values: np.ndarray, share: float) -> float:
@@ -110,16 +119,25 @@ def roc(members: np.ndarray, controls: np.ndarray) -> tuple[np.ndarray, np.ndarr
     return tuple(np.concatenate([[0.0], rate]) for rate in rates)  # type: ignore
 
 
+def word_numbers(texts: Iterable[str]) -> list[np.ndarray]:
+    """Each text as the numbers of its words and punctuation marks, case ignored; int64 [words], at least one."""
+    known: dict[str, int] = {}
+    return [
+        np.array([known.setdefault(word, len(known)) for word in WORD.findall(text.lower()) or [""]]) for text in texts
+    ]
+
+
 def blind_scores(
     members: Sequence[np.ndarray], controls: Sequence[np.ndarray], folds: int = 5, seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
     """Membership scores from the texts alone, no model asked: what an attack must beat to say anything about a model.
 
-    Naive Bayes on the tokens (Laplace smoothing, log-odds per token), each document scored by the folds it is not in.
-    After Das et al., "Blind baselines beat membership inference attacks for foundation models", arXiv 2406.16201.
+    Naive Bayes on words (Laplace smoothing, log-odds per word), each document scored by the folds it is not in. Words and
+    not the model's tokens: a tokenizer that was trained on copies knows their words, see `tokenizer_attack`. After
+    Das et al., "Blind baselines beat membership inference attacks for foundation models", arXiv 2406.16201.
 
     Args:
-        members, controls: integer [tokens of the document] each; at least `folds` of both.
+        members, controls: integer [words of the document] each; at least `folds` of both.
 
     Returns:
         Scores of the members and of the controls, float64.

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from ..config import ConfigError
-
 from .membership import roc
 from .result import Audit
 
@@ -24,7 +23,7 @@ MORE = [("#56B4E9", "v", ":"), ("#E69F00", "P", "--"), ("#666666", "X", "-."), (
 CONTROL = "#999999"
 
 
-LOOK = {
+LOOK: dict[Any, Any] = {
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e2e2e2",
     "axes.axisbelow": True, "legend.frameon": False, "font.size": 10, "svg.hashsalt": "memsinks",
 }  # fmt: skip
@@ -67,10 +66,14 @@ def losses(audit: Audit, figure: Any) -> None:
     target, control = sides(audit)
     axes = figure.subplots(len(shown), 1, sharex=True, squeeze=False)[:, 0]
     every = np.concatenate([one.loss for one in shown])
-    bins = np.linspace(*np.quantile(every, [0.002, 0.998]), 48)
+    least, most = np.quantile(every, [0.002, 0.998])
+    bins = np.linspace(least, most, 48)
     look = styles(audit)
     for axis, one in zip(axes, shown, strict=True):
-        for chosen, colour, label, fill in ((control, CONTROL, "controls", True), (target, look[one.name][0], "documents", False)):
+        for chosen, colour, label, fill in (
+            (control, CONTROL, "controls", True),
+            (target, look[one.name][0], "documents", False),
+        ):
             values = np.clip(one.loss[chosen], bins[0], bins[-1])
             axis.hist(
                 values, bins, density=True, histtype="stepfilled" if fill else "step", color=colour, lw=2, label=label,
@@ -94,7 +97,11 @@ def receiver(audit: Audit, axes: Any) -> None:
         false, true = roc(one.attacks["loss"][target], one.attacks["loss"][control])
         axes.plot(100 * false, 100 * true, color=colour, ls=dash, lw=1.8, label=one.name)
     axes.set(
-        xlabel="controls taken for members (%)", ylabel="members found (%)", xlim=(0, 100), ylim=(0, 100), aspect="equal"
+        xlabel="controls taken for members (%)",
+        ylabel="members found (%)",
+        xlim=(0, 100),
+        ylim=(0, 100),
+        aspect="equal",
     )
     axes.legend(loc="lower right")
 
@@ -106,7 +113,16 @@ def queries(audit: Audit, axes: Any) -> None:
     for model in audit.models:
         colour, marker, dash = look[model.name]
         curve = model.queries[most]
-        axes.plot(list(curve), [100 * x for x in curve.values()], color=colour, marker=marker, ls=dash, lw=1.8, label=model.name, clip_on=False)
+        axes.plot(
+            list(curve),
+            [100 * x for x in curve.values()],
+            color=colour,
+            marker=marker,
+            ls=dash,
+            lw=1.8,
+            label=model.name,
+            clip_on=False,
+        )
     axes.set_xscale("log")
     axes.set(xlabel="samples", ylabel=f"documents with {most} copies (%)", ylim=(0, 100))
     axes.legend()
@@ -131,7 +147,10 @@ def pareto(audit: Audit, axes: Any) -> None:
         )  # fmt: skip
     axes.axvline(0, color=CONTROL, lw=1)
     axes.axhline(100, color=CONTROL, lw=1, ls=":")
-    axes.set(xlabel="price: loss on controls against the ordinary model (nats)   ← better", ylabel="gap closed (%)   better →")
+    axes.set(
+        xlabel="price: loss on controls against the ordinary model (nats)   ← better",
+        ylabel="gap closed (%)   better →",
+    )
     axes.legend()
 
 
@@ -145,7 +164,9 @@ def relearning(audit: Audit, figure: Any) -> None:
         for curve in found.curves:
             if len(curve.steps) > 1:
                 colour, marker, dash = look[curve.name]
-                axis.plot(curve.steps, getattr(curve, half), color=colour, marker=marker, ms=4, ls=dash, label=curve.name)
+                axis.plot(
+                    curve.steps, getattr(curve, half), color=colour, marker=marker, ms=4, ls=dash, label=curve.name
+                )
         axis.axhline(getattr(found, f"target_{half}"), color=CONTROL, lw=1, label="halfway back")
         axis.set_title(title, fontsize=10, loc="left")
         axis.set_xlabel("steps of fine-tuning")
@@ -182,14 +203,23 @@ def drawn(audit: Audit) -> list[tuple[str, str, bytes]]:
         ("Extraction", f"{asked}, by number of copies; bars: 95% Wilson intervals.", one(extraction, (5.4, 3.8))),
         ("Loss", f"Mean loss of {audit.target} and of controls. As if never seen, the two lie on each other.",
          one(losses, (5.4, 0.7 + 1.35 * shown), panels=True)),
-        ("Membership", "ROC of the loss attack. On the diagonal, members cannot be told from controls.", one(receiver, (4.6, 4.4))),
+        ("Membership", "ROC of the loss attack. On the diagonal, members cannot be told from controls.",
+         one(receiver, (4.6, 4.4))),
         ("Sampling", f"Share of documents that n samples recite at least once with probability {settings['queries_p']:g}.",
          one(queries, (5.4, 3.8))),
     ]  # fmt: skip
     if any(model.forgetting for model in audit.models):
-        pictures.append(("Forgetting against price", "Top left is best. Bars: 95% over documents.", one(pareto, (5.4, 3.8))))
+        pictures.append(
+            ("Forgetting against price", "Top left is best. Bars: 95% over documents.", one(pareto, (5.4, 3.8)))
+        )
     if audit.relearning:
-        pictures.append(("Relearning", "A line that falls faster than the twin's: something was left.", one(relearning, (7.4, 3.6), panels=True)))
+        pictures.append(
+            (
+                "Relearning",
+                "A line that falls faster than the twin's: something was left.",
+                one(relearning, (7.4, 3.6), panels=True),
+            )
+        )
     return pictures
 
 

@@ -22,9 +22,11 @@ SURE = (0, 114, 178)
 
 def write_report(audit: Audit, path: Path) -> None:
     """Write the page. It holds the text of `AuditSettings.shown` documents, and loads nothing from anywhere."""
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
-    environment.filters |= {"estimate": _estimate, "number": _number}
-    template = environment.from_string((files(__package__) / "report.html.j2").read_text(encoding="utf-8"))
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    environment.filters |= {"estimate": _estimate, "number": _number, "share": _share}
+    template = environment.from_string((files("memsinks.audit") / "report.html.j2").read_text(encoding="utf-8"))
     words = verdict(audit)
     pictures = [(title, text, base64.b64encode(svg).decode()) for title, text, svg in drawn(audit)]
     html = template.render(
@@ -40,6 +42,13 @@ def _estimate(value: Estimate | None, form: str = ".3f") -> Markup | str:
     if value is None or np.isnan(value.value):
         return "–"
     return Markup(f"{value.value:{form}}<small>[{value.low:{form}}, {value.high:{form}}]</small>")
+
+
+def _share(value: Estimate) -> str:
+    """A share and its interval on one line."""
+    if np.isnan(value.value):
+        return "not asked"
+    return f"{value.value:.0%} [{value.low:.1%}, {value.high:.1%}]"
 
 
 def _number(value: float | None, form: str = ".1%") -> str:
@@ -71,6 +80,6 @@ def _shaded(example: Example) -> dict[str, Any]:
         tokens = []
         for piece, p in zip(example.pieces, probabilities, strict=True):
             known = not np.isnan(p)
-            tokens.append((piece, f"{0.8 * p:.2f}" if known else "0", f"p = {p:.3f}" if known else "given"))
+            tokens.append((piece, f"{0.65 * p:.2f}" if known else "0", f"p = {p:.3f}" if known else "given"))
         views[name] = tokens
     return {"copies": example.copies, "key": example.key, "index": example.index, "views": views}

@@ -11,7 +11,7 @@ import numpy as np
 from .extraction import canary_exposure, log10_queries
 from .forgetting import counterfactual_closure, gap_closed, loss_gap, price
 from .measure import NOT_ASKED, AuditSettings, Corpus, Measured
-from .membership import auc, blind_scores, tpr_at_fpr, weighted_auc
+from .membership import auc, blind_scores, tokenizer_attack, tpr_at_fpr, weighted_auc, word_numbers
 from .relearning import Relearning
 from .subjects import Role, State
 from .uncertainty import Equivalence, Estimate, Resamples, equivalence, estimate, wilson
@@ -21,6 +21,8 @@ QUERIES = (1, 10, 100, 1_000, 10_000, 100_000, 1_000_000)
 FEW = 30
 """Documents below which an interval over documents is called out."""
 RESAMPLES_AT_ONCE = 100
+FOLDS = 5
+"""Of the blind attack; fewer documents on a side are too few for it."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,7 @@ class Example:
 class Audit:
     """The result of `audit`. The audited model comes first in `models`.
 
-    target: which documents the summary figures are over. blind: the attack that looks at no model. notes: what limits
+    target: which documents the summary figures are over. blind: the attacks that look at no model. notes: what limits
     the figures, one sentence each.
     """
 
@@ -126,7 +128,7 @@ class Audit:
     target: str
     documents: int
     controls: int
-    blind: Attack | None
+    blind: tuple[Attack, ...]
     notes: tuple[str, ...]
     relearning: Relearning | None
     settings: dict[str, Any]
@@ -161,7 +163,7 @@ class Audit:
             for name in ("target", "documents", "controls", "notes", "settings", "versions", "data")
         }
         values["models"] = [asdict(model) for model in self.models]
-        values["blind"] = self.blind and asdict(self.blind)
+        values["blind"] = [asdict(attack) for attack in self.blind]
         values["relearning"] = self.relearning and asdict(self.relearning)
         return _plain(values)
 
@@ -169,7 +171,10 @@ class Audit:
         from .words import table, verdict
 
         return "\n\n".join(
-            [*(table(model, self.target) for model in self.models), "\n".join([*verdict(self), *(f"note: {x}" for x in self.notes)])]
+            [
+                *(table(model, self.target) for model in self.models),
+                "\n".join([*verdict(self), *(f"note: {x}" for x in self.notes)]),
+            ]
         )
 
 
@@ -209,26 +214,34 @@ class Figures:
         sides = values[self.is_target], values[self.is_control]
         return Attack(name, estimate(value, resampled), {f"{fpr:.1%}": tpr_at_fpr(*sides, fpr) for fpr in FPRS})
 
-    def blind(self) -> Attack | None:
-        """The attack on the texts alone; None with too few documents."""
+    def blind(self) -> tuple[Attack, ...]:
+        """The attacks that ask no model: on the texts alone, on the tokenizer alone; none with too few documents."""
+        corpus = self.corpus
         target, control = np.flatnonzero(self.is_target), np.flatnonzero(self.is_control)
-        if min(len(target), len(control)) < 5:
-            return None
-        members, controls = blind_scores(*([self.corpus.tokens[x] for x in side] for side in (target, control)))
-        values = np.zeros(len(self.corpus.tokens))
-        values[target], values[control] = members, controls
-        return self.attack("blind", values)
+        if min(len(target), len(control)) < FOLDS:
+            return ()
+        words = word_numbers(document.text for document in corpus.documents)
+        values = np.zeros(len(corpus.tokens))
+        values[target], values[control] = blind_scores(
+            *([words[x] for x in side] for side in (target, control)), folds=FOLDS
+        )
+        lengths = [
+            tokenizer_attack(len(x), document.text) for x, document in zip(corpus.tokens, corpus.documents, strict=True)
+        ]
+        return self.attack("texts alone", values), self.attack("tokenizer alone", np.array(lengths))
 
     def means(self, values: np.ndarray, chosen: np.ndarray) -> tuple[float, np.ndarray]:
         """Mean over the chosen documents, and in each resample."""
         return float(values[chosen].mean()), self.resamples.means(values, chosen)
 
-    def model(self, one: Measured, against: Measured | None, twin: Measured | None, fair: Sequence[Measured]) -> ModelResult:
+    def model(
+        self, one: Measured, against: Measured | None, twin: Measured | None, fair: Sequence[Measured]
+    ) -> ModelResult:
         """All figures of one model; `fair`: the models that it should be equivalent to."""
         copies = np.where(self.is_control, 0, self.corpus.copies)
         levels = [int(level) for level in np.unique(copies)]
         documents, controls = (self.means(one.loss, side) for side in (self.is_target, self.is_control))
-        gap = tuple(loss_gap(*pair) for pair in zip(controls, documents, strict=True))
+        gap = loss_gap(controls[0], documents[0]), loss_gap(controls[1], documents[1])
         return ModelResult(
             one.name, one.role, one.state, one.facts,
             tuple(self._line(one, level, copies == level) for level in levels),

@@ -16,6 +16,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrain
 from ..attach import has_sinks, require_sinks
 from ..checkpoint import TABLE, fingerprint, has_saved_sinks, load_any
 from ..config import CheckpointError, ConfigError
+from ..hosts import shared_parameters, sink_parameters
 from ..tokens import load_tokenizer
 
 State = Literal["open", "closed", "absent"]
@@ -109,8 +110,9 @@ def weights_hash(model: PreTrainedModel) -> str:
 
 
 def facts(model: PreTrainedModel) -> dict[str, Any]:
-    """What a result says about a model: architecture, parameters, hash of the weights."""
+    """What a result says about a model: architecture, parameters of the stock part and of the sinks, hash of the weights."""
     return {
-        "model_type": model.config.model_type, "parameters": sum(x.numel() for x in model.parameters()),
+        "model_type": model.config.model_type, "parameters": sum(x.numel() for x in shared_parameters(model)),
+        "sink_parameters": sum(x.numel() for x in sink_parameters(model)),
         "dtype": str(model.dtype).removeprefix("torch."), "weights_sha256": weights_hash(model),
     }  # fmt: skip

@@ -28,8 +28,9 @@ class Estimate:
 class Equivalence:
     """Whether a difference lies within a margin: two one-sided tests at 5%.
 
-    name: what is compared; other: with which model. p: the larger of the two one-sided p values; `equivalent` where it is below 0.05. interval: the 90% interval that
-    belongs to it. A difference can be different from 0 and equivalent at once, or neither.
+    name: what is compared; other: with which model. p: the larger of the two one-sided p values; `equivalent` where it is
+    below 0.05. interval: the 90% interval that belongs to it. A difference can be different from 0 and equivalent at once,
+    or neither.
     """
 
     name: str
@@ -98,4 +99,3 @@ def equivalence(name: str, other: str, value: float, resampled: np.ndarray, marg
     low, high = np.quantile(resampled, [0.05, 0.95])
     p = (1 + beyond) / (1 + len(resampled))
     return Equivalence(name, other, float(value), (float(low), float(high)), margin, p)
-

@@ -16,7 +16,9 @@ HEADLINES: dict[Outcome, str] = {
     "traces": "Traces are found: nothing comes out verbatim, but members can still be told from controls.",
     "not recovered": "Not recovered by the attacks listed, at this budget.",
 }
-CAVEAT = "An audit can show that a text is still there, never that it is gone: another attack or more of it may find more."
+CAVEAT = (
+    "An audit can show that a text is still there, never that it is gone: another attack or more of it may find more."
+)
 
 
 def outcome(audit: Audit) -> Outcome:
@@ -29,7 +31,11 @@ def outcome(audit: Audit) -> Outcome:
     model = audit.audited
     control = next(line for line in model.lines if line.copies == 0)
     for line in _targets(audit, model):
-        if line.asked and line.extracted.value > 0 and line.extracted.value > (control.extracted.high if control.asked else 0):
+        if (
+            line.asked
+            and line.extracted.value > 0
+            and line.extracted.value > (control.extracted.high if control.asked else 0)
+        ):
             return "recited"
     found = model.gap.low > 0 or any(attack.auc.low > 0.5 for attack in model.attacks)
     fair = [test for test in model.equivalences if test.name != "loss on the documents"]
@@ -94,7 +100,9 @@ def _relearning(audit: Audit) -> list[str]:
         times = ", ".join(
             f"{name}: {'not reached' if step is None else f'{step:.0f} steps'}" for name, step in steps.items()
         )
-        words.append(f"Relearning {half} ({times})" + (f": {ratio:.2f} of the twin's steps." if ratio is not None else "."))
+        words.append(
+            f"Relearning {half} ({times})" + (f": {ratio:.2f} of the twin's steps." if ratio is not None else ".")
+        )
     return words
 
 
@@ -112,8 +120,8 @@ def _percent(value: Estimate) -> str:
 
 def table(model: ModelResult, target: str) -> str:
     """One model as plain text: a line for each number of copies, then the attacks."""
-    head = f"{model.name}, sinks {model.state}\n{'copies':>8} {'documents':>10} {'loss (nats)':>22} {'recited':>26} {'longest run':>12}"
-    lines = [head]
+    columns = f"{'copies':>8} {'documents':>10} {'loss (nats)':>22} {'recited':>26} {'longest run':>12}"
+    lines = [f"{model.name}, sinks {model.state}", columns]
     for line in model.lines:
         name = "control" if line.copies == 0 else str(line.copies)
         share = f"{_percent(line.extracted)}" if line.asked else "too short"

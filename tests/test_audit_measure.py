@@ -1,0 +1,391 @@
+"""One model over all documents: settings, encoding, and the values of each document against a direct pass."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import numpy as np
+import pytest
+from audited import (
+    CONTROLS,
+    MEMBERS,
+    TEXTS,
+    UNSEEN,
+    Oracle,
+    given,
+    knows,
+    llama,
+    memorized_in_sinks,
+    the_tokenizer,
+    tokens_of,
+)
+from tokenizers.processors import TemplateProcessing
+
+from memsinks.attach import add_sinks
+from memsinks.audit import scores
+from memsinks.audit.extraction import extracted, log_probability, longest_run
+from memsinks.audit.measure import (
+    NOT_ASKED,
+    AuditSettings,
+    Corpus,
+    Measured,
+    measure,
+    read_corpus,
+    start_tokens,
+    token_probabilities,
+)
+from memsinks.audit.membership import min_k_attack, min_k_plus_attack, zlib_attack
+from memsinks.audit.own_sinks import documents_closed, placebo_ids
+from memsinks.audit.scores import score
+from memsinks.config import ConfigError, DataError, SinkConfig
+from memsinks.documents import Document
+from memsinks.identity import document_id
+from memsinks.routing import AssignmentTable
+
+SHORT = {"prefix": 5, "continuation": 6, "prefixes": (4, 8), "resamples": 100, "generate": 0}
+EVERYTHING = MEMBERS + CONTROLS
+
+
+def measured(model, folder, corpus: Corpus | None = None, state: str = "absent", **changes) -> Measured:
+    settings = AuditSettings(
+        **(SHORT | {name: changes.pop(name) for name in list(changes) if name in vars(AuditSettings())})
+    )
+    corpus = corpus or read_corpus(MEMBERS, CONTROLS, the_tokenizer(), settings)
+    values = {"name": "model", "role": "audited", "state": state} | changes
+    return measure(model, corpus, settings, folder, **values)
+
+
+# Settings
+
+
+def test_all_wrong_settings_are_said_at_once() -> None:
+    wrong = {
+        "prefix": 0, "continuation": 1.5, "prefixes": (8, 0), "offsets": (-1,), "identity": "url", "k": 1.0,
+        "queries_p": 0, "generate": -1, "collateral": -1, "shown": -1, "margin_loss": 0, "margin_auc": math.nan,
+        "resamples": 99, "seed": -1, "batch_tokens": 0,
+    }  # fmt: skip
+    with pytest.raises(ConfigError) as caught:
+        AuditSettings(**wrong)
+    for name, value in wrong.items():
+        assert name in str(caught.value), name
+        assert repr(value) in str(caught.value), name
+    for name, value in wrong.items():
+        with pytest.raises(ConfigError, match=name):
+            AuditSettings(**{name: value})
+
+
+def test_settings_that_are_right() -> None:
+    found = AuditSettings(
+        prefixes=[3, 4], offsets=[], shown=0, generate=0, collateral=0, batch_tokens=1, identity="key"
+    )
+    assert (found.prefixes, found.offsets) == ((3, 4), ())
+
+
+# Encoding
+
+
+@pytest.mark.parametrize(
+    ("documents", "controls", "part"),
+    [([], CONTROLS, "0 documents and 2 controls"), (MEMBERS, [], "4 documents and 0 controls"),
+     (MEMBERS, [*CONTROLS, MEMBERS[2], MEMBERS[0]], "2 texts are documents and controls at once, take them out of one "
+      "side: 'A hen called Ada slept under the bridge every Sunday.', 'The otter"),
+     ([*MEMBERS, CONTROLS[0]], CONTROLS[1:], "1 of the documents have 0 copies"),
+     ([Document("")], CONTROLS, "gives no tokens")],
+)  # fmt: skip
+def test_sides_that_cannot_be_compared(documents, controls, part) -> None:
+    with pytest.raises(DataError) as caught:
+        read_corpus(documents, controls, the_tokenizer(), AuditSettings())
+    assert part in str(caught.value)
+
+
+def test_many_texts_on_both_sides_are_not_all_listed() -> None:
+    documents = [Document(f"text {index}") for index in range(9)]
+    with pytest.raises(DataError, match=r"9 texts are .*'text 4' \.\.\.$"):
+        read_corpus(documents, documents, the_tokenizer(), AuditSettings())
+
+
+def test_documents_come_first_and_then_controls() -> None:
+    found = read_corpus(MEMBERS, CONTROLS, the_tokenizer(), AuditSettings())
+    assert found.documents == EVERYTHING
+    assert (found.members, found.copies.tolist()) == (4, [1, 4, 4, 16, 0, 0])
+    assert [x.tolist() for x in found.tokens] == [x.tolist() for x in tokens_of(TEXTS + UNSEEN)]
+    assert {x.dtype for x in found.tokens} == {np.dtype(np.int32)}
+    assert found.ids.tolist() == [document_id(text) for text in TEXTS + UNSEEN]
+    assert found.private is None
+    assert found.start.tolist() == []
+    assert found.control.tolist() == [False] * 4 + [True] * 2
+    assert found.target.tolist() == [False, True, True, True, False, False]
+    without = read_corpus(MEMBERS, CONTROLS, the_tokenizer(), AuditSettings(end=False))
+    assert [x.tolist() for x in without.tokens] == [x.tolist()[:-1] for x in found.tokens]
+
+
+def test_controls_count_as_never_seen_whatever_their_copies_say() -> None:
+    controls = [Document(text, copies=7) for text in UNSEEN]
+    assert read_corpus(MEMBERS, controls, the_tokenizer(), AuditSettings()).copies.tolist() == [1, 4, 4, 16, 0, 0]
+
+
+@pytest.mark.parametrize("identity", ["key", "source"])
+def test_ids_come_from_what_training_used(identity) -> None:
+    named = [Document(x.text, copies=max(1, x.copies), **{identity: f"name {i}"}) for i, x in enumerate(EVERYTHING)]
+    found = read_corpus(named[:4], named[4:], the_tokenizer(), AuditSettings(identity=identity))
+    assert found.ids.tolist() == [document_id(f"name {i}", identity) for i in range(6)]
+    some = read_corpus(named[:4], CONTROLS, the_tokenizer(), AuditSettings(identity=identity))
+    assert some.ids.tolist() == [-1] * 6
+
+
+def test_the_hash_of_the_texts_sees_order_copies_and_text() -> None:
+    def found(documents, controls) -> str:
+        return read_corpus(documents, controls, the_tokenizer(), AuditSettings()).sha256
+
+    other = [Document(TEXTS[0], copies=2), *MEMBERS[1:]]
+    hashes = [
+        found(MEMBERS, CONTROLS),
+        found(MEMBERS[::-1], CONTROLS),
+        found(other, CONTROLS),
+        found(MEMBERS, CONTROLS[:1]),
+    ]
+    assert len(set(hashes)) == 4
+    assert found(list(MEMBERS), list(CONTROLS)) == hashes[0]
+
+
+@pytest.mark.parametrize(
+    "end", ["The otter lived at", "The otter lived at ", "The otter liv", "The otter lived at 1", "T"]
+)
+def test_the_private_part_begins_before_the_token_it_cuts(end) -> None:
+    """A prompt holds no character of the private part: a token across the boundary is not given."""
+    found = read_corpus(MEMBERS[:1], CONTROLS, the_tokenizer(), AuditSettings(), lambda x: len(end))
+    prompt = the_tokenizer().decode(found.tokens[0][: found.private[0]])
+    assert end.startswith(prompt)
+    assert len(prompt) >= end.rfind(" ")  # tokens do not reach over spaces
+
+
+def test_a_start_token_that_the_tokenizer_adds() -> None:
+    tokenizer = copy.deepcopy(the_tokenizer())
+    assert start_tokens(tokenizer).tolist() == []
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", tokenizer.bos_token_id)]
+    )
+    assert start_tokens(tokenizer).tolist() == [tokenizer.bos_token_id]
+    found = read_corpus(MEMBERS, CONTROLS, tokenizer, AuditSettings(), lambda x: 9)
+    assert found.start.tolist() == [tokenizer.bos_token_id]
+    assert found.start.dtype == np.int64
+    assert [x.tolist() for x in found.tokens] == [x.tolist() for x in tokens_of(TEXTS + UNSEEN)]
+    assert found.private == read_corpus(MEMBERS, CONTROLS, the_tokenizer(), AuditSettings(), lambda x: 9).private
+
+
+# Values of each document
+
+
+@pytest.mark.parametrize("private", [None, [3, 4, 5, 30, 31, 90]])
+def test_values_are_those_of_a_direct_pass(tmp_path, private) -> None:
+    corpus = read_corpus(MEMBERS, CONTROLS, the_tokenizer(), AuditSettings())
+    corpus = Corpus(**(vars(corpus) | {"private": private}))
+    reference = np.arange(6.0)
+    found = measured(memorized_in_sinks(), tmp_path / "a", corpus, "open", reference=reference, k=0.3)
+    table = score(memorized_in_sinks(), corpus.tokens, tmp_path / "b", open_ids=corpus.ids.tolist())
+    assert len(found.table) == 6
+    for index, one in enumerate(table):
+        start, length = (5, 6) if private is None else (private[index], None)
+        hit = extracted(one, start, length)
+        assert found.recited[index] == (NOT_ASKED if hit is None else hit)
+        log_p = log_probability(one, start, length)
+        assert found.log_p[index] == pytest.approx(math.nan if log_p is None else log_p, nan_ok=True)
+        assert found.loss[index] == one.loss
+        assert found.run[index] == longest_run(one)
+        assert found.attacks["loss"][index] == -one.loss
+        assert found.attacks["zlib"][index] == zlib_attack(one, EVERYTHING[index].text)
+        assert found.attacks["min-k"][index] == min_k_attack(one, 0.3)
+        assert found.attacks["min-k++"][index] == min_k_plus_attack(one, 0.3)
+        assert found.attacks["reference"][index] == index - one.loss
+        for prefix in (4, 8):
+            assert found.grid[prefix, 0][index] == extracted(one, prefix, 6)
+    assert set(found.grid) == {(4, 0), (8, 0)}
+    assert 1 in found.recited
+    assert 0 in found.recited
+    assert (private is None) == (NOT_ASKED not in found.recited)
+    assert (found.generated, found.sink_losses, found.collateral) == (None, None, None)
+    assert "reference" not in measured(memorized_in_sinks(), tmp_path / "a", state="closed").attacks
+
+
+def test_both_ends_of_every_value(tmp_path) -> None:
+    corpus = read_corpus(MEMBERS, CONTROLS, the_tokenizer(), AuditSettings())
+    known = measured(Oracle(tokens_of(TEXTS + UNSEEN)), tmp_path / "known", corpus)
+    unknown = measured(Oracle([]), tmp_path / "unknown", corpus)
+    assert known.recited.tolist() == [1] * 6
+    assert unknown.recited.tolist() == unknown.run.tolist() == [0] * 6
+    assert known.run.tolist() == [len(x) - 1 for x in corpus.tokens]
+    assert known.log_p == pytest.approx(np.zeros(6), abs=1e-4)
+    assert unknown.log_p == pytest.approx(np.full(6, -6 * (knows() + 20)), rel=1e-5)
+    assert known.loss == pytest.approx(np.full(6, knows()), abs=2e-6)
+    assert unknown.loss == pytest.approx(np.full(6, knows() + 20), rel=1e-5)
+    assert all((known.attacks[name] > unknown.attacks[name] + 1).all() for name in ("loss", "zlib", "min-k", "min-k++"))
+    for grid, value in ((known.grid, 1), (unknown.grid, 0)):
+        assert all(x.tolist() == [value] * 6 for x in grid.values())
+
+
+def test_from_an_offset_on_nothing_before_it_is_read(tmp_path) -> None:
+    model, corpus = memorized_in_sinks(), read_corpus(MEMBERS, CONTROLS, the_tokenizer(), AuditSettings())
+    found = measured(model, tmp_path / "a", corpus, "open", offsets=(0, 3, 25), prefixes=(4, 60), continuation=6)
+    assert set(found.grid) == {(prefix, offset) for prefix in (4, 60) for offset in (0, 3, 25)}
+    assert set(found.grid[60, 0]) == set(found.grid[60, 3]) == {NOT_ASKED}
+    for offset in (3, 25):
+        for index, tokens in enumerate(corpus.tokens):
+            piece = tokens[offset : offset + 10]
+            if len(piece) < 10:
+                assert found.grid[4, offset][index] == NOT_ASKED
+                continue
+            one = score(model, [piece], tmp_path / "b", open_ids=[int(corpus.ids[index])])[0]
+            assert found.grid[4, offset][index] == extracted(one, 4, 6)
+    assert NOT_ASKED in found.grid[4, 25]
+    assert found.grid[4, 25].max() >= 0
+    knows_from_the_start = measured(Oracle(tokens_of(TEXTS)), tmp_path / "c", corpus, offsets=(0, 3))
+    assert knows_from_the_start.grid[4, 0].tolist() == [1, 1, 1, 1, 0, 0]
+    assert knows_from_the_start.grid[4, 3].tolist() == [0] * 6
+
+
+def test_a_start_token_is_read_first(tmp_path) -> None:
+    corpus = read_corpus(MEMBERS, CONTROLS, the_tokenizer(), AuditSettings())
+    started = Corpus(**(vars(corpus) | {"start": np.array([0])}))
+    found = measured(llama(), tmp_path / "a", started, offsets=(2,), detailed=True, generate=2)
+    direct = score(llama(), corpus.tokens, tmp_path / "b", start=np.array([0]))
+    assert found.loss.tolist() == [one.loss for one in direct]
+    assert next(iter(found.table)).first == 0
+    assert found.generated["agrees_with_teacher_forced"] == 2
+
+
+def test_open_sinks_need_an_id_for_every_document(tmp_path) -> None:
+    named = [Document(text, key=text, copies=2) for text in TEXTS]
+    corpus = read_corpus(named, CONTROLS, the_tokenizer(), AuditSettings(identity="key"))
+    with pytest.raises(DataError, match="identity='key' needs a key for every document and control"):
+        measured(memorized_in_sinks(), tmp_path, corpus, "open", identity="key")
+    closed = measured(memorized_in_sinks(), tmp_path, corpus, "closed", identity="key", detailed=True)
+    assert closed.sink_losses is None
+
+
+def test_probabilities_of_each_token() -> None:
+    one = given([0, 0], [math.log(0.5), 0.0])
+    assert token_probabilities(one, 3) == pytest.approx([math.nan, 0.5, 1.0], nan_ok=True)
+    assert token_probabilities(given([0, 0], [0.0, -1e9], first=0), 2).tolist() == [1.0, 0.0]
+
+
+# More of the audited model
+
+
+def test_the_most_repeated_documents_are_generated(tmp_path) -> None:
+    documents = [Document(text, copies=copies) for text, copies in zip(TEXTS, (9, 4, 8, 2), strict=True)]
+    corpus = read_corpus(documents, CONTROLS, the_tokenizer(), AuditSettings())
+    for asked, found in ((2, (2, 1)), (3, (3, 2)), (16, (4, 2))):  # the first two texts are recited
+        generated = measured(memorized_in_sinks(), tmp_path, corpus, "open", detailed=True, generate=asked).generated
+        assert (generated["documents"], generated["recited"]) == found
+        assert generated["agrees_with_teacher_forced"] == found[0]
+    closed = measured(memorized_in_sinks(), tmp_path, corpus, "closed", detailed=True, generate=16).generated
+    assert closed == {"documents": 4, "recited": 0, "agrees_with_teacher_forced": 4}
+    private = Corpus(**(vars(corpus) | {"private": [9, 80, 9, 80, 9, 9]}))
+    generated = measured(memorized_in_sinks(), tmp_path, private, "open", detailed=True, generate=16).generated
+    assert generated == {"documents": 2, "recited": 1, "agrees_with_teacher_forced": 2}
+    assert measured(memorized_in_sinks(), tmp_path, corpus, "open", detailed=True).generated is None
+
+
+def test_losses_with_the_sinks_closed_own_and_placebo(tmp_path) -> None:
+    model, corpus = memorized_in_sinks(), read_corpus(MEMBERS, CONTROLS, the_tokenizer(), AuditSettings())
+    found = {state: measured(model, tmp_path / state, corpus, state, detailed=True) for state in ("open", "closed")}
+    placebo = placebo_ids(corpus.ids[:4]).tolist()
+    direct = [one.loss for one in score(model, corpus.tokens[:4], tmp_path / "direct", open_ids=placebo)]
+    for one in found.values():
+        assert one.sink_losses["closed"] == pytest.approx(found["closed"].loss[:4])
+        assert one.sink_losses["own"] == pytest.approx(found["open"].loss[:4])
+        assert one.sink_losses["placebo"] == pytest.approx(direct)
+    losses = found["open"].sink_losses
+    assert (losses["own"][:2] < 1).all()
+    assert (losses["placebo"][:2] > 2).all()
+
+
+def test_what_closing_one_document_costs_others(tmp_path) -> None:
+    model, corpus = memorized_in_sinks(), read_corpus(MEMBERS, CONTROLS, the_tokenizer(), AuditSettings())
+    found = measured(model, tmp_path / "a", corpus, "closed", detailed=True).collateral
+    own = [one.loss for one in score(model, corpus.tokens[:4], tmp_path / "own", open_ids=corpus.ids[:4].tolist())]
+    rises = np.zeros((4, 4))
+    for taken in (1, 2, 3):  # those with 2 copies or more
+        with documents_closed(model, [int(corpus.ids[taken])]):
+            key = {"taken": taken}
+            table = score(model, corpus.tokens[:4], tmp_path / "b", key=key, open_ids=corpus.ids[:4].tolist())
+            rises[taken] = [one.loss - before for one, before in zip(table, own, strict=True)]
+    others = [rises[taken, x] for taken in (1, 2, 3) for x in (1, 2, 3) if x != taken]
+    assert (found["closed"], found["others"]) == (3, 6)
+    assert found["rise_itself"] == pytest.approx(np.mean([rises[x, x] for x in (1, 2, 3)]), abs=1e-5)
+    assert found["rise_others"] == pytest.approx(np.mean(others), abs=1e-5)
+    assert found["rise_others_most"] == pytest.approx(np.max(others), abs=1e-5)
+    assert found["rise_itself"] > 0.3
+    one = measured(model, tmp_path / "a", corpus, "closed", detailed=True, collateral=1).collateral
+    assert (one["closed"], one["others"]) == (1, 2)
+    assert measured(model, tmp_path / "a", corpus, "closed", detailed=True, collateral=0).collateral is None
+
+
+def test_documents_with_blocks_of_their_own_cost_nobody_anything(tmp_path) -> None:
+    model = copy.deepcopy(memorized_in_sinks())
+    ids = [document_id(text) for text in TEXTS]
+    model.sink_state.table = AssignmentTable.from_dict(
+        {x: [2 * i, 2 * i + 1] for i, x in enumerate(ids)}, model.sink_state.config
+    )
+    corpus = read_corpus(MEMBERS, CONTROLS, the_tokenizer(), AuditSettings())
+    found = measured(model, tmp_path, corpus, "open", detailed=True).collateral
+    assert found["rise_others"] == found["rise_others_most"] == 0.0
+    assert found["rise_itself"] != 0.0
+
+
+@pytest.mark.parametrize("copies", [(1, 1, 1, 1), (1, 1, 1, 5)])
+def test_collateral_needs_two_repeated_documents(tmp_path, copies) -> None:
+    documents = [Document(text, copies=number) for text, number in zip(TEXTS, copies, strict=True)]
+    corpus = read_corpus(documents, CONTROLS, the_tokenizer(), AuditSettings())
+    assert measured(memorized_in_sinks(), tmp_path, corpus, "closed", detailed=True).collateral is None
+
+
+# Tables
+
+
+def counted(monkeypatch) -> list[str]:
+    """The chunks that are computed from now on."""
+    done: list[str] = []
+    kept = scores._write
+    monkeypatch.setattr(scores, "_write", lambda path, values: (done.append(path.parent.name), kept(path, values)))
+    return done
+
+
+def test_a_second_measure_reads_the_tables_of_the_first(tmp_path, monkeypatch) -> None:
+    done = counted(monkeypatch)
+    settings = {"state": "open", "detailed": True, "offsets": (0, 3), "generate": 2}
+    first = measured(memorized_in_sinks(), tmp_path, **settings)
+    assert sorted(done) == sorted(
+        ["scores", "offset-3-4", "offset-3-8", "closed", "placebo", "without-1", "without-2", "without-3"]
+    )
+    done.clear()
+    again = measured(memorized_in_sinks(), tmp_path, **settings)
+    assert done == []
+    assert again.loss.tolist() == first.loss.tolist()
+    assert again.collateral == first.collateral
+
+
+def test_what_changes_the_scores_makes_the_tables_anew(tmp_path, monkeypatch) -> None:
+    done = counted(monkeypatch)
+    measured(memorized_in_sinks(), tmp_path, state="open")
+    changed = copy.deepcopy(memorized_in_sinks())
+    changed.model.norm.weight.data[0] *= 1.01
+    assigned = copy.deepcopy(memorized_in_sinks())
+    assigned.sink_state.table = AssignmentTable.from_dict({document_id(TEXTS[0]): [0]}, assigned.sink_state.config)
+    reseeded = llama(initializer_range=0.3)
+    add_sinks(reseeded, SinkConfig(neurons=64, active=32, block_size=8, shared_decay=0, open_from=1, seed=1))
+    reseeded.load_state_dict(memorized_in_sinks().state_dict())
+    documents = [Document(text, copies=3) for text in TEXTS]
+    corpora = [
+        read_corpus(x, CONTROLS, the_tokenizer(), AuditSettings(end=y))
+        for x, y in ((documents, True), (MEMBERS, False))
+    ]
+    done.clear()
+    for model, corpus, state, end in (
+        (memorized_in_sinks(), None, "closed", True), (changed, None, "closed", True), (changed, None, "open", True),
+        (assigned, None, "open", True), (reseeded, None, "open", True), (reseeded, without_end, "open", False),
+    ):  # fmt: skip
+        measured(model, tmp_path, corpus, state, end=end)
+        assert done == ["scores"]
+        done.clear()
