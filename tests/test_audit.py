@@ -49,7 +49,9 @@ def audit(model, documents=MEMBERS, controls=CONTROLS, tokenizer=None, settings=
 def many(count: int, seed: int, copies: int, first: str = "") -> list[Document]:
     """Documents of random words, all of one kind."""
     rng = np.random.default_rng(seed)
-    return [Document(first + " ".join(rng.choice(WORDS, 9)) + f" {seed}{index}.", copies=copies) for index in range(count)]
+    return [
+        Document(first + " ".join(rng.choice(WORDS, 9)) + f" {seed}{index}.", copies=copies) for index in range(count)
+    ]
 
 
 MANY, AS_MANY = many(40, 1, 4), many(40, 2, 0)
@@ -60,7 +62,11 @@ TOKENS = tokens_of([document.text for document in MANY])
 def folders(tmp_path_factory) -> dict[str, Path]:
     """Checkpoints with their tokenizer: trained on the texts, never trained on them, and with sinks."""
     place, found = tmp_path_factory.mktemp("models"), {}
-    models = {"ordinary": train(llama(), TEXTS[1:], 40), "twin": train(llama(), UNSEEN, 5), "sinks": memorized_in_sinks()}
+    models = {
+        "ordinary": train(llama(), TEXTS[1:], 40),
+        "twin": train(llama(), UNSEEN, 5),
+        "sinks": memorized_in_sinks(),
+    }
     for name, model in models.items():
         found[name] = place / name / "model"
         model.save_pretrained(found[name])
@@ -116,7 +122,8 @@ def test_a_model_that_knows_nothing_at_all() -> None:
 def test_open_and_closed_are_two_models() -> None:
     known = [Document(text, copies=4) for text in TEXTS[:2]]
     opened, closed = (
-        audit(memorized_in_sinks(), known, state=state, private_start=lambda document: 15) for state in ("open", "closed")
+        audit(memorized_in_sinks(), known, state=state, private_start=lambda document: 15)
+        for state in ("open", "closed")
     )
     assert (opened.state, closed.state) == ("open", "closed")
     assert opened.lines[1].extracted.value == 1.0
@@ -159,7 +166,11 @@ def test_models_in_all_roles() -> None:
     assert result.audited.forgetting.price.value == pytest.approx(0.0, abs=1e-6)
     assert result.models[5].forgetting.price.value == pytest.approx(math.log(VOCABULARY) - 20, abs=1e-3)
     assert {test.other for test in result.audited.equivalences} == {"twin", "seen-once model"}
-    assert ["reference" in [attack.name for attack in model.attacks] for model in result.models] == [True, True, False] + [True] * 3
+    assert ["reference" in [attack.name for attack in model.attacks] for model in result.models] == [
+        True,
+        True,
+        False,
+    ] + [True] * 3
     (reference,) = [attack for attack in result.model("against").attacks if attack.name == "reference"]
     assert reference.auc.value == 1.0
 
@@ -179,7 +190,9 @@ def test_a_model_beside_itself_has_forgotten_nothing_and_is_equivalent() -> None
 
 def test_both_states_of_one_model_side_by_side() -> None:
     model = memorized_in_sinks()
-    result = audit(model, state="closed", against=ms.Subject(model, "open"), others=[ms.Subject(model, "open", "again")])
+    result = audit(
+        model, state="closed", against=ms.Subject(model, "open"), others=[ms.Subject(model, "open", "again")]
+    )
     assert [one.state for one in result.models] == ["closed", "open", "open"]
     assert result.models[1].lines[1].loss.value == result.models[2].lines[1].loss.value != result.lines[1].loss.value
     assert audit(ms.Subject(model, "open"), state="closed").state == "closed"
@@ -407,8 +420,8 @@ def test_notes_on_few_documents() -> None:
     assert noted(enough, "needs 100 controls, there are 40")
     assert noted(enough, "another seed")
     assert not noted(few, "another seed")
-    assert few.blind is None
-    assert enough.blind.auc.low < 0.5 < enough.blind.auc.high
+    assert few.blind == ()
+    assert all(attack.auc.low < 0.5 < attack.auc.high for attack in enough.blind)
 
 
 def test_a_note_on_documents_too_short_for_the_extraction() -> None:
@@ -426,8 +439,13 @@ def test_a_note_on_documents_too_short_for_the_extraction() -> None:
 def test_a_note_on_texts_of_another_kind() -> None:
     told = audit(Oracle([]), many(40, 1, 4, first="zebra "), AS_MANY)
     assert noted(told, "Members and controls differ in their texts alone (AUC ")
-    assert told.blind.auc.value > 0.9
+    assert told.blind[0].auc.value > 0.9
+    of_members = train_tokenizer([document.text for document in MANY], VOCABULARY)
+    other_words = [Document(f"{index} quick brown fox jumps, lazy dog {index}") for index in range(40)]
+    learned = audit(Oracle([]), MANY, other_words, of_members)
+    assert noted(learned, "The tokenizer alone tells members from controls (AUC ")
     assert not noted(audit(Oracle([]), MANY, AS_MANY), "differ in their texts")
+    assert not noted(audit(Oracle([]), MANY, AS_MANY), "tokenizer alone")
     longer = [Document(document.text * 3, copies=2) for document in MANY]
     assert noted(audit(Oracle([]), longer, AS_MANY), "not of one kind")
     assert not noted(audit(Oracle([]), MANY, AS_MANY), "not of one kind")

@@ -376,11 +376,7 @@ def test_what_changes_the_scores_makes_the_tables_anew(tmp_path, monkeypatch) ->
     reseeded = llama(initializer_range=0.3)
     add_sinks(reseeded, SinkConfig(neurons=64, active=32, block_size=8, shared_decay=0, open_from=1, seed=1))
     reseeded.load_state_dict(memorized_in_sinks().state_dict())
-    documents = [Document(text, copies=3) for text in TEXTS]
-    corpora = [
-        read_corpus(x, CONTROLS, the_tokenizer(), AuditSettings(end=y))
-        for x, y in ((documents, True), (MEMBERS, False))
-    ]
+    without_end = read_corpus(MEMBERS, CONTROLS, the_tokenizer(), AuditSettings(end=False))
     done.clear()
     for model, corpus, state, end in (
         (memorized_in_sinks(), None, "closed", True), (changed, None, "closed", True), (changed, None, "open", True),

@@ -17,8 +17,10 @@ from memsinks.audit.membership import (
     min_k_plus_attack,
     reference_attack,
     roc,
+    tokenizer_attack,
     tpr_at_fpr,
     weighted_auc,
+    word_numbers,
     zlib_attack,
 )
 from memsinks.config import DataError
@@ -156,6 +158,20 @@ def test_both_sides_are_needed(measure, sizes) -> None:
 
 
 # The texts alone
+
+
+def test_words_are_numbered_whatever_their_case() -> None:
+    found = word_numbers(["The cat, the dog.", "A dog's (cat) 12", "", "  \n", "Öl öl"])
+    assert [x.tolist() for x in found[:2]] == [[0, 1, 2, 0, 3, 4], [5, 3, 6, 7, 8, 1, 9, 10]]
+    assert found[2].tolist() == found[3].tolist() == [11]
+    assert found[4].tolist() == [12, 12]
+    assert {x.dtype for x in found} == {np.dtype(np.int64)}
+
+
+def test_a_tokenizer_that_fits_needs_fewer_tokens() -> None:
+    assert tokenizer_attack(5, "a" * 20) == -0.25
+    assert tokenizer_attack(1, "a" * 20) > tokenizer_attack(20, "a" * 20) == -1.0
+    assert tokenizer_attack(4, "é漢") == -2.0
 
 
 def texts(count: int, seed: int, extra: int | None = None) -> list[np.ndarray]:

@@ -99,9 +99,9 @@ def test_no_gap_left_is_all_of_it_closed() -> None:
 
 def test_nothing_memorized_leaves_no_gap_to_close() -> None:
     figures, even = Figures(corpus(), SETTINGS), measured(np.full(40, 3.0), "o", "against")
-    with pytest.warns(RuntimeWarning, match="All-NaN"):
-        found = figures.model(measured(np.full(40, 3.0)), even, None, [])
-    assert math.isnan(found.forgetting.gap_closed.value)
+    found = figures.model(measured(np.full(40, 3.0)), even, None, [])
+    closed = found.forgetting.gap_closed
+    assert all(math.isnan(x) for x in (closed.value, closed.low, closed.high))
     assert found.forgetting.closure is None
 
 
@@ -270,17 +270,36 @@ def test_resamples_of_the_auc_are_taken_a_part_at_a_time(monkeypatch) -> None:
     assert found[1].std() > 0.01
 
 
-def test_the_blind_attack_needs_five_documents_on_both_sides() -> None:
-    assert Figures(corpus([2] * 4, 30), SETTINGS).blind() is None
-    assert Figures(corpus([1] * 20 + [2] * 4, 30), SETTINGS).blind() is None
-    assert Figures(corpus([2] * 30, 4), SETTINGS).blind() is None
-    even = Figures(corpus([2] * 200, 200), SETTINGS).blind()
-    assert even.name == "blind"
-    assert even.auc.low < 0.5 < even.auc.high
-    told = corpus([1] * 7 + [2] * 50, 50)
-    for index, tokens in enumerate(told.tokens):
-        tokens[0] = 60 if 7 <= index < 57 else 61
-    assert Figures(told, SETTINGS).blind().auc.value > 0.95
+def worded(copies: list[int], controls: int, first: str = "", cut: int = 0) -> Corpus:
+    """Documents of random words; of the first 50 documents the texts begin with `first` and have `cut` tokens fewer."""
+    text, rng = corpus(copies, controls), np.random.default_rng(0)
+    for index, document in enumerate(text.documents):
+        own = index < 50
+        words = [first] * own + [f"word{x}" for x in rng.integers(0, 99, 20)]
+        text.documents[index] = dataclasses.replace(document, text=" ".join(words))
+        text.tokens[index] = np.zeros(rng.integers(30, 50) - cut * own, np.int32)
+    return text
+
+
+@pytest.mark.parametrize(("copies", "controls"), [([2] * 4, 30), ([1] * 20 + [2] * 4, 30), ([2] * 30, 4)])
+def test_attacks_without_a_model_need_five_documents_on_both_sides(copies, controls) -> None:
+    assert Figures(corpus(copies, controls), SETTINGS).blind() == ()
+    assert len(Figures(corpus([2] * 5, 5), SETTINGS).blind()) == 2
+
+
+def test_attacks_without_a_model_find_what_the_texts_and_the_tokenizer_give_away() -> None:
+    for changes, told in (({}, (False, False)), ({"first": "zebra"}, (True, False)), ({"cut": 15}, (False, True))):
+        attacks = Figures(worded([2] * 50 + [1] * 7, 50, **changes), SETTINGS).blind()
+        assert [attack.name for attack in attacks] == ["texts alone", "tokenizer alone"]
+        for attack, found in zip(attacks, told, strict=True):
+            assert attack.auc.value > 0.9 if found else 0.3 < attack.auc.value < 0.65, (changes, attack)
+            assert attack.auc.low < attack.auc.value < attack.auc.high or attack.auc.value == 1.0
+
+
+def test_the_tokenizer_alone_is_judged_by_tokens_per_character() -> None:
+    text = worded([2] * 50, 50)
+    shares = np.array([-len(x) / len(y.text) for x, y in zip(text.tokens, text.documents, strict=True)])
+    assert Figures(text, SETTINGS).blind()[1].auc.value == pytest.approx(auc(shares[:50], shares[50:]))
 
 
 # Sinks
@@ -330,8 +349,10 @@ def test_the_result_as_json() -> None:
     assert found["relearning"]["curves"][0]["other"] == [3.0, None]
     assert found["settings"] == {"prefixes": [8, 16]}
     assert (found["documents"], found["controls"], found["notes"]) == (20, 20, ["a note"])
-    without = whole(blind=None, relearning=None).to_dict()
-    assert without["blind"] is without["relearning"] is None
+    assert [attack["name"] for attack in found["blind"]] == ["texts alone", "tokenizer alone"]
+    without = whole(blind=(), relearning=None).to_dict()
+    assert without["blind"] == []
+    assert without["relearning"] is None
 
 
 def test_models_are_found_by_their_role() -> None:

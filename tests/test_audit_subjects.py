@@ -148,8 +148,11 @@ def test_the_hash_sees_which_sinks_a_document_opens(tmp_path) -> None:
 
 def test_facts() -> None:
     model = llama().bfloat16()
+    stock = sum(x.numel() for x in model.parameters())
     assert facts(model) == {
-        "model_type": "llama", "parameters": sum(x.numel() for x in model.parameters()), "dtype": "bfloat16",
+        "model_type": "llama", "parameters": stock, "sink_parameters": 0, "dtype": "bfloat16",
         "weights_sha256": weights_hash(model),
     }  # fmt: skip
     assert len(weights_hash(model)) == 64
+    found = facts(memorized_in_sinks())
+    assert (found["parameters"], found["sink_parameters"]) == (stock, 2 * 3 * 64 * 32)

@@ -92,6 +92,8 @@ def test_the_interval_is_the_middle_95_percent() -> None:
     assert (found.value, found.low, found.high) == pytest.approx((7.0, 25.0, 975.0))
     assert estimate(0.5, np.array([np.nan, 0.0, 1.0, np.nan])).high == pytest.approx(0.975)
     assert estimate(3.0, np.array([])) == Estimate(3.0, 3.0, 3.0)
+    none = estimate(math.nan, np.full(5, np.nan))
+    assert all(math.isnan(x) for x in (none.value, none.low, none.high))
     assert str(Estimate(0.5, 0.25, 1.0)) == "0.500 [0.250, 1.000]"
 
 

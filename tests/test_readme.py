@@ -67,6 +67,16 @@ def test_the_rows_snippet_runs(prepared: dict[str, Any], tmp_path: Path) -> None
     assert int(found["rows"].exposures.max()) == 40
 
 
+def test_the_audit_snippet_runs(prepared: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    model = AutoModelForCausalLM.from_config(prepared["config"])
+    ms.add_sinks(model, ms.SinkConfig(neurons=64, active=32))
+    sides = [[ms.Document(f"The {name} saw {what} in the yard.") for name in ("cat", "dog", "cook")] for what in "ab"]
+    values = {**prepared, "model": model, "ms": ms, "documents": sides[0], "controls": sides[1]}
+    exec(snippet("audit"), values)
+    assert "sinks closed" in capsys.readouterr().out
+    assert Path("report/report.html").is_file()
+
+
 def test_the_tree_names_every_module() -> None:
     tree = README.split("## The tree")[1]
     modules = {path.name for path in (ROOT / "src/memsinks").glob("*.py")} - {

@@ -43,8 +43,8 @@ class DocumentScore:
 
     tokens: int32, the tokens that were predicted (those after the first token or after the start token).
     logprob: float32, nats, log p(token | tokens before it).
-    rank: int32, how many tokens of the vocabulary are more probable, or as probable with a lower id; 0 = it is what
-        greedy decoding takes.
+    rank: int32, how many tokens of the vocabulary are more probable; of several most probable ones those with a lower id
+        count as such, so that 0 = it is what greedy decoding takes.
     mean, std: float32, nats, of log p under the model's own distribution at this place (Min-K%++ needs them).
     first: index in the document of the first predicted token: 0 where a start token stands before, otherwise 1.
     """
@@ -252,6 +252,7 @@ def token_statistics(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, T
     flat, wanted = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1, 1)
     size = max(1, SLICE // logits.shape[-1])
     shape = (min(size, len(flat)), logits.shape[-1])
+    ids = torch.arange(shape[1], device=logits.device)
     away, weight = (torch.empty(shape, dtype=torch.float32, device=logits.device) for _ in range(2))
     parts = []
     for x, target in zip(flat.split(size), wanted.split(size), strict=True):
@@ -260,8 +261,8 @@ def token_statistics(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, T
         a.clamp_(min=LEAST)
         chosen = a.gather(1, target)
         rank = torch.gt(a, chosen, out=p).sum(1).to(torch.int32)
-        for row in (torch.eq(a, chosen, out=p).sum(1) > 1).nonzero()[:, 0].tolist():
-            rank[row] += (a[row, : target[row]] == chosen[row]).sum()
+        tied = ((rank == 0) & (torch.eq(a, chosen, out=p).sum(1) > 1)).nonzero()[:, 0]
+        rank[tied] += (p[tied] * (ids < target[tied])).sum(1).to(torch.int32)
         torch.exp(a, out=p)
         total = p.sum(1)
         mean = _dot(a, p) / total

@@ -71,8 +71,9 @@ class Resamples:
 
 
 def estimate(value: float, resampled: np.ndarray) -> Estimate:
-    """A figure with its percentile interval; resampled: its value in each resample."""
-    low, high = np.nanquantile(resampled, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]) if len(resampled) else (value, value)
+    """A figure with its percentile interval; resampled: its value in each resample, nan where it has none."""
+    known = resampled[~np.isnan(resampled)]
+    low, high = np.quantile(known, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]) if len(known) else (value, value)
     return Estimate(float(value), float(low), float(high))
 
 
