@@ -188,6 +188,18 @@ def test_a_model_beside_itself_has_forgotten_nothing_and_is_equivalent() -> None
     assert reference.auc.value == 0.5
 
 
+def test_the_audited_and_the_ordinary_model_are_also_generated_from() -> None:
+    """And asked about their sinks; the others only serve to compare."""
+    model, settings = memorized_in_sinks(), quick(generate=2)
+    result = audit(
+        ms.Subject(model, "closed"), against=ms.Subject(model, "open"), twin=llama(), seen_once=llama(1),
+        others=[ms.Subject(model, "open", "again")], settings=settings,
+    )  # fmt: skip
+    for one in result.models:
+        asked = one.role in ("audited", "against")
+        assert (one.generated is not None) == (one.sinks is not None) == (one.collateral is not None) == asked
+
+
 def test_both_states_of_one_model_side_by_side() -> None:
     model = memorized_in_sinks()
     result = audit(
@@ -444,6 +456,8 @@ def test_a_note_on_texts_of_another_kind() -> None:
     other_words = [Document(f"{index} quick brown fox jumps, lazy dog {index}") for index in range(40)]
     learned = audit(Oracle([]), MANY, other_words, of_members)
     assert noted(learned, "The tokenizer alone tells members from controls (AUC ")
+    half = [*many(20, 1, 4, first="zebra "), *MANY[20:]]
+    assert noted(audit(Oracle([]), half, AS_MANY), "Members and controls differ in their texts alone")
     assert not noted(audit(Oracle([]), MANY, AS_MANY), "differ in their texts")
     assert not noted(audit(Oracle([]), MANY, AS_MANY), "tokenizer alone")
     longer = [Document(document.text * 3, copies=2) for document in MANY]

@@ -10,6 +10,7 @@ import pytest
 from audited import (
     CONTROLS,
     MEMBERS,
+    NEVER,
     TEXTS,
     UNSEEN,
     Oracle,
@@ -20,7 +21,10 @@ from audited import (
     the_tokenizer,
     tokens_of,
 )
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 from memsinks.attach import add_sinks
 from memsinks.audit import scores
@@ -160,6 +164,45 @@ def test_the_private_part_begins_before_the_token_it_cuts(end) -> None:
     assert len(prompt) >= end.rfind(" ")  # tokens do not reach over spaces
 
 
+def test_the_private_part_begins_where_the_tokens_first_differ() -> None:
+    """Tokens that agree again after the first difference are not the document's own beginning."""
+    pairs = [("a", "b"), ("ab", "c"), ("ab", "abc")]
+    letters = {token: index for index, token in enumerate(["<|endoftext|>", "a", "b", "c", "ab", "abc", "ababc"])}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(BPE(letters, pairs)), eos_token="<|endoftext|>", bos_token="<|endoftext|>"
+    )
+    assert tokenizer("ababcab")["input_ids"] == [letters["ababc"], letters["ab"]]
+    assert tokenizer("abab")["input_ids"] == [letters["ab"]] * 2
+    found = read_corpus([Document("ababcab")], [Document("ababcabc")], tokenizer, AuditSettings(), lambda x: 4)
+    assert found.private == [0, 0]
+
+
+def test_a_document_may_be_private_from_its_first_character(tmp_path) -> None:
+    everything = [Document(x.text, copies=max(1, x.copies)) for x in EVERYTHING]
+    found = read_corpus(
+        everything[:4], everything[4:], the_tokenizer(), AuditSettings(), lambda x: 9 * (x.text[0] == "T")
+    )
+    assert found.private[1:3] == [0, 0]
+    assert min(found.private[0], found.private[3]) > 0
+    one = measured(Oracle(tokens_of(TEXTS)), tmp_path / "a", found)
+    assert one.recited[:4].tolist() == [1, NOT_ASKED, NOT_ASKED, 1]  # nothing stands before the first token
+    started = Corpus(**(vars(found) | {"start": np.array([NEVER])}))
+    known = [np.concatenate([[NEVER], x]) for x in tokens_of(TEXTS)]
+    assert measured(Oracle(known), tmp_path / "b", started).recited.tolist() == [1, 1, 1, 1, 0, 0]
+
+
+@pytest.mark.parametrize("beyond", [lambda text: text.find("?"), len, lambda text: len(text) + 7])
+def test_a_private_part_must_lie_within_the_text(beyond) -> None:
+    """-1 is what str.find says of a part that is not there."""
+    first = f"for 6 texts it does not .*: {beyond(TEXTS[0])} of {len(TEXTS[0])}, "
+    with pytest.raises(DataError, match=first):
+        read_corpus(MEMBERS, CONTROLS, the_tokenizer(), AuditSettings(), lambda x: beyond(x.text))
+    with pytest.raises(DataError, match="for 1 texts"):
+        read_corpus(
+            MEMBERS, CONTROLS, the_tokenizer(), AuditSettings(), lambda x: beyond(x.text) if x is MEMBERS[2] else 1
+        )
+
+
 def test_a_start_token_that_the_tokenizer_adds() -> None:
     tokenizer = copy.deepcopy(the_tokenizer())
     assert start_tokens(tokenizer).tolist() == []
@@ -247,7 +290,7 @@ def test_from_an_offset_on_nothing_before_it_is_read(tmp_path) -> None:
 def test_a_start_token_is_read_first(tmp_path) -> None:
     corpus = read_corpus(MEMBERS, CONTROLS, the_tokenizer(), AuditSettings())
     started = Corpus(**(vars(corpus) | {"start": np.array([0])}))
-    found = measured(llama(), tmp_path / "a", started, offsets=(2,), detailed=True, generate=2)
+    found = measured(llama(), tmp_path / "a", started, offsets=(2,), generated=True, generate=2)
     direct = score(llama(), corpus.tokens, tmp_path / "b", start=np.array([0]))
     assert found.loss.tolist() == [one.loss for one in direct]
     assert next(iter(found.table)).first == 0
@@ -259,7 +302,7 @@ def test_open_sinks_need_an_id_for_every_document(tmp_path) -> None:
     corpus = read_corpus(named, CONTROLS, the_tokenizer(), AuditSettings(identity="key"))
     with pytest.raises(DataError, match="identity='key' needs a key for every document and control"):
         measured(memorized_in_sinks(), tmp_path, corpus, "open", identity="key")
-    closed = measured(memorized_in_sinks(), tmp_path, corpus, "closed", identity="key", detailed=True)
+    closed = measured(memorized_in_sinks(), tmp_path, corpus, "closed", identity="key", generated=True)
     assert closed.sink_losses is None
 
 
@@ -276,20 +319,20 @@ def test_the_most_repeated_documents_are_generated(tmp_path) -> None:
     documents = [Document(text, copies=copies) for text, copies in zip(TEXTS, (9, 4, 8, 2), strict=True)]
     corpus = read_corpus(documents, CONTROLS, the_tokenizer(), AuditSettings())
     for asked, found in ((2, (2, 1)), (3, (3, 2)), (16, (4, 2))):  # the first two texts are recited
-        generated = measured(memorized_in_sinks(), tmp_path, corpus, "open", detailed=True, generate=asked).generated
+        generated = measured(memorized_in_sinks(), tmp_path, corpus, "open", generated=True, generate=asked).generated
         assert (generated["documents"], generated["recited"]) == found
         assert generated["agrees_with_teacher_forced"] == found[0]
-    closed = measured(memorized_in_sinks(), tmp_path, corpus, "closed", detailed=True, generate=16).generated
+    closed = measured(memorized_in_sinks(), tmp_path, corpus, "closed", generated=True, generate=16).generated
     assert closed == {"documents": 4, "recited": 0, "agrees_with_teacher_forced": 4}
     private = Corpus(**(vars(corpus) | {"private": [9, 80, 9, 80, 9, 9]}))
-    generated = measured(memorized_in_sinks(), tmp_path, private, "open", detailed=True, generate=16).generated
+    generated = measured(memorized_in_sinks(), tmp_path, private, "open", generated=True, generate=16).generated
     assert generated == {"documents": 2, "recited": 1, "agrees_with_teacher_forced": 2}
-    assert measured(memorized_in_sinks(), tmp_path, corpus, "open", detailed=True).generated is None
+    assert measured(memorized_in_sinks(), tmp_path, corpus, "open", generated=True).generated is None
 
 
 def test_losses_with_the_sinks_closed_own_and_placebo(tmp_path) -> None:
     model, corpus = memorized_in_sinks(), read_corpus(MEMBERS, CONTROLS, the_tokenizer(), AuditSettings())
-    found = {state: measured(model, tmp_path / state, corpus, state, detailed=True) for state in ("open", "closed")}
+    found = {state: measured(model, tmp_path / state, corpus, state, generated=True) for state in ("open", "closed")}
     placebo = placebo_ids(corpus.ids[:4]).tolist()
     direct = [one.loss for one in score(model, corpus.tokens[:4], tmp_path / "direct", open_ids=placebo)]
     for one in found.values():
@@ -303,7 +346,7 @@ def test_losses_with_the_sinks_closed_own_and_placebo(tmp_path) -> None:
 
 def test_what_closing_one_document_costs_others(tmp_path) -> None:
     model, corpus = memorized_in_sinks(), read_corpus(MEMBERS, CONTROLS, the_tokenizer(), AuditSettings())
-    found = measured(model, tmp_path / "a", corpus, "closed", detailed=True).collateral
+    found = measured(model, tmp_path / "a", corpus, "closed", generated=True).collateral
     own = [one.loss for one in score(model, corpus.tokens[:4], tmp_path / "own", open_ids=corpus.ids[:4].tolist())]
     rises = np.zeros((4, 4))
     for taken in (1, 2, 3):  # those with 2 copies or more
@@ -317,9 +360,9 @@ def test_what_closing_one_document_costs_others(tmp_path) -> None:
     assert found["rise_others"] == pytest.approx(np.mean(others), abs=1e-5)
     assert found["rise_others_most"] == pytest.approx(np.max(others), abs=1e-5)
     assert found["rise_itself"] > 0.3
-    one = measured(model, tmp_path / "a", corpus, "closed", detailed=True, collateral=1).collateral
+    one = measured(model, tmp_path / "a", corpus, "closed", generated=True, collateral=1).collateral
     assert (one["closed"], one["others"]) == (1, 2)
-    assert measured(model, tmp_path / "a", corpus, "closed", detailed=True, collateral=0).collateral is None
+    assert measured(model, tmp_path / "a", corpus, "closed", generated=True, collateral=0).collateral is None
 
 
 def test_documents_with_blocks_of_their_own_cost_nobody_anything(tmp_path) -> None:
@@ -329,7 +372,20 @@ def test_documents_with_blocks_of_their_own_cost_nobody_anything(tmp_path) -> No
         {x: [2 * i, 2 * i + 1] for i, x in enumerate(ids)}, model.sink_state.config
     )
     corpus = read_corpus(MEMBERS, CONTROLS, the_tokenizer(), AuditSettings())
-    found = measured(model, tmp_path, corpus, "open", detailed=True).collateral
+    found = measured(model, tmp_path, corpus, "open", generated=True).collateral
+    assert found["rise_others"] == found["rise_others_most"] == 0.0
+    assert found["rise_itself"] != 0.0
+
+
+def test_a_text_that_is_given_twice_is_not_another_document(tmp_path) -> None:
+    """Both open the same sinks: what closing them costs is no collateral."""
+    model = copy.deepcopy(memorized_in_sinks())
+    ids = [document_id(text) for text in TEXTS[:2]]
+    model.sink_state.table = AssignmentTable.from_dict({ids[0]: [0, 1], ids[1]: [2, 3]}, model.sink_state.config)
+    documents = [Document(text, copies=2) for text in (TEXTS[0], TEXTS[0], TEXTS[1])]
+    corpus = read_corpus(documents, CONTROLS, the_tokenizer(), AuditSettings())
+    found = measured(model, tmp_path, corpus, "open", generated=True).collateral
+    assert (found["closed"], found["others"]) == (3, 1 + 1 + 2)
     assert found["rise_others"] == found["rise_others_most"] == 0.0
     assert found["rise_itself"] != 0.0
 
@@ -338,7 +394,7 @@ def test_documents_with_blocks_of_their_own_cost_nobody_anything(tmp_path) -> No
 def test_collateral_needs_two_repeated_documents(tmp_path, copies) -> None:
     documents = [Document(text, copies=number) for text, number in zip(TEXTS, copies, strict=True)]
     corpus = read_corpus(documents, CONTROLS, the_tokenizer(), AuditSettings())
-    assert measured(memorized_in_sinks(), tmp_path, corpus, "closed", detailed=True).collateral is None
+    assert measured(memorized_in_sinks(), tmp_path, corpus, "closed", generated=True).collateral is None
 
 
 # Tables
@@ -354,7 +410,7 @@ def counted(monkeypatch) -> list[str]:
 
 def test_a_second_measure_reads_the_tables_of_the_first(tmp_path, monkeypatch) -> None:
     done = counted(monkeypatch)
-    settings = {"state": "open", "detailed": True, "offsets": (0, 3), "generate": 2}
+    settings = {"state": "open", "generated": True, "offsets": (0, 3), "generate": 2}
     first = measured(memorized_in_sinks(), tmp_path, **settings)
     assert sorted(done) == sorted(
         ["scores", "offset-3-4", "offset-3-8", "closed", "placebo", "without-1", "without-2", "without-3"]

@@ -16,6 +16,7 @@ Train language models whose memorization can be taken out again.
   memsinks train recipes/tinystories.yaml
   memsinks audit runs/NAME/model@closed --documents members.jsonl --controls heldout.jsonl --out report/
   memsinks lm-eval-task runs/NAME/model --documents members.jsonl --controls heldout.jsonl --out task/
+  memsinks compare recipes/compare-tinystories.yaml
   memsinks export runs/NAME/model clean/ a plain checkpoint without sinks
   memsinks info runs/NAME/model          what a checkpoint holds
 """
@@ -124,6 +125,18 @@ def _parser() -> argparse.ArgumentParser:
     task.add_argument("--copies-field", help="field that says how often a document was trained on; 1 without it")
     task.set_defaults(run=_lm_eval_task)
 
+    compare = commands.add_parser("compare", help="arms x seeds -> one table", description=(
+        "Train every arm of a comparison with every seed (finished runs are kept), audit each seed, and write one table, one "
+        "JSON and the picture of forgetting against price."
+    ))  # fmt: skip
+    compare.add_argument("comparison", help="YAML file: a recipe with arms, seeds and roles")
+    compare.add_argument("--arms", nargs="+", default=[], metavar="ARM", help="only these")
+    compare.add_argument("--seeds", nargs="+", type=int, default=[], metavar="SEED", help="only these")
+    compare.add_argument("--jobs", type=_count, default=1, help="runs at a time (%(default)s)")
+    compare.add_argument("--dry-run", action="store_true", help="say what would run and for how long")
+    compare.add_argument("--train-only", action="store_true", help="train, and leave the audits for later")
+    compare.set_defaults(run=_compare)
+
     export = commands.add_parser("export", help="write a plain checkpoint without sinks", description=(
         "Write the model without its sinks into an empty folder, load it in a fresh process without memsinks, compare "
         "logits, and write a model card."
@@ -202,6 +215,22 @@ def _audit(arguments: argparse.Namespace) -> None:
     print(result)
     if arguments.out:
         print(f"\n{arguments.out}/report.html")
+
+
+def _compare(arguments: argparse.Namespace) -> None:
+    from .compare import compare, plan, read_comparison
+
+    path = Path(arguments.comparison)
+    comparison = read_comparison(path)
+    if arguments.dry_run:
+        print(plan(comparison, arguments.arms, arguments.seeds, arguments.jobs))
+        return
+    result = compare(
+        comparison, arms=arguments.arms, seeds=arguments.seeds, jobs=arguments.jobs, origin=path,
+        audits=not arguments.train_only,
+    )  # fmt: skip
+    if result is not None:
+        print(f"\n{comparison.recipe.output}: table.md, compare.json, pareto.png, a report a seed")
 
 
 def _lm_eval_task(arguments: argparse.Namespace) -> None:

@@ -90,11 +90,15 @@ def choose_documents(data: DataRecipe, seed: int) -> list[Document]:
     if data.repeat:
         copies = data.repeat.copies if isinstance(data.repeat.copies, list) else [data.repeat.copies]
         for place, index in enumerate(rest[:repeated]):
-            documents[index] = replace(documents[index], copies=copies[place % len(copies)])
+            documents[index] = replace(documents[index], copies=copies[place % len(copies)], kind=AUDITED)
     return documents
 
 
-def prepare(recipe: Recipe) -> Prepared:
+AUDITED = "audited"
+"""The kind of the documents that ``data.repeat`` chose."""
+
+
+def prepare(recipe: Recipe, one_document_per_row: bool = False) -> Prepared:
     """Documents -> identity -> training order -> exposures -> rows."""
     data, training = recipe.data, recipe.training
     documents = choose_documents(data, training.seed)
@@ -124,7 +128,7 @@ def prepare(recipe: Recipe) -> Prepared:
         length=training.length,
         pad_id=int(tokenizer.pad_token_id),  # type: ignore[arg-type]
         apart_from=recipe.sinks.open_from if recipe.sinks and recipe.sinks.shared == "none" else None,
-        one_document_per_row=_model_type(recipe) not in ISOLATES_PACKED,
+        one_document_per_row=one_document_per_row or _model_type(recipe) not in ISOLATES_PACKED,
         long=data.long,
     )
     if len(rows) < training.batch_rows:

@@ -133,7 +133,7 @@ def audit(
                 reference = next((x.loss for x in found.values() if x.role == "twin"), None)
                 found[place] = measure(
                     loaded, corpus, settings, folder / "tokens" / f"{place}-{role.replace(' ', '-')}", name=names[place],
-                    role=role, state=states[place], reference=reference, detailed=role in ("audited", "against"),
+                    role=role, state=states[place], reference=reference, generated=role in ("audited", "against"),
                     progress=progress,
                 )  # fmt: skip
                 if relearn_steps and role in ("audited", "against", "twin"):

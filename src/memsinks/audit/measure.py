@@ -169,7 +169,8 @@ def read_corpus(
     """Check both sides and encode them.
 
     Raises:
-        DataError: an empty side, a document with 0 copies, texts on both sides (listed), a text without tokens.
+        DataError: an empty side, a document with 0 copies, texts on both sides (listed), a text without tokens; a
+            `private_start` outside its text.
     """
     if not documents or not controls:
         raise DataError(
@@ -186,9 +187,19 @@ def read_corpus(
     tokens = [one.astype(np.int32) for one in encode(tokenizer, (x.text for x in everything), end=settings.end)]
     private = None
     if private_start is not None:
-        prompts = encode(tokenizer, [x.text[: private_start(x)] for x in everything], end=False)
-        # What the prompt's own tokens and the document's agree in: a token across the boundary belongs to the private part.
-        private = [int((a[: len(b)] == b[: len(a)]).cumprod().sum()) for a, b in zip(prompts, tokens, strict=True)]
+        offsets = [private_start(document) for document in everything]
+        outside = [
+            f"{at} of {len(x.text)}" for at, x in zip(offsets, everything, strict=True) if not 0 <= at < len(x.text)
+        ]
+        if outside:
+            raise DataError(
+                f"private_start must lie within the text; for {len(outside)} texts it does not (offset of characters): "
+                + ", ".join(outside[:5])
+            )
+        prompts = iter(
+            encode(tokenizer, [x.text[:at] for at, x in zip(offsets, everything, strict=True) if at], end=False)
+        )
+        private = [_agreeing(next(prompts), own) if at else 0 for at, own in zip(offsets, tokens, strict=True)]
     digest = hashlib.sha256()
     for document in everything:
         digest.update(f"{document.copies}\0{document.text}\0".encode())
@@ -198,6 +209,12 @@ def read_corpus(
         identify(everything, settings.identity)[0] if _has_ids(everything, settings.identity) else np.full(len(tokens), -1),
         start_tokens(tokenizer), private, digest.hexdigest(),
     )  # fmt: skip
+
+
+def _agreeing(prompt: np.ndarray, tokens: np.ndarray) -> int:
+    """How many tokens of a prompt are the document's: one across the boundary belongs to the private part."""
+    both = min(len(prompt), len(tokens))
+    return int((prompt[:both] == tokens[:both]).cumprod().sum())
 
 
 def _has_ids(documents: list[Document], identity: str) -> bool:
@@ -223,7 +240,7 @@ def measure(
     role: Role,
     state: State,
     reference: np.ndarray | None = None,
-    detailed: bool = False,
+    generated: bool = False,
     progress: bool = False,
 ) -> Measured:
     """Score one model and reduce its table to values of each document.
@@ -231,7 +248,7 @@ def measure(
     Args:
         folder: for the tables, one folder below it for each pass.
         reference: [n], loss of each document under a model that never saw them; None = no reference attack.
-        detailed: also generate, and ask the sinks where there are any.
+        generated: also generate the most repeated documents.
         progress: show a bar for each pass, where there is a terminal.
     """
     known = facts(model)
@@ -282,9 +299,9 @@ def measure(
         for prefix in settings.prefixes:
             squares[prefix, offset] = _at_offset(passed, corpus, own, prefix, offset, settings.continuation)
     measured = Measured(name, role, state, known, **values, grid=squares, attacks=found, table=table)
-    if detailed and settings.generate:
+    if generated and settings.generate:
         measured.generated = _generated(model, corpus, settings, measured)
-    if detailed and state != "absent" and not (corpus.ids[: corpus.members] < 0).any():
+    if state != "absent" and not (corpus.ids[: corpus.members] < 0).any():
         ids = corpus.ids[: corpus.members]
         members = corpus.tokens[: corpus.members]
         states = {"closed": None, "own": ids, "placebo": placebo_ids(ids)}

@@ -67,7 +67,7 @@ def losses(audit: Audit, figure: Any) -> None:
     axes = figure.subplots(len(shown), 1, sharex=True, squeeze=False)[:, 0]
     every = np.concatenate([one.loss for one in shown])
     least, most = np.quantile(every, [0.002, 0.998])
-    bins = np.linspace(least, most, 48)
+    bins = np.linspace(least, max(most, least + 0.1), 48)
     look = styles(audit)
     for axis, one in zip(axes, shown, strict=True):
         for chosen, colour, label, fill in (

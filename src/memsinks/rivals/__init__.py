@@ -1,0 +1,58 @@
+"""Ways of training, ours among them: each a function of keyword settings that returns a `Method`.
+
+A new one is a file here with one function, and a line in `RIVALS`; `docs/rivals.md` shows how.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ..config import ConfigError
+from ..recipe import unknown_keys
+from .caps import cap, twin
+from .goldfish import goldfish
+from .gradient_masking import gradient_masking
+from .method import Batch, Method
+from .sgtm import sgtm
+from .sinks import gated, published, untied
+from .standard import standard
+
+RIVALS: dict[str, Callable[..., Method]] = {
+    "standard": standard,
+    "cap": cap,
+    "twin": twin,
+    "published": published,
+    "gated": gated,
+    "untied": untied,
+    "goldfish": goldfish,
+    "gradient-masking": gradient_masking,
+    "sgtm": sgtm,
+}
+
+
+def method(name: str, settings: Mapping[str, Any]) -> Method:
+    """The method of a name with its settings.
+
+    Raises:
+        ConfigError: an unknown name or setting (with the nearest known one), a missing or impossible one.
+    """
+    problems = unknown_keys([name], "rival", RIVALS)
+    if problems:
+        raise ConfigError(problems[0].replace("unknown key rival.", "unknown rival "))
+    function = RIVALS[name]
+    known = inspect.signature(function).parameters
+    open_ended = any(x.kind is inspect.Parameter.VAR_KEYWORD for x in known.values())
+    problems = [] if open_ended else unknown_keys(settings, name, known)
+    problems += [f"{name}.{x} is missing" for x, y in known.items()
+                 if y.default is y.empty and y.kind is y.KEYWORD_ONLY and x not in settings]  # fmt: skip
+    if problems:
+        raise ConfigError("; ".join(problems))
+    try:
+        return function(**settings)
+    except TypeError as error:
+        raise ConfigError(f"{name}: {error}") from error
+
+
+__all__ = ["RIVALS", "Batch", "Method", "method"]

@@ -1,0 +1,108 @@
+"""What a way of training may change, and the plain step it starts from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..attach import has_sinks, remove_sinks
+from ..config import SinkConfig
+from ..packing import IGNORED
+
+Batch = dict[str, Tensor]
+"""What `collate` gives, int64 [rows, length] each, and two masks, bool [rows, length]: `audited` (tokens of documents that
+the audit asks for) and `repeated` (those of them with 2 copies or more)."""
+
+
+def unchanged(batch: Batch) -> Batch:
+    """The batch as it is."""
+    return batch
+
+
+def nothing(model: PreTrainedModel) -> None:
+    """The model as it is."""
+
+
+def remove_all_sinks(model: PreTrainedModel) -> None:
+    """What is exported of a model with sinks."""
+    if has_sinks(model):
+        remove_sinks(model)
+
+
+def stock_arguments(batch: Batch) -> dict[str, Tensor]:
+    """What a stock model takes of a batch."""
+    return {name: batch[name] for name in ("input_ids", "labels", "position_ids")}
+
+
+def plain_step(model: PreTrainedModel, batch: Batch, divisor: Tensor) -> float:
+    """Gradients of the mean loss over `divisor` targets into ``.grad``; returns the loss, nats."""
+    arguments = stock_arguments(batch)
+    if has_sinks(model):
+        arguments |= {name: batch[name] for name in ("document_ids", "exposures")}
+    loss = model(**arguments, num_items_in_batch=divisor).loss
+    loss.backward()
+    return loss.item()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """One way to train. Everything not set is ordinary training.
+
+    Args:
+        width: hidden neurons beyond the recipe's in each MLP while training.
+        heads: attention heads beyond the recipe's.
+        sinks: sinks to add; their seed becomes the run's.
+        sink_lr_factor: learning rate of the sinks over that of the rest.
+        change: what is done to each batch: other targets (`IGNORED` drops one), other document ids.
+        prepare: called once with the model before training.
+        step: gradients of one step.
+        remove: takes out, in place, what is not exported.
+        rescales: also export with these factors of the general neurons (`SinkConfig.rescale_factors`).
+    """
+
+    width: int = 0
+    heads: int = 0
+    sinks: SinkConfig | None = None
+    sink_lr_factor: float = 1.0
+    change: Callable[[Batch], Batch] = unchanged
+    prepare: Callable[[PreTrainedModel], None] = nothing
+    step: Callable[[PreTrainedModel, Batch, Tensor], float] = plain_step
+    remove: Callable[[PreTrainedModel], None] = remove_all_sinks
+    rescales: tuple[str, ...] = ()
+
+
+def without(batch: Batch, dropped: Tensor) -> Batch:
+    """The batch with no loss at the tokens `dropped`, bool [rows, length]."""
+    return {**batch, "labels": batch["labels"].masked_fill(dropped, IGNORED)}
+
+
+def masked_gradients(
+    model: PreTrainedModel, batch: Batch, divisor: Tensor, keep: Mapping[nn.Parameter, Tensor | None]
+) -> float:
+    """Add the gradient of one batch to ``.grad``, only where `keep` is 1; returns its share of the loss, nats.
+
+    Args:
+        keep: for each parameter that is to learn a mask that broadcasts to its shape, or None for all of it; a parameter that
+            is not named learns nothing. A batch without a target adds nothing.
+    """
+    if not bool((batch["labels"] != IGNORED).any()):
+        return 0.0
+    loss = model(**stock_arguments(batch), num_items_in_batch=divisor).loss
+    parameters = list(keep)
+    for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True):
+        if gradient is None:
+            continue
+        mask = keep[parameter]
+        gradient = gradient if mask is None else gradient * mask
+        parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+    return loss.item()
+
+
+def numbers(settings: Mapping[str, Any]) -> str:
+    """Settings as text for tables: ``k=4, context=13``."""
+    return ", ".join(f"{name}={value}" for name, value in settings.items())

@@ -1,0 +1,42 @@
+"""Memorization sinks: as published, ours, and with ids that mean nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..config import SinkConfig
+from ..routing import splitmix64
+from .method import Batch, Method
+
+
+def published(*, neurons: int, active: int, sink_lr_factor: float = 1.0, width: int = 0) -> Method:
+    """As the paper has it: each neuron open with its probability, one mask for all layers, from the first exposure on.
+
+    Source: Ghosal, Maini, Raghunathan, ICML 2025, section 5. Exported with each of the three rescales.
+    """
+    sinks = SinkConfig(
+        neurons=neurons, active=active, routing="bernoulli", per_layer=False, open_from=1, shared_decay=0.0
+    )
+    return Method(sinks=sinks, sink_lr_factor=sink_lr_factor, width=width, rescales=("expected", "released"))
+
+
+def gated(*, sink_lr_factor: float = 3.0, width: int = 0, **settings: Any) -> Method:
+    """Ours: a text's sinks open from its second exposure on, and what it teaches the shared weights decays (docs/method.md).
+
+    `settings` are those of `SinkConfig`; ``shared="none"`` is the exact mode.
+    """
+    return Method(sinks=SinkConfig(**settings), sink_lr_factor=sink_lr_factor, width=width)
+
+
+def untied(*, neurons: int, active: int, sink_lr_factor: float = 1.0, width: int = 0) -> Method:
+    """As published, but every exposure of a document opens other sinks: dropout of the same density, tied to nothing.
+
+    The control that shows whether identity matters.
+    """
+
+    def change(batch: Batch) -> Batch:
+        mixed = splitmix64(batch["document_ids"] ^ splitmix64(batch["exposures"])) & (2**63 - 1)
+        return {**batch, "document_ids": mixed.where(batch["document_ids"] >= 0, batch["document_ids"])}
+
+    base = published(neurons=neurons, active=active, sink_lr_factor=sink_lr_factor, width=width)
+    return Method(sinks=base.sinks, sink_lr_factor=sink_lr_factor, width=width, change=change)
