@@ -247,7 +247,8 @@ def test_values_are_those_of_a_direct_pass(tmp_path, private) -> None:
     assert 1 in found.recited
     assert 0 in found.recited
     assert (private is None) == (NOT_ASKED not in found.recited)
-    assert (found.generated, found.sink_losses, found.collateral) == (None, None, None)
+    assert found.generated is None
+    assert set(found.sink_losses) == {"closed", "own", "placebo"}
     assert "reference" not in measured(memorized_in_sinks(), tmp_path / "a", state="closed").attacks
 
 
@@ -439,5 +440,5 @@ def test_what_changes_the_scores_makes_the_tables_anew(tmp_path, monkeypatch) ->
         (assigned, None, "open", True), (reseeded, None, "open", True), (reseeded, without_end, "open", False),
     ):  # fmt: skip
         measured(model, tmp_path, corpus, state, end=end)
-        assert done == ["scores"]
+        assert "scores" in done
         done.clear()

@@ -67,7 +67,7 @@ def test_attacks_at_both_ends() -> None:
 
 
 def test_min_k_counts_nothing_where_the_model_is_certain() -> None:
-    one = given([0] * 5, [-3.0, 0.0, 0.0, 0.0, 0.0], [-1.0, 0.0, 0.0, 0.0, -4.0], [0.5, 1e-9, 0.0, 1e-7, 2.0])
+    one = given([0] * 5, [-3.0, -1e-3, 0.0, -1e-3, 0.0], [-1.0, 0.0, 0.0, 0.0, -4.0], [0.5, 1e-9, 0.0, 1e-7, 2.0])
     assert min_k_plus_attack(one, 0.2) == -4.0
     assert min_k_plus_attack(one, 0.99) == -1.0
 

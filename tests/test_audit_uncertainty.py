@@ -29,6 +29,8 @@ def test_the_ends_of_wilson_are_where_the_normal_test_turns(hits, asked) -> None
 
 
 def test_wilson_at_both_ends() -> None:
+    for asked in range(1, 60):  # exactly, also where rounding leaves something
+        assert (wilson(0, asked).low, wilson(asked, asked).high) == (0.0, 1.0)
     none, all_of_them = wilson(0, 8), wilson(8, 8)
     assert (none.value, none.low) == (0.0, 0.0)
     assert (all_of_them.value, all_of_them.high) == (1.0, 1.0)

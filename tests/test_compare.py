@@ -1,0 +1,190 @@
+"""Compare: arms x seeds on one corpus, resumable; the table and the JSON say what was run."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM
+
+from memsinks import compare as module
+from memsinks.cli import main
+from memsinks.compare import compare, plan, read_comparison, train_arm
+from memsinks.comparison_table import spread
+from memsinks.config import ConfigError
+
+SMALL = {
+    "data": {
+        "synthetic": {"stories": 40, "people_per_level": 2, "canaries_per_level": 0, "held_out_stories": 8, "near_copies": 0,
+                      "copies": [0, 1]},
+        "repeat": {"documents": 9, "copies": [1, 4, 8]}, "long": "truncate",
+    },
+    "tokenizer": {"vocab_size": 300},
+    "model": {"config": {
+        "model_type": "llama", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 2, "tie_word_embeddings": True,
+    }},
+    "training": {"length": 64, "batch_rows": 8, "lr": 5e-3, "log_every": 5},
+    "seeds": [0, 1],
+    "roles": {"audited": "ours", "against": "standard", "twin": "twin", "seen_once": "dedup"},
+    "arms": {
+        "standard": {"rival": "standard"}, "twin": {"rival": "twin"}, "dedup": {"rival": "cap", "copies": 1},
+        "ours": {"rival": "gated", "neurons": 64, "active": 16, "block_size": 8},
+        "exact": {"rival": "gated", "neurons": 64, "active": 16, "block_size": 8, "shared": "none"},
+        "published": {"rival": "published", "neurons": 64, "active": 16},
+        "masking": {"rival": "gradient-masking", "width": 8},
+        "sgtm": {"rival": "sgtm", "width": 8, "heads": 2},
+        "goldfish": {"rival": "goldfish"},
+    },
+}  # fmt: skip
+
+
+def written(folder: Path, **changes) -> Path:
+    values = copy.deepcopy(SMALL) | {"output": str(folder / "out")} | changes
+    path = folder / "compare.yaml"
+    path.write_text(yaml.safe_dump(values, sort_keys=False))
+    return path
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """(file, result) of the small comparison, one seed."""
+    path = written(tmp_path_factory.mktemp("compare"))
+    result = compare(read_comparison(path), seeds=[0])
+    assert result is not None
+    return path, result
+
+
+def test_every_arm_is_in_the_table(done) -> None:
+    path, result = done
+    names = [row["name"] for row in result["rows"]]
+    rescaled = ["published, rescale expected", "published, rescale released"]
+    arms = list(SMALL["arms"])
+    assert names == [*arms[:6], *rescaled, *arms[6:]]
+    out = path.parent / "out"
+    lines = (out / "table.md").read_text().splitlines()
+    assert len(lines) == len(names) + 2 and len({line.count("|") for line in lines}) == 1
+    assert json.loads((out / "compare.json").read_text())["rows"] == json.loads(json.dumps(result["rows"]))
+    assert (out / "pareto.png").read_bytes().startswith(b"\x89PNG")
+    assert (out / "seed-0" / "report" / "report.html").is_file()
+
+
+def test_the_ends_of_the_scales(done) -> None:
+    rows = {row["name"]: row for row in done[1]["rows"]}
+    assert rows["standard"]["gap_closed"] == rows["standard"]["closure"] == rows["standard"]["price"] == [0.0]
+    assert rows["twin"]["closure"] == [1.0]
+    assert rows["ours"]["own"][0] is not None and rows["standard"]["own"] == [None]
+
+
+def test_the_exact_mode_leaves_what_deduplication_leaves(done) -> None:
+    """Its shared weights learn from the first exposure alone, with the same divisor."""
+    rows = {row["name"]: row for row in done[1]["rows"]}
+    for column in ("gap_closed", "closure", "price"):
+        assert rows["exact"][column] == pytest.approx(rows["dedup"][column], abs=1e-4)
+
+
+def test_costs_are_said(done) -> None:
+    rows = {row["name"]: row for row in done[1]["rows"]}
+    stock = rows["standard"]["parameters"]
+    assert stock["training"] == stock["open"] == stock["exported"]
+    for name in ("ours", "published", "masking", "sgtm"):
+        found = rows[name]["parameters"]
+        assert found["exported"] == stock["exported"] < found["open"] <= found["training"]
+    assert rows["ours"]["parameters"]["open"] < rows["ours"]["parameters"]["training"]
+    assert all(run["versions"]["torch"] == torch.__version__ and run["curve"] for run in done[1]["runs"])
+    assert done[1]["compute_seconds"] == round(sum(run["seconds"] for run in done[1]["runs"]))
+
+
+def test_all_arms_see_the_same_documents(done) -> None:
+    folders = [done[0].parent / "out" / "seed-0" / arm for arm in SMALL["arms"]]
+    for name in ("documents.jsonl", "controls.jsonl"):
+        assert len({(folder / name).read_text() for folder in folders}) == 1
+    copies = [json.loads(x)["copies"] for x in (folders[0] / "documents.jsonl").read_text().splitlines()]
+    assert sorted(copies) == [1, 1, 1, 4, 4, 4, 8, 8, 8]
+    for folder in folders:
+        assert AutoModelForCausalLM.from_pretrained(folder / "model").config.intermediate_size == 32
+
+
+def test_finished_runs_are_kept_and_cut_off_ones_made_again(done, monkeypatch) -> None:
+    path, _ = done
+    made = []
+    monkeypatch.setattr(module, "train_arm", lambda comparison, arm, seed: made.append((arm.name, seed)))
+    again = compare(read_comparison(path), seeds=[0])
+    assert made == [] and again is not None and again["seeds"] == [0]
+    (path.parent / "out" / "seed-0" / "goldfish" / "run.json").rename(path.parent / "kept.json")
+    compare(read_comparison(path), seeds=[0], audits=False)
+    (path.parent / "kept.json").rename(path.parent / "out" / "seed-0" / "goldfish" / "run.json")
+    assert made == [("goldfish", 0)]
+
+
+def test_a_run_is_the_same_each_time(done, tmp_path) -> None:
+    comparison = read_comparison(written(tmp_path))
+    facts = train_arm(comparison, next(x for x in comparison.arms if x.name == "ours"), 0)
+    before = next(run for run in done[1]["runs"] if run["arm"] == "ours")
+    assert facts["curve"] == before["curve"]
+
+
+def test_a_plan_says_what_would_run(done, tmp_path, capsys) -> None:
+    path, _ = done
+    text = plan(read_comparison(path), ["standard", "twin"], [], 2)
+    assert "standard: seeds [1], about" in text and "2 at a time" in text
+    assert "twin: finished" in plan(read_comparison(path), ["twin"], [0], 1)
+    fresh = written(tmp_path)
+    assert main(["compare", str(fresh), "--dry-run", "--arms", "goldfish"]) == 0
+    assert "goldfish: seeds [0, 1], about" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_the_arms_that_have_a_role_nothing_is_audited(tmp_path) -> None:
+    assert compare(read_comparison(written(tmp_path, seeds=[3])), arms=["goldfish"]) is None
+    assert (tmp_path / "out" / "seed-3" / "goldfish" / "run.json").is_file()
+
+
+@pytest.mark.long
+def test_two_at_a_time_are_as_one_after_the_other(done, tmp_path) -> None:
+    path = written(tmp_path)
+    names = ["standard", "ours"]
+    compare(read_comparison(path), arms=names, seeds=[0], jobs=2, origin=path, audits=False)
+    for name in names:
+        facts = json.loads((tmp_path / "out" / "seed-0" / name / "run.json").read_text())
+        assert facts["curve"] == next(run for run in done[1]["runs"] if run["arm"] == name)["curve"]
+
+
+def test_spread() -> None:
+    assert spread([0.5], ".1%") == "50.0%"
+    assert spread([0.1, 0.3], "+.3f") == "+0.200 ± 0.100"
+    assert spread([None, None], ".2f") == "-"
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [({"arms": {}}, "roles.audited names no arm"), ({"arms": None}, "needs a section arms"),
+     ({"seeds": []}, "seeds must be a list of ints"), ({"roles": {"audited": "ours"}}, "roles.against is missing"),
+     ({"roles": {"audited": "ours", "against": "standard", "twins": "twin"}}, "did you mean twin?"),
+     ({"arms": SMALL["arms"] | {"x": {"rival": "goldfisch"}}}, "unknown rival goldfisch"),
+     ({"arms": SMALL["arms"] | {"x": 3}}, "arms.x needs rival"),
+     ({"arms": SMALL["arms"] | {"Ours!": {"rival": "twin"}, "ours": {"rival": "standard"}, "ours ?": {"rival": "twin"}}},
+      "the same name but for signs"),
+     ({"sinks": {"neurons": 64, "active": 8, "block_size": 8}}, "sinks belong to an arm"),
+     ({"data": {"synthetic": SMALL["data"]["synthetic"]}}, "data.repeat is missing"),
+     ({"modle": {}}, "did you mean model?")],
+)  # fmt: skip
+def test_a_wrong_file_is_one_clear_error(tmp_path, changes, part, capsys) -> None:
+    path = written(tmp_path, **changes)
+    with pytest.raises(ConfigError) as caught:
+        read_comparison(path)
+    assert part in str(caught.value)
+
+
+def test_unknown_arms_and_seeds(tmp_path) -> None:
+    comparison = read_comparison(written(tmp_path))
+    with pytest.raises(ConfigError, match="did you mean ours"):
+        compare(comparison, arms=["our"])
+    with pytest.raises(ConfigError, match="seed 9 is not among"):
+        compare(comparison, seeds=[9])
+    with pytest.raises(ConfigError, match="cannot read"):
+        read_comparison(tmp_path / "none.yaml")
