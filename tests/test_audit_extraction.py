@@ -115,7 +115,9 @@ def test_the_number_of_samples_of_what_is_all_but_impossible(log_p, p) -> None:
     assert log10_queries(log_p, p) == pytest.approx(float(expected) / math.log(10), rel=1e-8)
 
 
-@pytest.mark.parametrize(("pz", "p", "n"), [(1 / 3, 211 / 243, 5), (1 / 4, 37 / 64, 3), (1 / 9, 1 / 9, 1), (0.5, 0.75, 2)])
+@pytest.mark.parametrize(
+    ("pz", "p", "n"), [(1 / 3, 211 / 243, 5), (1 / 4, 37 / 64, 3), (1 / 9, 1 / 9, 1), (0.5, 0.75, 2)]
+)
 def test_the_number_of_samples_that_just_suffices(pz, p, n) -> None:
     """Where 1 - (1 - p_z)^n is p itself, rounding does not make it one more."""
     assert log10_queries(math.log(pz), p) == math.log10(n)

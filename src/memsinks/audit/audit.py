@@ -240,7 +240,7 @@ def _notes(figures: Figures, measured: list[Measured], blind: Sequence[Attack]) 
     """What limits the figures."""
     corpus, notes = figures.corpus, []
     target, controls = int(figures.is_target.sum()), int(figures.is_control.sum())
-    for count, what in ((target, f"target ({corpus.target_name})"), (controls, "controls")):
+    for count, what in ((target, f"target documents ({corpus.target_name})"), (controls, "controls")):
         if count < FEW:
             notes.append(f"Only {count} {what}: intervals over so few documents are rough.")
     for fpr in FPRS:

@@ -136,7 +136,7 @@ def pareto(audit: Audit, axes: Any) -> None:
     colour, marker, _ = look[before.name]
     axes.plot([0], [0], marker=marker, color=colour, ls="", label=before.name, markersize=8)
     for model in audit.models:
-        if model.forgetting is None:
+        if model.forgetting is None or model.state == "open":
             continue
         colour, marker, _ = look[model.name]
         x, y = model.forgetting.price, model.forgetting.gap_closed
@@ -196,7 +196,7 @@ def drawn(audit: Audit) -> list[tuple[str, str, bytes]]:
     shown = sum(model.role != "other" for model in audit.models)
     settings = audit.settings
     asked = (
-        "the private part recited in full" if settings["private_part"]
+        "The private part recited in full" if settings["private_part"]
         else f"{settings['continuation']} tokens recited verbatim after {settings['prefix']}"
     )  # fmt: skip
     pictures = [
