@@ -31,7 +31,6 @@ from memsinks.audit import outcome, scores, verdict
 from memsinks.audit.words import CAVEAT, HEADLINES
 from memsinks.config import CheckpointError, ConfigError, DataError
 from memsinks.documents import Document
-from memsinks.identity import document_id
 from memsinks.tokens import train_tokenizer
 
 QUICK = ms.AuditSettings(prefix=5, continuation=6, prefixes=(5,), resamples=100, generate=0, shown=2, collateral=2)
@@ -136,14 +135,19 @@ def test_open_and_closed_are_two_models() -> None:
     assert closed.audited.collateral["closed"] == 2
 
 
-def test_ids_come_from_what_training_used() -> None:
+def test_ids_come_from_what_training_used(computed) -> None:
     known = [Document(TEXTS[0], key="a", copies=4)]
     controls = [Document(UNSEEN[0], key="b", copies=0)]
     by_content = audit(memorized_in_sinks(), known, controls, state="open")
     by_key = audit(memorized_in_sinks(), known, controls, state="open", settings=quick(identity="key"))
     assert by_key.lines[1].loss.value > by_content.lines[1].loss.value + 0.1
-    with pytest.raises(DataError, match="needs a key for every document"):
-        audit(memorized_in_sinks(), state="open", settings=quick(identity="key"))
+    computed.clear()
+    for model, state, more in (
+        (memorized_in_sinks(), "open", {}), (llama(), None, {"others": [ms.Subject(memorized_in_sinks(), "open")]}),
+    ):  # fmt: skip
+        with pytest.raises(DataError, match="needs a key for every document"):
+            audit(model, state=state, settings=quick(identity="key"), **more)
+    assert computed == []  # said before the work
 
 
 def test_models_in_all_roles() -> None:
@@ -328,6 +332,10 @@ def test_a_folder_that_holds_something_else_is_left_alone(tmp_path) -> None:
     with pytest.raises(CheckpointError, match=r"thesis.txt is a file; give a folder"):
         audit(Oracle([]), out=tmp_path / "mine" / "thesis.txt")
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+    (tmp_path / "theirs" / "tokens").mkdir(parents=True)
+    (tmp_path / "theirs" / "tokens" / "secret.key").write_text("")
+    with pytest.raises(CheckpointError, match="not an earlier audit"):
+        audit(Oracle([]), out=tmp_path / "theirs")
     (tmp_path / "empty").mkdir()
     audit(Oracle([]), out=tmp_path / "empty")
     assert (tmp_path / "empty" / "report.html").exists()
@@ -420,7 +428,7 @@ def noted(result: ms.Audit, part: str) -> bool:
 
 def test_notes_on_few_documents() -> None:
     few, enough = audit(Oracle([])), audit(Oracle([]), MANY, AS_MANY, twin=Oracle([]))
-    for part in ("Only 3 target (documents with 2 copies or more)", "Only 2 controls", "Too few documents to ask whether",
+    for part in ("Only 3 target documents:", "Only 2 controls", "Too few documents to ask whether",
                  "needs 100 controls, there are 2", "needs 1000 controls", "No reference attack: it needs a twin"):  # fmt: skip
         assert noted(few, part), part
     assert not noted(enough, "Only")
@@ -506,6 +514,8 @@ def test_relearning_needs_the_ordinary_model_and_the_twin() -> None:
             audit(Oracle([]), relearn_steps=5, **more)
     with pytest.raises(ConfigError, match="sinks closed or absent"):
         audit(memorized_in_sinks(), state="open", against=llama(), twin=llama(), relearn_steps=5)
+    with pytest.raises(DataError, match="needs at least 2, there is 1"):
+        audit(llama(), MEMBERS[:2], against=llama(), twin=llama(), relearn_steps=5)
 
 
 # What it says
@@ -586,4 +596,3 @@ def test_the_public_names() -> None:
     module = import_module("memsinks.audit.audit")
     assert ms.audit is module.audit
     assert {"Audit", "AuditSettings", "Subject", "audit"} <= set(ms.__all__)
-    assert document_id(TEXTS[0]) >= 0

@@ -27,6 +27,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from memsinks.attach import add_sinks
+from memsinks.audit import measure as measure_module
 from memsinks.audit import scores
 from memsinks.audit.extraction import extracted, log_probability, longest_run
 from memsinks.audit.measure import (
@@ -298,13 +299,25 @@ def test_a_start_token_is_read_first(tmp_path) -> None:
     assert found.generated["agrees_with_teacher_forced"] == 2
 
 
-def test_open_sinks_need_an_id_for_every_document(tmp_path) -> None:
+def test_generation_begins_with_the_start_token(tmp_path, monkeypatch) -> None:
+    prompts = []
+    monkeypatch.setattr(
+        measure_module, "generate_continuation", lambda model, prompt, *more: prompts.append(prompt.tolist()) or prompt
+    )
+    corpus = read_corpus(MEMBERS, CONTROLS, the_tokenizer(), AuditSettings())
+    for start in ([], [NEVER]):
+        started = Corpus(**(vars(corpus) | {"start": np.array(start, np.int64)}))
+        measured(llama(), tmp_path / str(start), started, generated=True, generate=1)
+    assert prompts == [corpus.tokens[3][:5].tolist(), [NEVER, *corpus.tokens[3][:5].tolist()]]
+
+
+def test_sinks_are_not_asked_without_an_id_for_every_document(tmp_path) -> None:
     named = [Document(text, key=text, copies=2) for text in TEXTS]
-    corpus = read_corpus(named, CONTROLS, the_tokenizer(), AuditSettings(identity="key"))
-    with pytest.raises(DataError, match="identity='key' needs a key for every document and control"):
-        measured(memorized_in_sinks(), tmp_path, corpus, "open", identity="key")
-    closed = measured(memorized_in_sinks(), tmp_path, corpus, "closed", identity="key", generated=True)
-    assert closed.sink_losses is None
+    for documents, asked in ((named, True), ([*named[:3], MEMBERS[3]], False)):
+        settings, controls = AuditSettings(identity="key"), [Document(text, key=text) for text in UNSEEN]
+        corpus = read_corpus(documents, controls, the_tokenizer(), settings)
+        found = measured(memorized_in_sinks(), tmp_path / str(asked), corpus, "closed", identity="key")
+        assert (found.sink_losses is not None) == (found.collateral is not None) == asked
 
 
 def test_probabilities_of_each_token() -> None:

@@ -150,7 +150,7 @@ def test_facts() -> None:
     model = llama().bfloat16()
     stock = sum(x.numel() for x in model.parameters())
     assert facts(model) == {
-        "model_type": "llama", "parameters": stock, "sink_parameters": 0, "dtype": "bfloat16",
+        "model_type": "llama", "parameters": stock, "sink_parameters": 0, "device": "cpu", "dtype": "bfloat16",
         "weights_sha256": weights_hash(model),
     }  # fmt: skip
     assert len(weights_hash(model)) == 64

@@ -20,7 +20,9 @@ from memsinks.routing import splitmix64
 WIDTH, HEADS = 8, 2
 
 
-def batch_of(*documents: tuple[int, int], length: int = 12, repeated: tuple[int, ...] = (7,)) -> dict[str, torch.Tensor]:
+def batch_of(
+    *documents: tuple[int, int], length: int = 12, repeated: tuple[int, ...] = (7,)
+) -> dict[str, torch.Tensor]:
     """One row a document (id, exposure) of random tokens; ids in `repeated` are audited and repeated."""
     generator = torch.Generator().manual_seed(3)
     rows = torch.randint(1, 64, (len(documents), length), generator=generator)
@@ -171,7 +173,9 @@ def test_sgtm_truth_table(model) -> None:
     forget, retain = (gradients(model, step, batch_of(one)) for one in ((7, 2), (9, 1)))
     masks = reserved_masks(model, WIDTH, HEADS)
     for name, parameter in model.named_parameters():
-        mask = masks[parameter].expand_as(parameter).bool() if parameter in masks else torch.zeros_like(parameter).bool()
+        mask = (
+            masks[parameter].expand_as(parameter).bool() if parameter in masks else torch.zeros_like(parameter).bool()
+        )
         assert not forget[name][~mask].any(), name
         assert not retain[name][mask].any(), name
         assert retain[name][~mask].any(), name

@@ -20,6 +20,8 @@ training    the Hugging Face Trainer callback
 checkpoint  save, load, fingerprint
 export      the plain checkpoint, checked in a fresh process; the model card
 audit       what a model remembers of documents, against controls, other models, a twin
+rivals      ways of training to compare with, one file each
+compare     arms x seeds of rivals: one table
 recipe      the YAML of a run
 run         one run of a recipe
 demo        the whole journey in minutes

@@ -27,7 +27,7 @@ import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ._version import __version__
-from .attach import add_sinks, has_sinks
+from .attach import add_sinks, has_sinks, require_sinks
 from .audit import Audit, AuditSettings, Subject, audit
 from .checkpoint import written_beside
 from .config import CheckpointError, ConfigError, refuse
@@ -148,7 +148,9 @@ def train_arm(comparison: Comparison, arm: Arm, seed: int, steps: int | None = N
     model = _build(recipe, made, seed, prepared.tokenizer)
     optimizer = AdamW(_groups(model, recipe, made), lr=training.lr, betas=(training.betas[0], training.betas[1]))
     total = len(prepared.rows) // training.batch_rows
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: cosine(step, total, training.warmup, training.min_lr_ratio))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: cosine(step, total, training.warmup, training.min_lr_ratio)
+    )
     made.prepare(model)
     asked = _asked_ids(prepared, recipe)
     in_training = sum(x.numel() for x in model.parameters())
@@ -208,7 +210,9 @@ def _groups(model: PreTrainedModel, recipe: Recipe, made: Method) -> list[dict[s
     if has_sinks(model):
         return param_groups(model, training.lr, training.weight_decay, made.sink_lr_factor)
     sides = [[x for x in model.parameters() if (x.dim() > 1) == matrix] for matrix in (True, False)]
-    return [{"params": side, "weight_decay": decay} for side, decay in zip(sides, (training.weight_decay, 0.0), strict=True)]
+    return [
+        {"params": side, "weight_decay": decay} for side, decay in zip(sides, (training.weight_decay, 0.0), strict=True)
+    ]
 
 
 def cosine(step: int, steps: int, warmup: float, least: float) -> float:
@@ -236,7 +240,7 @@ def _closed_parameters(model: PreTrainedModel) -> int:
     """Sink parameters that no document of one token opens."""
     if not has_sinks(model):
         return 0
-    config = model.sink_state.config  # type: ignore[union-attr]
+    config = require_sinks(model).config
     total = sum(x.numel() for x in sink_parameters(model))
     return total - round(total * config.active / config.neurons)
 
@@ -264,7 +268,12 @@ def _save(
 
 
 def compare(
-    comparison: Comparison, *, arms: Sequence[str] = (), seeds: Sequence[int] = (), jobs: int = 1, origin: Path | None = None,
+    comparison: Comparison,
+    *,
+    arms: Sequence[str] = (),
+    seeds: Sequence[int] = (),
+    jobs: int = 1,
+    origin: Path | None = None,
     audits: bool = True,
 ) -> dict[str, Any] | None:
     """Train what is not there yet, audit each seed, and write table.md, compare.json and the pictures.
@@ -304,7 +313,9 @@ def _chosen(comparison: Comparison, arms: Sequence[str], seeds: Sequence[int]) -
     problems = unknown_keys(arms, "arms", names)
     problems += [f"seed {seed} is not among {list(comparison.seeds)}" for seed in seeds if seed not in comparison.seeds]
     refuse(problems, "nothing was run")
-    return [x for x in comparison.arms if not arms or x.name in arms], [x for x in comparison.seeds if not seeds or x in seeds]
+    return [x for x in comparison.arms if not arms or x.name in arms], [
+        x for x in comparison.seeds if not seeds or x in seeds
+    ]
 
 
 def _run_processes(todo: list[tuple[Arm, int]], jobs: int, origin: Path) -> None:
@@ -330,7 +341,9 @@ def _run_processes(todo: list[tuple[Arm, int]], jobs: int, origin: Path) -> None
         for process in running.values():
             process.terminate()
     if failed:
-        raise CheckpointError(f"failed: {failed}; run one alone to see why: --arms {failed[0][0]!r} --seeds {failed[0][1]}")
+        raise CheckpointError(
+            f"failed: {failed}; run one alone to see why: --arms {failed[0][0]!r} --seeds {failed[0][1]}"
+        )
 
 
 def plan(comparison: Comparison, arms: Sequence[str], seeds: Sequence[int], jobs: int) -> str:
@@ -361,7 +374,9 @@ def audit_seed(comparison: Comparison, arms: Sequence[Arm], seed: int) -> Audit:
         folder = comparison.folder(arm, seed)
         sinks = arm.method.sinks is not None
         subjects[name] = Subject(folder / "model", "closed" if sinks else None, name)
-        subjects |= {f"{name}, rescale {x}": Subject(folder / x, None, f"{name}, rescale {x}") for x in arm.method.rescales}
+        subjects |= {
+            f"{name}, rescale {x}": Subject(folder / x, None, f"{name}, rescale {x}") for x in arm.method.rescales
+        }
     first = comparison.folder(by_name[comparison.roles["audited"]], seed)
     documents = list(read_documents(first / "documents.jsonl", copies_field="copies"))
     controls = [Document(x.text) for x in read_documents(first / "controls.jsonl")]

@@ -34,7 +34,9 @@ def rows(comparison: Comparison, audits: Mapping[int, Audit]) -> list[dict[str, 
         runs = [facts for seed in audits if arm and (facts := comparison.finished(arm, seed))]
         row["parameters"] = runs[0]["parameters"] if runs else None
         row["seconds_per_step"] = [x["seconds_per_step"] for x in runs]
-    order = [name for arm in comparison.arms for name in found if name == arm.name or name.startswith(f"{arm.name}, rescale")]
+    order = [
+        name for arm in comparison.arms for name in found if name == arm.name or name.startswith(f"{arm.name}, rescale")
+    ]
     return [found[name] for name in order]
 
 
@@ -67,7 +69,13 @@ def table(result: Mapping[str, Any]) -> str:
     """Markdown: an arm a line; mean ± half the range over seeds."""
     standard = next(row for row in result["rows"] if row["name"] == result["roles"]["against"])
     step = sum(standard["seconds_per_step"]) / len(standard["seconds_per_step"])
-    head = ["arm", "seeds", *(title for title, _ in COLUMNS.values()), "parameters: training / open / exported", "step time"]
+    head = [
+        "arm",
+        "seeds",
+        *(title for title, _ in COLUMNS.values()),
+        "parameters: training / open / exported",
+        "step time",
+    ]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in result["rows"]:
         cells = [row["name"], str(len(row["seeds"])), *(spread(row[x], form) for x, (_, form) in COLUMNS.items())]
@@ -100,7 +108,10 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
         )  # fmt: skip
     axes.axhline(100, color="#999999", lw=1, ls=":")
     axes.axvline(0, color="#999999", lw=1)
-    axes.set(xlabel="price: loss on held-out text against ordinary training (nats)    ← better", ylabel="gap closed (%)    better →")
+    axes.set(
+        xlabel="price: loss on held-out text against ordinary training (nats)    ← better",
+        ylabel="gap closed (%)    better →",
+    )
     axes.grid(color="#e2e2e2", lw=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

@@ -13,7 +13,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .._version import __version__
@@ -117,6 +116,10 @@ def audit(
             )
     corpus = read_corpus(documents, controls, tokenizer, settings, private_start)
     _check_tokenizers(subjects, corpus, tokenizer, settings)
+    if "open" in states and (corpus.ids < 0).any():
+        raise DataError(f"identity={settings.identity!r} needs a {settings.identity} for every document and control")
+    if relearn_steps and corpus.target.sum() < 2:
+        raise DataError("relearning halves the target documents and needs at least 2, there is 1")
     with ExitStack() as stack:
         if out is None:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="memsinks-audit-")))
@@ -202,10 +205,12 @@ def _check_tokenizers(
 def _claimed(folder: Path) -> Path:
     if folder.is_file():
         raise CheckpointError(f"{folder} is a file; give a folder for the report")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / "tokens").is_dir():
+    mark = folder / "tokens" / "README"
+    if folder.is_dir() and any(folder.iterdir()) and not mark.is_file():
         raise CheckpointError(f"{folder} is not empty and not an earlier audit; choose another folder")
     try:
-        (folder / "tokens").mkdir(parents=True, exist_ok=True)
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        mark.write_text("What each model said to each token, for a memsinks audit that goes on. May be deleted.\n")
     except OSError as error:
         raise CheckpointError(f"cannot write to {folder}: {error}") from error
     return folder
@@ -229,8 +234,7 @@ def _result(
             "private_part": private, "start_token": bool(len(corpus.start)),
             "relearn_lr": relearn_lr if relearning else None,
         },
-        {"memsinks": __version__, "python": platform.python_version()} | {x: version(x) for x in packages}
-        | {"device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"},
+        {"memsinks": __version__, "python": platform.python_version()} | {x: version(x) for x in packages},
         {"texts_sha256": corpus.sha256, "tokens": int(sum(len(x) for x in corpus.tokens))},
         tuple(measured), corpus, tuple(_examples(measured, corpus, settings, tokenizer)),
     )  # fmt: skip
@@ -240,7 +244,7 @@ def _notes(figures: Figures, measured: list[Measured], blind: Sequence[Attack]) 
     """What limits the figures."""
     corpus, notes = figures.corpus, []
     target, controls = int(figures.is_target.sum()), int(figures.is_control.sum())
-    for count, what in ((target, f"target documents ({corpus.target_name})"), (controls, "controls")):
+    for count, what in ((target, "target documents"), (controls, "controls")):
         if count < FEW:
             notes.append(f"Only {count} {what}: intervals over so few documents are rough.")
     for fpr in FPRS:

@@ -268,8 +268,6 @@ def measure(
                 batch_tokens=settings.batch_tokens, progress=bar.update,
             )  # fmt: skip
 
-    if state == "open" and (corpus.ids < 0).any():
-        raise DataError(f"identity={settings.identity!r} needs a {settings.identity} for every document and control")
     own = corpus.ids if state == "open" else None
     table = passed("scores", corpus.tokens, own)
     columns: dict[str, list[Any]] = {x: [] for x in ("loss", "recited", "run", "log_p")}

@@ -114,5 +114,6 @@ def facts(model: PreTrainedModel) -> dict[str, Any]:
     return {
         "model_type": model.config.model_type, "parameters": sum(x.numel() for x in shared_parameters(model)),
         "sink_parameters": sum(x.numel() for x in sink_parameters(model)),
+        "device": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else str(model.device),
         "dtype": str(model.dtype).removeprefix("torch."), "weights_sha256": weights_hash(model),
     }  # fmt: skip

@@ -17,7 +17,7 @@ MLP = ("gate_proj", "up_proj", "down_proj")
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
-def parts(model: PreTrainedModel) -> list[tuple[nn.Module, nn.Module]]:
+def parts(model: PreTrainedModel) -> list[tuple[Any, Any]]:
     """(MLP, attention) of each layer; ArchitectureError unless they are those of Llama and its relatives."""
     layers, name = decoder_layers(model)
     found = [(getattr(layer, name), getattr(layer, "self_attn", None)) for layer in layers]
@@ -27,7 +27,7 @@ def parts(model: PreTrainedModel) -> list[tuple[nn.Module, nn.Module]]:
             raise ArchitectureError(
                 f"{type(model).__name__} has no {', '.join(missing)}; reserved parts need an architecture like Llama's"
             )
-    return found  # type: ignore[return-value]
+    return found
 
 
 def reserved_masks(model: PreTrainedModel, width: int, heads: int) -> dict[nn.Parameter, Tensor]:

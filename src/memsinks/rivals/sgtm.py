@@ -14,7 +14,8 @@ def sgtm(*, width: int, heads: int) -> Method:
 
     On those, the gradients of all other parameters are zeroed (embeddings and output matrix too); on all other text the
     reserved part is zeroed in the forward. It must be told beforehand which documents are repeated. The reserved part is cut
-    out in the end. Some architectures want the model width to be a multiple of all heads. Source: "Selective gradient masking", arXiv 2512.05648, sections 2 and 3.
+    out in the end. Some architectures want the model width to be a multiple of the number of all heads. Source: "Selective
+    gradient masking", arXiv 2512.05648, sections 2 and 3.
     """
 
     def step(model: PreTrainedModel, batch: Batch, divisor: Tensor) -> float:
