@@ -25,6 +25,9 @@ Train language models whose memorization can be taken out again.
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns the exit status. Errors made on purpose are one line on stderr and status 2."""
     arguments = _parser().parse_args(argv)
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # a bar for each of a dozen small loads and saves; ours stay
     try:
         arguments.run(arguments)
     except MemsinksError as error:
@@ -70,10 +73,7 @@ def _parser() -> argparse.ArgumentParser:
         "A model is [NAME=]PATH[@open|@closed]; the state of its sinks is required where it has them."
     ))  # fmt: skip
     audit.add_argument("model", help="a checkpoint folder or name, with or without sinks")
-    audit.add_argument(
-        "--documents", required=True, help="documents the model may remember (jsonl, parquet, txt, folder)"
-    )
-    audit.add_argument("--controls", required=True, help="documents of the same kind that it never saw")
+    _ask_for_documents(audit)
     audit.add_argument(
         "--out", help="folder for report.html, audit.json, documents.jsonl; continues an interrupted audit"
     )
@@ -86,8 +86,6 @@ def _parser() -> argparse.ArgumentParser:
         "--also", metavar="MODEL", action="append", default=[], help="one more, for table and pictures"
     )
     asked = audit.add_argument_group("what is asked")
-    asked.add_argument("--prefix", type=int, default=32, help="tokens given (%(default)s)")
-    asked.add_argument("--continuation", type=int, default=32, help="tokens that must come out (%(default)s)")
     asked.add_argument("--prefixes", type=int, nargs="+", default=[8, 16, 32, 64], help="also these (%(default)s)")
     asked.add_argument("--offsets", type=int, nargs="+", default=[0], help="from these tokens on (%(default)s)")
     asked.add_argument("--no-end", action="store_true", help="documents were trained on without an end token")
@@ -101,8 +99,6 @@ def _parser() -> argparse.ArgumentParser:
     read.add_argument(
         "--identity", choices=("content", "key", "source"), default="content", help="what ids were made of"
     )
-    read.add_argument("--text-field", default="text", help="field that holds the text (%(default)s)")
-    read.add_argument("--copies-field", help="field that says how often a document was trained on; 1 without it")
     read.add_argument("--key-field", help="field that holds the key")
     read.add_argument("--source-field", help="field that holds the source")
     read.add_argument("--tokenizer", help="folder, file or name; default: beside MODEL")
@@ -114,15 +110,8 @@ def _parser() -> argparse.ArgumentParser:
         "command that runs it. It needs no memsinks and reads a checkpoint with its sinks closed."
     ))  # fmt: skip
     task.add_argument("model", help="the model, or its tokenizer alone: texts are cut at its tokens")
-    task.add_argument(
-        "--documents", required=True, help="documents the model may remember (jsonl, parquet, txt, folder)"
-    )
-    task.add_argument("--controls", required=True, help="documents of the same kind that it never saw")
+    _ask_for_documents(task)
     task.add_argument("--out", required=True, help="an empty or new folder")
-    task.add_argument("--prefix", type=int, default=32, help="tokens given (%(default)s)")
-    task.add_argument("--continuation", type=int, default=32, help="tokens that must come out (%(default)s)")
-    task.add_argument("--text-field", default="text", help="field that holds the text (%(default)s)")
-    task.add_argument("--copies-field", help="field that says how often a document was trained on; 1 without it")
     task.set_defaults(run=_lm_eval_task)
 
     compare = commands.add_parser("compare", help="arms x seeds -> one table", description=(
@@ -152,6 +141,17 @@ def _parser() -> argparse.ArgumentParser:
     info.add_argument("checkpoint", help="a checkpoint folder with sinks")
     info.set_defaults(run=_info)
     return parser
+
+
+def _ask_for_documents(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--documents", required=True, help="documents the model may remember (jsonl, parquet, txt, folder)"
+    )
+    parser.add_argument("--controls", required=True, help="documents of the same kind that it never saw")
+    parser.add_argument("--text-field", default="text", help="field that holds the text (%(default)s)")
+    parser.add_argument("--copies-field", help="field that says how often a document was trained on; 1 without it")
+    parser.add_argument("--prefix", type=int, default=32, help="tokens given (%(default)s)")
+    parser.add_argument("--continuation", type=int, default=32, help="tokens that must come out (%(default)s)")
 
 
 def _count(text: str) -> int:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import platform
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -85,7 +86,7 @@ def audit(
         relearn_lr: learning rate of that.
         out: folder for report.html, audit.json, documents.jsonl and the tables of tokens; an audit that was interrupted
             goes on from the tables there.
-        progress: show bars, where there is a terminal.
+        progress: say on stderr which model is looked at; show bars where there is a terminal.
 
     Raises:
         DataError: an empty side; a document with 0 copies; a text on both sides; NaN losses; a model whose tokenizer
@@ -132,6 +133,8 @@ def audit(
         # The twin first: its losses are the reference of the others.
         for place in sorted(range(len(subjects)), key=lambda place: subjects[place][0] != "twin"):
             role, subject = subjects[place]
+            if progress:
+                print(f"audit: {names[place]}, {len(found) + 1} of {len(subjects)}", file=sys.stderr, flush=True)
             with subject.loaded() as loaded:
                 reference = next((x.loss for x in found.values() if x.role == "twin"), None)
                 found[place] = measure(
