@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
 from importlib import import_module
@@ -28,6 +29,7 @@ from tokenizers.processors import TemplateProcessing
 
 import memsinks as ms
 from memsinks.audit import outcome, scores, verdict
+from memsinks.audit.uncertainty import Estimate
 from memsinks.audit.words import CAVEAT, HEADLINES
 from memsinks.config import CheckpointError, ConfigError, DataError
 from memsinks.documents import Document
@@ -563,6 +565,25 @@ def test_as_much_as_a_model_that_never_saw_them_is_not_recovered() -> None:
     model, twin = Oracle(TOKENS, gaps=4), Oracle(TOKENS, gaps=4)
     assert outcome(audit(model, MANY, AS_MANY, twin=twin)) == "not recovered"
     assert outcome(audit(model, MANY, AS_MANY, twin=Oracle(TOKENS, gaps=5))) == "traces"
+
+
+@pytest.mark.parametrize(
+    ("gap", "area", "unequal", "expected"),
+    [(-0.1, 0.4, "loss gap", "not recovered"), (0.1, 0.4, "loss gap", "traces"), (-0.1, 0.6, "loss gap", "traces"),
+     (0.1, 0.6, "AUC of the loss attack", "traces"), (0.1, 0.6, "loss on the documents", "not recovered"),
+     (0.1, 0.6, "nothing", "not recovered"), (0.0, 0.5, "loss gap", "not recovered")],
+)  # fmt: skip
+def test_what_counts_as_a_trace(gap, area, unequal, expected) -> None:
+    """Lower limits of the gap and of an attack, and what is not equivalent to the twin; a worse twin is none."""
+    result = audit(Oracle([]), MANY, AS_MANY, twin=Oracle([]))
+    model = result.audited
+    attacks = [dataclasses.replace(attack, auc=Estimate(0.5, 0.4, 0.6)) for attack in model.attacks]
+    attacks[2] = dataclasses.replace(attacks[2], auc=Estimate(0.7, area, 0.8))
+    tests = [dataclasses.replace(test, p=0.5 if test.name == unequal else 0.01) for test in model.equivalences]
+    model = dataclasses.replace(
+        model, gap=Estimate(0.2, gap, 0.3), attacks=tuple(attacks), equivalences=tuple(tests)
+    )  # fmt: skip
+    assert outcome(dataclasses.replace(result, models=(model, *result.models[1:]))) == expected
 
 
 def test_attacks_that_find_nothing_before_are_no_evidence() -> None:
