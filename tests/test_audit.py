@@ -350,6 +350,22 @@ def test_no_text_is_written_where_none_may_be_shown(tmp_path) -> None:
         assert ("Somebody" not in page) and ("shepherd" in page or "clockmaker" in page or "hen" in page) == bool(shown)
 
 
+def test_the_documents_best_known_before_are_shown_token_by_token() -> None:
+    known = tokens_of(TEXTS)
+    models = {"against": Oracle(known[2:3]), "twin": Oracle([]), "seen_once": Oracle([]), "others": [Oracle([])]}
+    result = audit(Oracle(known[:1]), **models)
+    assert len(result.examples) == 2
+    example = result.examples[0]
+    assert (example.index, example.copies, example.key) == (2, 4, None)
+    assert "".join(example.pieces) == TEXTS[2] + "<|endoftext|>"
+    assert set(example.probabilities) == {"audited model", "ordinary model", "twin"}
+    for name, found in example.probabilities.items():
+        assert math.isnan(found[0])
+        assert found[1:] == pytest.approx(np.full(len(known[2]) - 1, float(name == "ordinary model")), abs=1e-4)
+    alone = audit(Oracle(known[:1])).examples[0]
+    assert (alone.index, list(alone.probabilities)) == (0, ["audited model"])
+
+
 def test_the_settings_are_in_the_result() -> None:
     result = audit(Oracle([]))
     expected = vars(QUICK) | {"private_part": False, "start_token": False, "relearn_lr": None}
@@ -475,6 +491,7 @@ def test_a_note_on_texts_of_another_kind() -> None:
 def test_a_note_on_a_model_that_is_worse_than_guessing() -> None:
     assert noted(audit(Oracle([])), "audited model is worse than guessing evenly on the controls")
     assert noted(audit(llama(), twin=Oracle([])), "twin is worse than guessing")
+    assert noted(audit(Oracle(tokens_of(TEXTS), sure=7.0)), "worse than guessing")  # 7.2 nats where even is 5.6
     assert not noted(audit(train(llama(), TEXTS + UNSEEN, 20)), "worse than guessing")
 
 

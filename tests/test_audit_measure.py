@@ -299,16 +299,42 @@ def test_a_start_token_is_read_first(tmp_path) -> None:
     assert found.generated["agrees_with_teacher_forced"] == 2
 
 
-def test_generation_begins_with_the_start_token(tmp_path, monkeypatch) -> None:
-    prompts = []
+def test_what_is_given_and_asked_in_generation(tmp_path, monkeypatch) -> None:
+    asked = []
     monkeypatch.setattr(
-        measure_module, "generate_continuation", lambda model, prompt, *more: prompts.append(prompt.tolist()) or prompt
-    )
+        measure_module, "generate_continuation",
+        lambda model, prompt, length, opened: asked.append((prompt.tolist(), length, opened)) or prompt,
+    )  # fmt: skip
     corpus = read_corpus(MEMBERS, CONTROLS, the_tokenizer(), AuditSettings())
-    for start in ([], [NEVER]):
-        started = Corpus(**(vars(corpus) | {"start": np.array(start, np.int64)}))
-        measured(llama(), tmp_path / str(start), started, generated=True, generate=1)
-    assert prompts == [corpus.tokens[3][:5].tolist(), [NEVER, *corpus.tokens[3][:5].tolist()]]
+    most = corpus.tokens[3]
+    for start, private, length in (([], None, 6), ([NEVER], None, 6), ([NEVER], [5] * 6, len(most) - 5)):
+        changed = Corpus(**(vars(corpus) | {"start": np.array(start, np.int64), "private": private}))
+        for state, opened in (("closed", None), ("open", corpus.ids[3])):
+            measured(memorized_in_sinks(), tmp_path, changed, state, generated=True, generate=1)
+            assert asked.pop() == ([*start, *most[:5].tolist()], length, opened)
+    assert asked == []
+
+
+def test_every_pass_has_its_sinks_open(tmp_path, monkeypatch) -> None:
+    passes = {}
+    monkeypatch.setattr(
+        measure_module, "score",
+        lambda model, tokens, folder, **more: (passes.update({folder.name: more["open_ids"]}),
+                                               score(model, tokens, folder, **more))[1],
+    )  # fmt: skip
+    corpus = read_corpus(MEMBERS, CONTROLS, the_tokenizer(), AuditSettings())
+    ids, long = corpus.ids.tolist(), [index for index, tokens in enumerate(corpus.tokens) if len(tokens) >= 35]
+    assert 0 < len(long) < 6
+    settings = {"offsets": (0, 25), "prefixes": (4,), "collateral": 1}
+    measured(memorized_in_sinks(), tmp_path / "open", corpus, "open", **settings)
+    (without,) = [name for name in passes if name.startswith("without")]
+    assert set(passes.pop(without)) == set(ids[1:4])
+    placebo = placebo_ids(corpus.ids[:4]).tolist()
+    assert passes == {"scores": ids, "offset-25-4": [ids[x] for x in long], "closed": None, "placebo": placebo}
+    passes.clear()
+    measured(memorized_in_sinks(), tmp_path / "closed", corpus, "closed", **settings)
+    del passes[without]
+    assert passes == {"scores": None, "offset-25-4": None, "own": ids[:4], "placebo": placebo}
 
 
 def test_sinks_are_not_asked_without_an_id_for_every_document(tmp_path) -> None:

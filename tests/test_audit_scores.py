@@ -236,7 +236,7 @@ def test_a_start_token_stands_before_the_text_and_is_not_scored(tmp_path, tokens
     assert one.tokens.tolist() == document.tolist()
 
 
-def test_forwards_hold_no_more_tokens_than_asked(tmp_path, tokens) -> None:
+def test_forwards_hold_no_more_tokens_than_asked(tmp_path, tokens, monkeypatch) -> None:
     class Counting(Oracle):
         sizes: tuple[int, ...] = ()
 
@@ -251,6 +251,10 @@ def test_forwards_hold_no_more_tokens_than_asked(tmp_path, tokens) -> None:
     alone = Counting([])
     score(alone, tokens, tmp_path / "b", batch_tokens=1)
     assert sorted(alone.sizes) == sorted(len(document) for document in tokens)
+    monkeypatch.setattr(scores, "LOGITS", 110 * VOCABULARY)
+    default = Counting([])
+    score(default, tokens * 3, tmp_path / "c")
+    assert default.sizes == model.sizes
 
 
 @pytest.mark.parametrize("known", [True, False])

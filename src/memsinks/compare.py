@@ -385,7 +385,7 @@ def audit_seed(comparison: Comparison, arms: Sequence[Arm], seed: int) -> Audit:
     return audit(
         roles["audited"], documents, controls, against=roles["against"], twin=roles.get("twin"),
         seen_once=roles.get("seen_once"), others=list(subjects.values()), progress=True,
-        settings=AuditSettings(identity=comparison.recipe.data.identity, generate=0, seed=seed),
+        settings=AuditSettings(identity=comparison.recipe.data.identity, generate=0, collateral=0, seed=seed),
         out=Path(comparison.recipe.output) / f"seed-{seed}" / "report",
     )  # fmt: skip
 

@@ -28,8 +28,8 @@ from ..config import CheckpointError, DataError
 
 CHUNK = 256
 """Documents scored together, sorted by length among themselves, and written as one file."""
-LOGITS = 2**26
-"""Logits of one forward by default: 256 MiB in float32."""
+LOGITS, TOKENS = 2**26, 2**13
+"""Most logits (256 MiB in float32) and most tokens of one forward by default."""
 SLICE = 2**22
 """Logits whose statistics are taken at once."""
 LEAST = -1e4
@@ -119,8 +119,8 @@ def score(
             made under another key or from other tokens is emptied.
         start: integer [n], tokens put before every window (a start token), not scored.
         open_ids: the document id whose sinks are open for each document; None = sinks closed, or no sinks.
-        batch_tokens: tokens in one forward, padding included; None = as many as give `LOGITS` logits. Scores do not
-            depend on it beyond rounding: logits are taken in float32 and padding stands on the right, where a causal
+        batch_tokens: tokens in one forward, padding included; None = as many as `TOKENS` and
+            `LOGITS` allow. Scores do not depend on it beyond rounding: logits are taken in float32 and padding stands on the right, where a causal
             model does not look.
         progress: called with the number of documents after each chunk.
 
@@ -138,7 +138,7 @@ def score(
             raise DataError(f"document {index} has {len(document)} tokens; scoring needs at least {first + 1}")
     if limit < len(start) + 2:
         raise DataError(f"a context of {limit} tokens is too short to score anything")
-    batch_tokens = batch_tokens or max(1, LOGITS // config.vocab_size)
+    batch_tokens = batch_tokens or max(1, min(TOKENS, LOGITS // config.vocab_size))
     _claim(folder, {"chunk": CHUNK, "inputs": _inputs_hash(tokens, start, open_ids), **(key or {})})
     training = model.training
     model.eval()
