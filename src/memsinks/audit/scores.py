@@ -120,8 +120,8 @@ def score(
         start: integer [n], tokens put before every window (a start token), not scored.
         open_ids: the document id whose sinks are open for each document; None = sinks closed, or no sinks.
         batch_tokens: tokens in one forward, padding included; None = as many as `TOKENS` and
-            `LOGITS` allow. Scores do not depend on it beyond rounding: logits are taken in float32 and padding stands on the right, where a causal
-            model does not look.
+            `LOGITS` allow. Scores do not depend on it beyond rounding: logits are taken in float32 and padding stands on
+            the right, where a causal model does not look.
         progress: called with the number of documents after each chunk.
 
     Raises:
