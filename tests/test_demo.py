@@ -106,7 +106,6 @@ def test_without_matplotlib_it_does_not_start(tmp_path, monkeypatch) -> None:
     assert not (tmp_path / "out").exists()
 
 
-
 def test_a_table_with_records_too_short_to_ask() -> None:
     lines = [{"copies": 0, "documents": 1, "loss": 2.0, "extracted": math.nan}]
     result = {"records": dict.fromkeys(NAMES, lines), "held_out": dict.fromkeys(NAMES, lines[0])}

@@ -162,6 +162,9 @@ class Audit:
             name: getattr(self, name)
             for name in ("target", "documents", "controls", "notes", "settings", "versions", "data")
         }
+        from .words import outcome, verdict
+
+        values |= {"outcome": outcome(self), "verdict": verdict(self)}
         values["models"] = [asdict(model) for model in self.models]
         values["blind"] = [asdict(attack) for attack in self.blind]
         values["relearning"] = self.relearning and asdict(self.relearning)

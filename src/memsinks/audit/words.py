@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from statistics import NormalDist
 from typing import TYPE_CHECKING, Literal
 
 from .result import AuditLine, ModelResult
-from .uncertainty import Estimate
+from .uncertainty import LEVEL, Estimate, Z
 
 if TYPE_CHECKING:
     from .result import Audit
@@ -26,7 +27,8 @@ def outcome(audit: Audit) -> Outcome:
 
     ``"recited"``: more target documents come out verbatim than the upper limit of the controls' share. ``"traces"``: an
     attack's AUC, or the loss gap, is above chance with 95% confidence, and not shown equivalent to a model that never
-    saw the documents (or once, if only that one is given).
+    saw the documents (or once, if only that one is given). The confidence is shared out over all attacks and the gap
+    (Bonferroni), intervals taken as normal.
     """
     model = audit.audited
     control = next(line for line in model.lines if line.copies == 0)
@@ -37,9 +39,16 @@ def outcome(audit: Audit) -> Outcome:
             and line.extracted.value > (control.extracted.high if control.asked else 0)
         ):
             return "recited"
-    found = model.gap.low > 0 or any(attack.auc.low > 0.5 for attack in model.attacks)
+    tests = 1 + len(model.attacks)
+    found = _above(model.gap, 0.0, tests) or any(_above(attack.auc, 0.5, tests) for attack in model.attacks)
     fair = [test for test in model.equivalences if test.name != "loss on the documents"]
     return "traces" if found and not (fair and all(test.equivalent for test in fair)) else "not recovered"
+
+
+def _above(value: Estimate, chance: float, tests: int) -> bool:
+    """Whether a figure is above chance at 95% over so many tests."""
+    wider = NormalDist().inv_cdf(1 - (1 - LEVEL) / 2 / tests) / Z
+    return value.value - (value.value - value.low) * wider > chance
 
 
 def verdict(audit: Audit) -> list[str]:
