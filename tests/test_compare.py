@@ -17,6 +17,7 @@ from memsinks.compare import compare, plan, read_comparison, train_arm
 from memsinks.comparison_table import spread
 from memsinks.config import ConfigError
 
+ROOT = Path(__file__).parents[1]
 SMALL = {
     "data": {
         "synthetic": {"stories": 40, "people_per_level": 2, "canaries_per_level": 0, "held_out_stories": 8, "near_copies": 0,
@@ -178,6 +179,12 @@ def test_a_wrong_file_is_one_clear_error(tmp_path, changes, part, capsys) -> Non
     with pytest.raises(ConfigError) as caught:
         read_comparison(path)
     assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("compare-*.yaml")), ids=lambda path: path.name)
+def test_the_comparisons_of_the_repository_are_valid(path) -> None:
+    comparison = read_comparison(path)
+    assert len(comparison.arms) > 5 and set(comparison.roles) == {"audited", "against", "twin", "seen_once"}
 
 
 def test_unknown_arms_and_seeds(tmp_path) -> None:

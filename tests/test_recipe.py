@@ -12,7 +12,8 @@ import yaml
 from memsinks.config import ConfigError, SinkConfig
 from memsinks.recipe import Recipe, parse_recipe, read_recipe
 
-RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
+ROOT = Path(__file__).parents[1]
+RECIPES = sorted(path for path in (ROOT / "recipes").glob("*.yaml") if not path.name.startswith("compare-"))
 MODEL: dict[str, Any] = {"config": {"model_type": "llama", "hidden_size": 16}}
 LEAST: dict[str, Any] = {"output": "runs/x", "model": MODEL}
 
