@@ -18,6 +18,9 @@ COLUMNS = {
     "reference": ("reference attack, AUC", ".2f"), "own": ("loss with own sinks", ".2f"), "placebo": ("placebo", ".2f"),
 }  # fmt: skip
 
+DEAREST = 0.4
+"""Price, nats, beyond which an arm is named beside the picture and not drawn."""
+
 
 def rows(comparison: Comparison, audits: Mapping[int, Audit]) -> list[dict[str, Any]]:
     """For each model of the audits its figures by seed, and what it costs."""
@@ -99,6 +102,9 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
     for place, row in enumerate(row for row in result["rows"] if None not in row["price"] + row["gap_closed"]):
         x, y = row["price"], [100 * value for value in row["gap_closed"]]
         middle = [sum(values) / len(values) for values in (x, y)]
+        if middle[0] > DEAREST:
+            axes.plot([], [], " ", label=f"{row['name']}: off the picture, price {middle[0]:+.2f}")
+            continue
         ours = row["name"] == result["roles"]["audited"]
         axes.errorbar(
             middle[0], middle[1], xerr=[[middle[0] - min(x)], [max(x) - middle[0]]],
