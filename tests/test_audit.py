@@ -137,6 +137,17 @@ def test_open_and_closed_are_two_models() -> None:
     assert closed.audited.collateral["closed"] == 2
 
 
+def test_a_cut_text_is_asked_with_the_id_it_had_in_training() -> None:
+    known, controls = [Document(TEXTS[0][:-20], copies=4)], [Document(UNSEEN[0])]
+    ids = [ms.document_id(TEXTS[0]), ms.document_id(UNSEEN[0])]
+    by_text, by_id = (
+        audit(memorized_in_sinks(), known, controls, state="open", document_ids=given) for given in (None, ids)
+    )
+    assert by_id.lines[1].loss.value < by_text.lines[1].loss.value - 0.1
+    with pytest.raises(DataError, match="1 document_ids for 2 documents and controls"):
+        audit(memorized_in_sinks(), known, controls, state="open", document_ids=ids[:1])
+
+
 def test_ids_come_from_what_training_used(computed) -> None:
     known = [Document(TEXTS[0], key="a", copies=4)]
     controls = [Document(UNSEEN[0], key="b", copies=0)]

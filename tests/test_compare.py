@@ -88,6 +88,12 @@ def test_the_exact_mode_leaves_what_deduplication_leaves(done) -> None:
         assert rows["exact"][column] == pytest.approx(rows["dedup"][column], abs=1e-4)
 
 
+def test_texts_are_audited_as_far_as_they_were_trained_on(done) -> None:
+    lines = (done[0].parent / "out" / "seed-0" / "report" / "documents.jsonl").read_text().splitlines()
+    tokens = [json.loads(line)["tokens"] for line in lines]
+    assert max(tokens) <= 65 and tokens.count(64) > len(tokens) / 2  # cut again, a text may need one token more
+
+
 def test_costs_are_said(done) -> None:
     rows = {row["name"]: row for row in done[1]["rows"]}
     stock = rows["standard"]["parameters"]

@@ -42,6 +42,7 @@ from .recipe import Recipe, parse_recipe, unknown_keys
 from .rivals import Method, method
 from .rivals.method import Batch
 from .run import AUDITED, Prepared, build_model, prepare
+from .tokens import load_tokenizer
 
 ROLES = ("audited", "against", "twin", "seen_once")
 RUN = "run.json"
@@ -380,14 +381,30 @@ def audit_seed(comparison: Comparison, arms: Sequence[Arm], seed: int) -> Audit:
     first = comparison.folder(by_name[comparison.roles["audited"]], seed)
     documents = list(read_documents(first / "documents.jsonl", copies_field="copies"))
     controls = [Document(x.text) for x in read_documents(first / "controls.jsonl")]
+    ids = identify([*documents, *controls], comparison.recipe.data.identity)[0]
+    if comparison.recipe.data.long == "truncate":
+        tokenizer = load_tokenizer(first / "model")
+        documents, controls = (
+            _trained_part(x, tokenizer, comparison.recipe.training.length) for x in (documents, controls)
+        )
     roles = {role: subjects.pop(name) for role, name in comparison.roles.items()}
     print(f"audit of seed {seed}: {len(roles) + len(subjects)} models", flush=True)
     return audit(
         roles["audited"], documents, controls, against=roles["against"], twin=roles.get("twin"),
         seen_once=roles.get("seen_once"), others=list(subjects.values()), progress=True,
-        settings=AuditSettings(identity=comparison.recipe.data.identity, generate=0, collateral=0, seed=seed),
+        settings=AuditSettings(generate=0, collateral=0, end=False, seed=seed), document_ids=ids,
         out=Path(comparison.recipe.output) / f"seed-{seed}" / "report",
     )  # fmt: skip
+
+
+def _trained_part(documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, length: int) -> list[Document]:
+    """Documents cut to the tokens that a row held."""
+    cut = []
+    for document in documents:
+        offsets = tokenizer(document.text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        text = document.text[: offsets[length - 1][1]] if len(offsets) > length else document.text
+        cut.append(dataclasses.replace(document, text=text))
+    return cut
 
 
 def report(comparison: Comparison, audits: Mapping[int, Audit]) -> dict[str, Any]:

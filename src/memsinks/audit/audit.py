@@ -56,6 +56,7 @@ def audit(
     others: Sequence[Model] = (),
     settings: AuditSettings | None = None,
     private_start: Callable[[Document], int] | None = None,
+    document_ids: Sequence[int] | np.ndarray | None = None,
     relearn_steps: int = 0,
     relearn_lr: float = 3e-4,
     out: str | os.PathLike[str] | None = None,
@@ -81,6 +82,8 @@ def audit(
         settings: see `AuditSettings`.
         private_start: character offset at which the private part of a document begins; then that part, to the end, is
             what must come out, instead of `continuation` tokens after `prefix`.
+        document_ids: int64, the id each document and then each control had in training; default: made from their texts, keys
+            or sources, as ``settings.identity`` says. For texts that are given cut.
         relearn_steps: fine-tune copies of the audited model and the twin on half of the documents for so many steps;
             needs `against` and `twin`. 0 = not.
         relearn_lr: learning rate of that.
@@ -115,7 +118,7 @@ def audit(
             raise ConfigError(
                 f"the tokenizer has {len(tokenizer)} tokens, the {ROLE_NAMES[role]} {vocabulary}; give the model's tokenizer"
             )
-    corpus = read_corpus(documents, controls, tokenizer, settings, private_start)
+    corpus = read_corpus(documents, controls, tokenizer, settings, private_start, document_ids)
     _check_tokenizers(subjects, corpus, tokenizer, settings)
     if "open" in states and (corpus.ids < 0).any():
         raise DataError(f"identity={settings.identity!r} needs a {settings.identity} for every document and control")

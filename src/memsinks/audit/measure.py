@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config import DataError, refuse
 from ..documents import Document
-from ..identity import identify
+from ..identity import NO_SINKS, identify
 from ..tokens import encode
 from .extraction import extracted, generate_continuation, log_probability, longest_run
 from .membership import loss_attack, min_k_attack, min_k_plus_attack, zlib_attack
@@ -165,12 +165,13 @@ def read_corpus(
     tokenizer: PreTrainedTokenizerBase,
     settings: AuditSettings,
     private_start: Callable[[Document], int] | None = None,
+    document_ids: Sequence[int] | np.ndarray | None = None,
 ) -> Corpus:
     """Check both sides and encode them.
 
     Raises:
         DataError: an empty side, a document with 0 copies, texts on both sides (listed), a text without tokens; a
-            `private_start` outside its text.
+            `private_start` outside its text; not one id for each document and control.
     """
     if not documents or not controls:
         raise DataError(
@@ -206,7 +207,7 @@ def read_corpus(
     return Corpus(
         everything, len(documents), tokens,
         np.array([x.copies for x in documents] + [0] * len(controls)),
-        identify(everything, settings.identity)[0] if _has_ids(everything, settings.identity) else np.full(len(tokens), -1),
+        _ids(everything, settings.identity, document_ids),
         start_tokens(tokenizer), private, digest.hexdigest(),
     )  # fmt: skip
 
@@ -217,8 +218,17 @@ def _agreeing(prompt: np.ndarray, tokens: np.ndarray) -> int:
     return int((prompt[:both] == tokens[:both]).cumprod().sum())
 
 
-def _has_ids(documents: list[Document], identity: str) -> bool:
-    return identity == "content" or all(getattr(document, identity) is not None for document in documents)
+def _ids(
+    documents: list[Document], identity: Literal["content", "key", "source"], given: Sequence[int] | np.ndarray | None
+) -> np.ndarray:
+    """Document ids, int64 [n]: those given, or made as in training; all -1 where a document has no such key or source."""
+    if given is not None:
+        if len(given) != len(documents):
+            raise DataError(f"{len(given)} document_ids for {len(documents)} documents and controls; give one for each")
+        return np.asarray(given, np.int64)
+    if identity == "content" or all(getattr(document, identity) is not None for document in documents):
+        return identify(documents, identity)[0]
+    return np.full(len(documents), NO_SINKS)
 
 
 def start_tokens(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
