@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import memsinks as ms
 from memsinks.cli import main
+from memsinks.compare import read_comparison
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -91,7 +92,8 @@ def test_links_recipes_and_commands_exist(capsys: pytest.CaptureFixture[str]) ->
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
         assert (ROOT / target).exists(), target
     for recipe in set(re.findall(r"recipes/[\w.-]+\.yaml", README)):
-        ms.read_recipe(ROOT / recipe)
+        read = read_comparison if "/compare-" in recipe else ms.read_recipe
+        read(ROOT / recipe)
     for command in set(re.findall(r"^memsinks ([\w-]+)", README, re.M)):
         with pytest.raises(SystemExit) as done:
             main([command, "--help"])
