@@ -123,7 +123,7 @@ def read_comparison(path: Path) -> Comparison:
             continue
         arm = Arm(name, str(settings["rival"]), {x: y for x, y in settings.items() if x != "rival"})
         try:
-            arm.method  # noqa: B018
+            method(arm.rival, arm.settings)
         except ConfigError as error:
             problems.append(f"arms.{name}: {error}")
         arms.append(arm)
