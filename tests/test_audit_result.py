@@ -263,7 +263,7 @@ def test_attacks_are_over_target_documents_and_controls() -> None:
 def test_resamples_of_the_auc_are_taken_a_part_at_a_time(monkeypatch) -> None:
     values = np.random.default_rng(0).normal(size=40)
     found = Figures(corpus(), SETTINGS).aucs(values)
-    monkeypatch.setattr(module, "RESAMPLES_AT_ONCE", 7)
+    monkeypatch.setattr(module, "AT_ONCE", 7)
     again = Figures(corpus(), SETTINGS).aucs(values)
     assert found[1].shape == (200,)
     assert (found[1] == again[1]).all()

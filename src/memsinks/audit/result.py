@@ -14,13 +14,12 @@ from .measure import NOT_ASKED, AuditSettings, Corpus, Measured
 from .membership import auc, blind_scores, tokenizer_attack, tpr_at_fpr, weighted_auc, word_numbers
 from .relearning import Relearning
 from .subjects import Role, State
-from .uncertainty import Equivalence, Estimate, Resamples, equivalence, estimate, wilson
+from .uncertainty import AT_ONCE, Equivalence, Estimate, Resamples, equivalence, estimate, wilson
 
 FPRS = (0.01, 0.001)
 QUERIES = (1, 10, 100, 1_000, 10_000, 100_000, 1_000_000)
 FEW = 30
 """Documents below which an interval over documents is called out."""
-RESAMPLES_AT_ONCE = 100
 FOLDS = 5
 """Of the blind attack; fewer documents on a side are too few for it."""
 
@@ -206,8 +205,7 @@ class Figures:
         chosen = [values[self.is_target], values[self.is_control]]
         weights = [self.resamples.weights[:, x] for x in (self.is_target, self.is_control)]
         parts = [
-            weighted_auc(*chosen, *(x[at : at + RESAMPLES_AT_ONCE] for x in weights))
-            for at in range(0, len(weights[0]), RESAMPLES_AT_ONCE)
+            weighted_auc(*chosen, *(x[at : at + AT_ONCE] for x in weights)) for at in range(0, len(weights[0]), AT_ONCE)
         ]
         return auc(*chosen), np.concatenate(parts)
 

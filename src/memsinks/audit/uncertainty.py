@@ -10,6 +10,8 @@ import numpy as np
 LEVEL = 0.95
 Z = 1.959963984540054
 """Two-sided normal quantile of `LEVEL`."""
+AT_ONCE = 100
+"""Resamples computed at once, so that memory does not follow resamples x documents."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +68,11 @@ class Resamples:
 
     def means(self, values: np.ndarray, chosen: np.ndarray) -> np.ndarray:
         """Mean of ``values[chosen]`` in each resample; values [documents], chosen bool [documents] -> [resamples]."""
-        weights = self.weights[:, chosen].astype(np.float64)
-        return weights @ values[chosen].astype(np.float64) / weights.sum(1)
+        wanted, found = values[chosen].astype(np.float64), np.empty(len(self.weights))
+        for at in range(0, len(found), AT_ONCE):
+            weights = self.weights[at : at + AT_ONCE, chosen].astype(np.float64)
+            found[at : at + AT_ONCE] = weights @ wanted / weights.sum(1)
+        return found
 
 
 def estimate(value: float, resampled: np.ndarray) -> Estimate:
