@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import platform
 import random
 import statistics
@@ -23,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ._version import __version__
@@ -36,13 +34,13 @@ from .export import export
 from .hosts import shared_parameters, sink_parameters
 from .identity import identify
 from .objective import target_count
-from .optim import AdamW, clip_grad_norm_, param_groups
+from .optim import clip_grad_norm_
 from .packing import collate
-from .recipe import Recipe, parse_recipe, unknown_keys
+from .recipe import Recipe, parse_recipe, read_sections, unknown_keys
 from .rivals import Method, method
 from .rivals.method import Batch
-from .run import AUDITED, Prepared, build_model, prepare
-from .tokens import load_tokenizer
+from .run import AUDITED, Prepared, build_model, optimizer_and_schedule, prepare
+from .tokens import load_tokenizer, token_offsets
 
 ROLES = ("audited", "against", "twin", "seen_once")
 RUN = "run.json"
@@ -97,13 +95,8 @@ def read_comparison(path: Path) -> Comparison:
     Raises:
         ConfigError: everything that is wrong with it.
     """
-    try:
-        values = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from error
-    if not isinstance(values, dict) or not isinstance(values.get("arms"), dict):
+    values = read_sections(path)
+    if not isinstance(values.get("arms"), dict):
         raise ConfigError(f"{path} needs a section arms: NAME: {{rival: ..., settings ...}}; is it a plain recipe?")
     given, seeds, roles = (values.pop(name, None) for name in ("arms", "seeds", "roles"))
     recipe = parse_recipe(values, str(path))
@@ -147,12 +140,8 @@ def train_arm(comparison: Comparison, arm: Arm, seed: int, steps: int | None = N
     prepared = prepare(recipe, one_document_per_row=True)
     random.seed(seed)
     model = _build(recipe, made, seed, prepared.tokenizer)
-    optimizer = AdamW(_groups(model, recipe, made), lr=training.lr, betas=(training.betas[0], training.betas[1]))
     total = len(prepared.rows) // training.batch_rows
-    scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: cosine(step, total, training.warmup, training.min_lr_ratio)
-    )
-    made.prepare(model)
+    optimizer, scheduler = optimizer_and_schedule(model, training, total)
     asked = _asked_ids(prepared, recipe)
     in_training = sum(x.numel() for x in model.parameters())
     model.train()
@@ -185,7 +174,7 @@ def train_arm(comparison: Comparison, arm: Arm, seed: int, steps: int | None = N
 
 
 def _with_method(recipe: Recipe, made: Method, seed: int, output: Path) -> Recipe:
-    """The recipe with the method's extra width and heads and the seed."""
+    """The recipe with the method's extra width and heads, its learning rate of the sinks, and the seed."""
     config = dict(recipe.model.config)
     if made.width:
         config["intermediate_size"] += made.width
@@ -195,7 +184,7 @@ def _with_method(recipe: Recipe, made: Method, seed: int, output: Path) -> Recip
         config["num_key_value_heads"] = config.get("num_key_value_heads", config["num_attention_heads"]) + made.heads
     return dataclasses.replace(
         recipe, output=str(output), model=dataclasses.replace(recipe.model, config=config),
-        training=dataclasses.replace(recipe.training, seed=seed),
+        training=dataclasses.replace(recipe.training, seed=seed, sink_lr_factor=made.sink_lr_factor),
     )  # fmt: skip
 
 
@@ -204,25 +193,6 @@ def _build(recipe: Recipe, made: Method, seed: int, tokenizer: PreTrainedTokeniz
     if made.sinks is not None:
         add_sinks(model, dataclasses.replace(made.sinks, seed=seed))
     return model
-
-
-def _groups(model: PreTrainedModel, recipe: Recipe, made: Method) -> list[dict[str, Any]]:
-    training = recipe.training
-    if has_sinks(model):
-        return param_groups(model, training.lr, training.weight_decay, made.sink_lr_factor)
-    sides = [[x for x in model.parameters() if (x.dim() > 1) == matrix] for matrix in (True, False)]
-    return [
-        {"params": side, "weight_decay": decay} for side, decay in zip(sides, (training.weight_decay, 0.0), strict=True)
-    ]
-
-
-def cosine(step: int, steps: int, warmup: float, least: float) -> float:
-    """Factor of the learning rate: linear warm-up over a share of the steps, then a cosine down to `least`."""
-    first = round(steps * warmup)
-    if step < first:
-        return (step + 1) / (first + 1)
-    share = (step - first) / max(1, steps - first)
-    return least + (1 - least) * 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
 
 
 def _asked_ids(prepared: Prepared, recipe: Recipe) -> dict[str, torch.Tensor]:
@@ -401,7 +371,7 @@ def _trained_part(documents: Sequence[Document], tokenizer: PreTrainedTokenizerB
     """Documents cut to the tokens that a row held."""
     cut = []
     for document in documents:
-        offsets = tokenizer(document.text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        offsets = token_offsets(tokenizer, document.text)
         text = document.text[: offsets[length - 1][1]] if len(offsets) > length else document.text
         cut.append(dataclasses.replace(document, text=text))
     return cut

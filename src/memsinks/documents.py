@@ -6,6 +6,7 @@ All readers stream: at most one document, one chunk of a file or one batch of a 
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import os
 import warnings
@@ -98,6 +99,14 @@ def write_documents(path: Path, documents: Iterable[Document]) -> None:
     with path.open("w", encoding="utf-8") as file:
         for document in documents:
             file.write(json.dumps({field: getattr(document, field) for field in fields}, ensure_ascii=False) + "\n")
+
+
+def texts_hash(documents: Iterable[Document]) -> str:
+    """SHA-256 of texts and numbers of copies, in this order, hexadecimal."""
+    found = hashlib.sha256()
+    for document in documents:
+        found.update(f"{document.copies}\0{document.text}\0".encode())
+    return found.hexdigest()
 
 
 def require_unique_keys(documents: Iterable[Document]) -> None:

@@ -239,6 +239,14 @@ def read_recipe(path: str | os.PathLike[str], changes: Mapping[str, str] | None 
         ConfigError: the file is missing or no YAML; unknown keys (with the nearest known one), wrong types, values out
             of range, all at once.
     """
+    values = read_sections(path)
+    for name, text in (changes or {}).items():
+        _change(values, name, text)
+    return parse_recipe(values, str(path))
+
+
+def read_sections(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The values of a YAML file of sections; ConfigError if it is missing, no YAML, or something else."""
     try:
         values = yaml.safe_load(Path(path).read_text())
     except OSError as error:
@@ -247,9 +255,7 @@ def read_recipe(path: str | os.PathLike[str], changes: Mapping[str, str] | None 
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold a mapping of sections, got {type(values).__name__}")
-    for name, text in (changes or {}).items():
-        _change(values, name, text)
-    return parse_recipe(values, str(path))
+    return values
 
 
 def _change(values: dict[str, Any], name: str, text: str) -> None:

@@ -10,7 +10,6 @@ output/model/            the final model with its sinks and tokenizer
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import math
@@ -35,7 +34,7 @@ from ._version import __version__
 from .attach import add_sinks, has_sinks
 from .checkpoint import load_stock
 from .config import CheckpointError, ConfigError, DataError
-from .documents import Document, read_documents, require_unique_keys, write_documents
+from .documents import Document, read_documents, require_unique_keys, texts_hash, write_documents
 from .families import ISOLATES_PACKED
 from .identity import equal_repetition, exposures, identify, training_order
 from .optim import AdamW, param_groups
@@ -283,22 +282,7 @@ def _trainer(recipe: Recipe, model: PreTrainedModel, prepared: Prepared, output:
         dataloader_num_workers=0,
         use_cpu=not torch.cuda.is_available(),
     )
-    if has_sinks(model):
-        groups = param_groups(model, training.lr, training.weight_decay, training.sink_lr_factor)
-    else:
-        matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
-        vectors = [parameter for parameter in model.parameters() if parameter.dim() < 2]
-        groups = [{"params": matrices, "weight_decay": training.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = AdamW(groups, lr=training.lr, betas=(training.betas[0], training.betas[1]))
-    warmup = round(steps * training.warmup)
-
-    def cosine(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / (warmup + 1)
-        share = (step - warmup) / max(1, steps - warmup)
-        return training.min_lr_ratio + (1 - training.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
-
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine)
+    optimizer, scheduler = optimizer_and_schedule(model, training, steps)
 
     def record(line: dict[str, Any]) -> None:
         with (output / "metrics.jsonl").open("a") as file:
@@ -315,9 +299,35 @@ def _trainer(recipe: Recipe, model: PreTrainedModel, prepared: Prepared, output:
     return trainer
 
 
-def _collate_stock(rows: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    batch = collate(rows)
+def optimizer_and_schedule(
+    model: PreTrainedModel, training: TrainingRecipe, steps: int
+) -> tuple[AdamW, torch.optim.lr_scheduler.LambdaLR]:
+    """AdamW with the groups of a recipe, with or without sinks; linear warm-up, then a cosine over the rest of `steps`."""
+    if has_sinks(model):
+        groups = param_groups(model, training.lr, training.weight_decay, training.sink_lr_factor)
+    else:
+        matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
+        vectors = [parameter for parameter in model.parameters() if parameter.dim() < 2]
+        groups = [{"params": matrices, "weight_decay": training.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = AdamW(groups, lr=training.lr, betas=(training.betas[0], training.betas[1]))
+    warmup = round(steps * training.warmup)
+
+    def cosine(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        share = (step - warmup) / max(1, steps - warmup)
+        return training.min_lr_ratio + (1 - training.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
+
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, cosine)
+
+
+def stock_arguments(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What a model without sinks takes of a batch of `collate`."""
     return {name: batch[name] for name in ("input_ids", "labels", "position_ids")}
+
+
+def _collate_stock(rows: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    return stock_arguments(collate(rows))
 
 
 def _last_checkpoint(folder: Path) -> Path | None:
@@ -341,9 +351,6 @@ def _write_start(recipe: Recipe, prepared: Prepared, output: Path) -> None:
 
 
 def _facts(recipe: Recipe, prepared: Prepared) -> dict[str, Any]:
-    texts = hashlib.sha256()
-    for document in prepared.members:
-        texts.update(f"{document.copies}\0{document.text}\0".encode())
     rows = prepared.rows
     packages = ("torch", "transformers", "accelerate", "tokenizers", "numpy", "safetensors")
     return {
@@ -351,7 +358,7 @@ def _facts(recipe: Recipe, prepared: Prepared) -> dict[str, Any]:
         "documents": len(prepared.members), "controls": len(prepared.controls),
         "rows": len(rows), "rows_left_out": len(rows) % rows_per_step(recipe.training),
         "tokens": rows.tokens, "fill": round(rows.fill, 4),
-        "corpus_sha256": texts.hexdigest(),
+        "corpus_sha256": texts_hash(prepared.members),
         "versions": {"memsinks": __version__, "python": platform.python_version()}
         | {name: version(name) for name in packages},
         "threads": torch.get_num_threads(),

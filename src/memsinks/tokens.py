@@ -114,6 +114,14 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], end: bool =
     return result
 
 
+def token_offsets(tokenizer: PreTrainedTokenizerBase, text: str) -> list[tuple[int, int]]:
+    """Where each token that `encode` gives stands in the text, in characters: [start, end); without the end token."""
+    encoded = tokenizer(
+        text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True, verbose=False
+    )
+    return encoded["offset_mapping"]
+
+
 def _texts(texts: Iterable[str]) -> list[str]:
     if isinstance(texts, str):
         raise DataError("texts must be a list of str, got one str; put it into a list")

@@ -20,7 +20,7 @@ from .._version import __version__
 from ..checkpoint import written_beside
 from ..config import CheckpointError, ConfigError, DataError
 from ..documents import Document
-from ..tokens import encode
+from ..tokens import encode, token_offsets
 from .measure import AuditSettings, Corpus, Measured, measure, read_corpus, token_probabilities
 from .pictures import require_matplotlib
 from .relearning import Relearning, RelearningCurve, compare, relearn
@@ -266,8 +266,8 @@ def _notes(figures: Figures, measured: list[Measured], blind: Sequence[Attack]) 
     if not 0.8 < lengths[0] / lengths[1] < 1.25:
         notes.append(f"Documents have {lengths[0]:.0f} tokens on average, controls {lengths[1]:.0f}: not of one kind.")
     audited = measured[0]
+    uniform = np.log(max(2, 1 + max(int(tokens.max()) for tokens in corpus.tokens)))
     for one in measured:
-        uniform = np.log(max(2, _vocabulary(corpus)))
         if one.loss[figures.is_control].mean() > uniform:
             notes.append(
                 f"{one.name} is worse than guessing evenly on the controls: do weights and tokenizer belong to it?"
@@ -289,10 +289,6 @@ def _notes(figures: Figures, measured: list[Measured], blind: Sequence[Attack]) 
     return notes
 
 
-def _vocabulary(corpus: Corpus) -> int:
-    return 1 + max(int(tokens.max()) for tokens in corpus.tokens)
-
-
 def _examples(
     measured: list[Measured], corpus: Corpus, settings: AuditSettings, tokenizer: PreTrainedTokenizerBase
 ) -> list[Example]:
@@ -312,11 +308,8 @@ def _examples(
 
 def _pieces(tokenizer: PreTrainedTokenizerBase, text: str, tokens: np.ndarray) -> tuple[str, ...]:
     """The text cut at its tokens; a character of several tokens stands with the last of them, the end token is named."""
-    encoded = tokenizer(
-        text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True, verbose=False
-    )
     pieces, done = [], 0
-    for start, end in encoded["offset_mapping"]:
+    for start, end in token_offsets(tokenizer, text):
         following = max(done, end)
         pieces.append(text[done:following] if end > start else "")
         done = following if end > start else done

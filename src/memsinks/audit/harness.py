@@ -21,6 +21,7 @@ from .._version import __version__
 from ..checkpoint import written_beside
 from ..config import CheckpointError, ConfigError, DataError
 from ..documents import Document
+from ..tokens import token_offsets
 from .measure import AuditSettings, Corpus, read_corpus
 
 # 0.4.10 is the first lm-eval that can be imported beside transformers 5.
@@ -210,9 +211,7 @@ def _cut(
     def encode(part: str) -> list[int]:
         return tokenizer(part, verbose=False)["input_ids"]  # as the harness does
 
-    offsets = tokenizer(
-        text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True, verbose=False
-    )["offset_mapping"]
+    offsets = token_offsets(tokenizer, text)
     # A special token spelled out is one token for the harness and several for us: only places before it will do.
     theirs = encode(text)
     same = min(len(theirs), len(tokens))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +12,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config import DataError, refuse
-from ..documents import Document
+from ..documents import Document, texts_hash
 from ..identity import NO_SINKS, identify
 from ..tokens import encode
 from .extraction import extracted, generate_continuation, log_probability, longest_run
@@ -201,14 +200,11 @@ def read_corpus(
             encode(tokenizer, [x.text[:at] for at, x in zip(offsets, everything, strict=True) if at], end=False)
         )
         private = [_agreeing(next(prompts), own) if at else 0 for at, own in zip(offsets, tokens, strict=True)]
-    digest = hashlib.sha256()
-    for document in everything:
-        digest.update(f"{document.copies}\0{document.text}\0".encode())
     return Corpus(
         everything, len(documents), tokens,
         np.array([x.copies for x in documents] + [0] * len(controls)),
         _ids(everything, settings.identity, document_ids),
-        start_tokens(tokenizer), private, digest.hexdigest(),
+        start_tokens(tokenizer), private, texts_hash(everything),
     )  # fmt: skip
 
 
@@ -264,7 +260,7 @@ def measure(
     known = facts(model)
     key = {"weights": known["weights_sha256"], "texts": corpus.sha256, "end": settings.end}
 
-    def passed(what: str, tokens: Sequence[np.ndarray], ids: np.ndarray | None, **more: Any) -> ScoreTable:
+    def passed(what: str, tokens: Sequence[np.ndarray], ids: np.ndarray | None) -> ScoreTable:
         with tqdm(
             total=len(tokens),
             desc=f"{name}: {what}",
@@ -274,8 +270,7 @@ def measure(
         ) as bar:
             return score(
                 model, tokens, folder / what, start=corpus.start, open_ids=None if ids is None else ids.tolist(),
-                key={**key, "pass": what, "ids": None if ids is None else hashlib.sha256(ids.tobytes()).hexdigest(), **more},
-                batch_tokens=settings.batch_tokens, progress=bar.update,
+                key=key, batch_tokens=settings.batch_tokens, progress=bar.update,
             )  # fmt: skip
 
     own = corpus.ids if state == "open" else None
@@ -336,9 +331,7 @@ def _at_offset(
     result = np.full(len(corpus.tokens), NOT_ASKED)
     if len(long):
         pieces = [corpus.tokens[index][offset:end] for index in long]
-        table = passed(
-            f"offset-{offset}-{prefix}", pieces, None if own is None else own[long], continuation=continuation
-        )
+        table = passed(f"offset-{offset}-{prefix}", pieces, None if own is None else own[long])
         result[long] = [_asked(extracted(one, prefix, continuation)) for one in table]
     return result
 

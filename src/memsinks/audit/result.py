@@ -191,6 +191,12 @@ def _plain(value: Any) -> Any:
     return value.item() if isinstance(value, np.generic) else value
 
 
+def _recited(hits: np.ndarray) -> tuple[int, Estimate]:
+    """How many documents were asked and the share of them that came out; hits: 1 / 0 / NOT_ASKED."""
+    asked = int((hits != NOT_ASKED).sum())
+    return asked, wilson(int((hits == 1).sum()), asked)
+
+
 class Figures:
     """Computes results of models over one corpus, all on the same resamples."""
 
@@ -247,7 +253,7 @@ class Figures:
             one.name, one.role, one.state, one.facts,
             tuple(self._line(one, level, copies == level) for level in levels),
             tuple(
-                self._extraction(level, prefix, offset, hits[copies == level])
+                ExtractionLine(level, prefix, offset, *_recited(hits[copies == level]))
                 for (prefix, offset), hits in sorted(one.grid.items(), key=lambda item: item[0][::-1]) for level in levels
             ),
             {("controls" if level == 0 else str(level)): self._queries(one.log_p[copies == level]) for level in levels},
@@ -259,11 +265,9 @@ class Figures:
         )  # type: ignore[arg-type]  # fmt: skip
 
     def _line(self, one: Measured, level: int, chosen: np.ndarray) -> AuditLine:
-        hits = one.recited[chosen]
-        asked = int((hits != NOT_ASKED).sum())
         runs = one.run[chosen]
         return AuditLine(
-            level, int(chosen.sum()), estimate(*self.means(one.loss, chosen)), asked, wilson(int((hits == 1).sum()), asked),
+            level, int(chosen.sum()), estimate(*self.means(one.loss, chosen)), *_recited(one.recited[chosen]),
             (float(runs.mean()), int(runs.max())), self._exposure(one, chosen),
         )  # fmt: skip
 
@@ -274,11 +278,6 @@ class Figures:
         if not len(candidates) or not len(inserted):
             return None
         return float(np.mean([canary_exposure(loss, candidates) for loss in inserted]))
-
-    @staticmethod
-    def _extraction(level: int, prefix: int, offset: int, hits: np.ndarray) -> ExtractionLine:
-        asked = int((hits != NOT_ASKED).sum())
-        return ExtractionLine(level, prefix, offset, asked, wilson(int((hits == 1).sum()), asked))
 
     def _queries(self, log_p: np.ndarray) -> dict[int, float]:
         """Share of documents that n samples recite at least once with probability `queries_p`, by n."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +12,7 @@ from transformers import PreTrainedModel
 from ..attach import has_sinks, remove_sinks
 from ..config import SinkConfig
 from ..packing import IGNORED
+from ..run import stock_arguments
 
 Batch = dict[str, Tensor]
 """What `collate` gives, int64 [rows, length] each, and two masks, bool [rows, length]: `audited` (tokens of documents that
@@ -24,19 +24,10 @@ def unchanged(batch: Batch) -> Batch:
     return batch
 
 
-def nothing(model: PreTrainedModel) -> None:
-    """The model as it is."""
-
-
 def remove_all_sinks(model: PreTrainedModel) -> None:
     """What is exported of a model with sinks."""
     if has_sinks(model):
         remove_sinks(model)
-
-
-def stock_arguments(batch: Batch) -> dict[str, Tensor]:
-    """What a stock model takes of a batch."""
-    return {name: batch[name] for name in ("input_ids", "labels", "position_ids")}
 
 
 def plain_step(model: PreTrainedModel, batch: Batch, divisor: Tensor) -> float:
@@ -59,7 +50,6 @@ class Method:
         sinks: sinks to add; their seed becomes the run's.
         sink_lr_factor: learning rate of the sinks over that of the rest.
         change: what is done to each batch: other targets (`IGNORED` drops one), other document ids.
-        prepare: called once with the model before training.
         step: gradients of one step.
         remove: takes out, in place, what is not exported.
         rescales: also export with these factors of the general neurons (`SinkConfig.rescale_factors`).
@@ -70,7 +60,6 @@ class Method:
     sinks: SinkConfig | None = None
     sink_lr_factor: float = 1.0
     change: Callable[[Batch], Batch] = unchanged
-    prepare: Callable[[PreTrainedModel], None] = nothing
     step: Callable[[PreTrainedModel, Batch, Tensor], float] = plain_step
     remove: Callable[[PreTrainedModel], None] = remove_all_sinks
     rescales: tuple[str, ...] = ()
@@ -101,8 +90,3 @@ def masked_gradients(
         gradient = gradient if mask is None else gradient * mask
         parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
     return loss.item()
-
-
-def numbers(settings: Mapping[str, Any]) -> str:
-    """Settings as text for tables: ``k=4, context=13``."""
-    return ", ".join(f"{name}={value}" for name, value in settings.items())
