@@ -10,9 +10,11 @@ import warnings
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from memsinks.config import DataError
-from memsinks.documents import Document, read_documents, require_unique_keys
+from memsinks.documents import Document, cut_documents, read_documents, require_unique_keys
 
 ROWS = [
     {"text": "Grüße aus dem Tal.", "id": 7, "site": "a.example", "n": 4},
@@ -292,3 +294,26 @@ def test_unique_keys():
 def test_real_text():
     documents = read_documents(Path(os.environ["MEMSINKS_DATA"]) / "tinystories.jsonl.zst")
     assert all(len(next(documents).text) > 20 for _ in range(100))
+
+
+def test_a_document_is_cut_at_white_space_into_documents_of_their_own() -> None:
+    whole = Document("one two\nthree  four" + "5" * 12, key="a", source="s", copies=3, kind="book")
+    pieces = list(cut_documents([whole, Document(" tail ")], 9))
+    assert [piece.text for piece in pieces] == ["one two", "three", "four55555", "5555555", "tail"]
+    assert [piece.key for piece in pieces] == ["a#0", "a#1", "a#2", "a#3", None]
+    assert all((piece.source, piece.copies, piece.kind) == ("s", 3, "book") for piece in pieces[:4])
+
+
+@given(st.text(alphabet="ab \n", max_size=60), st.integers(1, 12))
+def test_cutting_loses_nothing_but_white_space(text: str, characters: int) -> None:
+    pieces = [piece.text for piece in cut_documents([Document(text)], characters)]
+    assert "".join("".join(pieces).split()) == "".join(text.split())
+    assert all(0 < len(piece) <= characters and piece == piece.strip() for piece in pieces)
+    words = set(text.split())
+    if all(len(word) <= characters for word in words):
+        assert {word for piece in pieces for word in piece.split()} == words
+
+
+def test_pieces_need_a_size() -> None:
+    with pytest.raises(DataError, match="at least 1 character, got 0"):
+        list(cut_documents([Document("a")], 0))

@@ -39,11 +39,11 @@ from .packing import collate
 from .recipe import Recipe, parse_recipe, read_sections, unknown_keys
 from .rivals import Method, method
 from .rivals.method import Batch
-from .run import AUDITED, Prepared, build_model, optimizer_and_schedule, prepare
+from .run import AUDITED, Prepared, build_model, differing, optimizer_and_schedule, prepare
 from .tokens import load_tokenizer, token_offsets
 
 ROLES = ("audited", "against", "twin", "seen_once")
-RUN = "run.json"
+RUN, SETTINGS = "run.json", "settings.json"
 
 
 @dataclass(frozen=True)
@@ -83,10 +83,26 @@ class Comparison:
     def folder(self, arm: Arm, seed: int) -> Path:
         return Path(self.recipe.output) / f"seed-{seed}" / arm.slug
 
+    def settings(self, arm: Arm) -> dict[str, Any]:
+        """What a run of an arm depends on beside its seed, JSON-ready."""
+        recipe = {name: value for name, value in self.recipe.to_dict().items() if name != "output"}
+        return json.loads(json.dumps({"recipe": recipe, "rival": arm.rival, "settings": arm.settings}))
+
     def finished(self, arm: Arm, seed: int) -> dict[str, Any] | None:
-        """The facts of a finished run; None if it is not finished."""
-        path = self.folder(arm, seed) / RUN
-        return json.loads(path.read_text()) if path.is_file() else None
+        """The facts of a finished run; None if it is not finished.
+
+        Raises:
+            CheckpointError: the run was made with other settings.
+        """
+        folder = self.folder(arm, seed)
+        if not (folder / RUN).is_file():
+            return None
+        before, now = json.loads((folder / SETTINGS).read_text()), self.settings(arm)
+        if before != now:
+            raise CheckpointError(
+                f"{folder} is a run with another {', '.join(differing(before, now))}; choose another output, or delete it"
+            )
+        return json.loads((folder / RUN).read_text())
 
 
 def read_comparison(path: Path) -> Comparison:
@@ -235,6 +251,7 @@ def _save(
         facts["parameters"]["exported"] = exported
         write_documents(part / "documents.jsonl", [x for x in prepared.members if x.kind == AUDITED])
         write_documents(part / "controls.jsonl", prepared.controls)
+        (part / SETTINGS).write_text(json.dumps(comparison.settings(arm), indent=2) + "\n")
         (part / RUN).write_text(json.dumps(facts, indent=2) + "\n")
 
 

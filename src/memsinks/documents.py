@@ -12,7 +12,7 @@ import os
 import warnings
 import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -91,6 +91,30 @@ def read_documents(
         raise DataError(f"{path} does not exist; give a file, a folder or the name of a Hugging Face dataset")
     dataset = _load_dataset(place if place.is_dir() else str(path), split, streaming)
     return _counted(_read_dataset(dataset, str(path), fields), str(path))
+
+
+def cut_documents(documents: Iterable[Document], characters: int) -> Iterator[Document]:
+    """Pieces of at most `characters` characters, each a document of its own with the key "key#0", "key#1", ...
+
+    Cuts fall on white space, which is dropped there; a longer run without any is cut within. Copies, source and kind are
+    those of the whole; without a key the pieces have none either.
+
+    Raises:
+        DataError: `characters` is less than 1.
+    """
+    if characters < 1:
+        raise DataError(f"documents are cut into pieces of at least 1 character, got {characters}")
+    for document in documents:
+        text, begin, place = document.text.rstrip(), 0, 0
+        while begin < len(text):
+            while text[begin].isspace():
+                begin += 1
+            end = begin + characters
+            if end < len(text):
+                end = next((at for at in range(end, begin, -1) if text[at].isspace()), end)
+            key = None if document.key is None else f"{document.key}#{place}"
+            yield replace(document, text=text[begin:end].rstrip(), key=key)
+            begin, place = end, place + 1
 
 
 def write_documents(path: Path, documents: Iterable[Document]) -> None:

@@ -42,7 +42,9 @@ class DataRecipe:
         path: a file, folder or data set name for `read_documents`; ``$NAME`` is replaced from the environment. None =
             the built-in corpus.
         text_field, key_field, source_field, copies_field, separator, split, streaming: as for `read_documents`.
-        limit: read at most so many documents.
+        cut_characters: cut documents into pieces of at most so many characters, each a document of its own, see
+            `cut_documents`.
+        limit: read at most so many documents (or pieces).
         identity: what gives a document its id: its ``content``, ``key`` or ``source``.
         unique_keys: refuse documents without a key and two documents with the same key.
         held_out: so many documents, chosen by the seed, are never trained on; they are evaluated and are the controls.
@@ -59,6 +61,7 @@ class DataRecipe:
     separator: str | None = None
     split: str = "train"
     streaming: bool = False
+    cut_characters: int | None = None
     limit: int | None = None
     identity: Literal["content", "key", "source"] = "content"
     unique_keys: bool = False
@@ -190,8 +193,9 @@ class Recipe:
             problems.append(f"training.betas must be two numbers in [0, 1), got {training.betas}")
         if data.held_out < 0:
             problems.append(f"data.held_out must be at least 0, got {data.held_out}")
-        if data.limit is not None and data.limit < 1:
-            problems.append(f"data.limit must be at least 1, got {data.limit}")
+        for name in ("limit", "cut_characters"):
+            if getattr(data, name) is not None and getattr(data, name) < 1:
+                problems.append(f"data.{name} must be at least 1, got {getattr(data, name)}")
         problems += unknown_keys(data.synthetic, "data.synthetic", inspect.signature(corpus).parameters)
         problems += _model_problems(model.config)
         return problems

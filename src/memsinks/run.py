@@ -34,7 +34,7 @@ from ._version import __version__
 from .attach import add_sinks, has_sinks
 from .checkpoint import load_stock
 from .config import CheckpointError, ConfigError, DataError
-from .documents import Document, read_documents, require_unique_keys, texts_hash, write_documents
+from .documents import Document, cut_documents, read_documents, require_unique_keys, texts_hash, write_documents
 from .families import ISOLATES_PACKED
 from .identity import equal_repetition, exposures, identify, training_order
 from .optim import AdamW, param_groups
@@ -67,6 +67,8 @@ def choose_documents(data: DataRecipe, seed: int) -> list[Document]:
             path, text_field=data.text_field, key_field=data.key_field, source_field=data.source_field,
             copies_field=data.copies_field, separator=data.separator, split=data.split, streaming=data.streaming,
         )  # fmt: skip
+        if data.cut_characters is not None:
+            found = cut_documents(found, data.cut_characters)
         documents = list(itertools.islice(found, data.limit))
     if data.unique_keys:
         require_unique_keys(documents)
@@ -238,19 +240,19 @@ def _check_output(recipe: Recipe, output: Path, resume: bool) -> None:
         before, now = yaml.safe_load(path.read_text()), yaml.safe_load(yaml.safe_dump(recipe.to_dict()))
         if before != now:
             raise CheckpointError(
-                f"{path} differs from this recipe in {', '.join(_differing(before, now))}; resume with the same recipe and "
+                f"{path} differs from this recipe in {', '.join(differing(before, now))}; resume with the same recipe and "
                 "the same --set, or choose another output"
             )
     elif output.exists() and any(output.iterdir()):
         raise CheckpointError(f"{output} is not empty; resume the run, or choose another output")
 
 
-def _differing(before: Any, now: Any, name: str = "") -> list[str]:
-    """The dotted names of the settings in which two recipes differ."""
+def differing(before: Any, now: Any, name: str = "") -> list[str]:
+    """The dotted names of the settings in which two recipes (as dicts) differ."""
     if not isinstance(before, dict) or not isinstance(now, dict):
         return [] if before == now else [name]
     keys = sorted(set(before) | set(now))
-    return [x for key in keys for x in _differing(before.get(key), now.get(key), f"{name}.{key}".lstrip("."))]
+    return [x for key in keys for x in differing(before.get(key), now.get(key), f"{name}.{key}".lstrip("."))]
 
 
 def rows_per_step(training: TrainingRecipe) -> int:
