@@ -15,7 +15,7 @@ from memsinks import compare as module
 from memsinks.cli import main
 from memsinks.compare import compare, plan, read_comparison, train_arm
 from memsinks.comparison_table import spread
-from memsinks.config import ConfigError
+from memsinks.config import CheckpointError, ConfigError
 
 ROOT = Path(__file__).parents[1]
 SMALL = {
@@ -122,10 +122,45 @@ def test_finished_runs_are_kept_and_cut_off_ones_made_again(done, monkeypatch) -
     monkeypatch.setattr(module, "train_arm", lambda comparison, arm, seed: made.append((arm.name, seed)))
     again = compare(read_comparison(path), seeds=[0])
     assert made == [] and again is not None and again["seeds"] == [0]
-    (path.parent / "out" / "seed-0" / "goldfish" / "run.json").rename(path.parent / "kept.json")
+    out = path.parent / "out"
+    for name in ("seed-0/goldfish/run.json", "compare.json"):
+        (out / name).rename(path.parent / Path(name).name)
     compare(read_comparison(path), seeds=[0], audits=False)
-    (path.parent / "kept.json").rename(path.parent / "out" / "seed-0" / "goldfish" / "run.json")
+    for name in ("seed-0/goldfish/run.json", "compare.json"):
+        (path.parent / Path(name).name).rename(out / name)
     assert made == [("goldfish", 0)]
+
+
+def test_what_is_reported_stays_when_the_models_are_gone(done, tmp_path, monkeypatch) -> None:
+    (tmp_path / "out").mkdir()
+    report = json.loads((done[0].parent / "out" / "compare.json").read_text())
+    report["rows"] = [row | {"seeds": [1]} for row in report["rows"]]
+    report |= {
+        "seeds": [1],
+        "runs": [run | {"seed": 1} for run in report["runs"]],
+        "audits": {"1": report["audits"]["0"]},
+    }
+    (tmp_path / "out" / "compare.json").write_text(json.dumps(report))
+    comparison = read_comparison(written(tmp_path))
+    for arm in comparison.arms:
+        (comparison.folder(arm, 0)).parent.mkdir(exist_ok=True)
+        comparison.folder(arm, 0).symlink_to(done[0].parent / "out" / "seed-0" / arm.slug)
+    monkeypatch.setattr(module, "train_arm", lambda *_: pytest.fail("nothing is missing"))
+    merged = compare(comparison)
+    assert merged is not None and merged["seeds"] == [0, 1] and set(merged["audits"]) == {"0", "1"}
+    for row, one in zip(merged["rows"], done[1]["rows"], strict=True):
+        assert row["seeds"] == [0, 1] and row["price"] == pytest.approx([one["price"][0]] * 2)
+    assert len(merged["runs"]) == 2 * len(done[1]["runs"])
+
+
+def test_runs_and_reports_of_other_settings_are_refused(done, tmp_path) -> None:
+    other = read_comparison(
+        written(tmp_path, output=str(done[0].parent / "out"), training=SMALL["training"] | {"lr": 1e-3})
+    )
+    with pytest.raises(CheckpointError, match="recipe.training.lr; choose another output"):
+        other.finished(other.arms[0], 0)
+    with pytest.raises(CheckpointError, match="comparison with another training.lr"):
+        compare(other, arms=["standard"], seeds=[0])
 
 
 def test_a_run_is_the_same_each_time(done, tmp_path) -> None:

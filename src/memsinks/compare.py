@@ -43,7 +43,7 @@ from .run import AUDITED, Prepared, build_model, differing, optimizer_and_schedu
 from .tokens import load_tokenizer, token_offsets
 
 ROLES = ("audited", "against", "twin", "seen_once")
-RUN, SETTINGS = "run.json", "settings.json"
+RUN, SETTINGS, REPORT = "run.json", "settings.json", "compare.json"
 
 
 @dataclass(frozen=True)
@@ -264,7 +264,9 @@ def compare(
     origin: Path | None = None,
     audits: bool = True,
 ) -> dict[str, Any] | None:
-    """Train what is not there yet, audit each seed, and write table.md, compare.json and the pictures.
+    """Train what is not there yet, audit each seed, and write table.md, compare.json and the picture.
+
+    What compare.json in the output folder reports already counts as done, also where the models are gone.
 
     Args:
         arms, seeds: only these; default: all.
@@ -273,14 +275,14 @@ def compare(
         audits: audit the seeds of which every arm that has a role is there.
 
     Returns:
-        What compare.json holds; None if nothing was audited.
+        What compare.json holds; None if there is nothing in it.
 
     Raises:
         ConfigError: an arm or seed that is not in the comparison.
         CheckpointError: a run failed.
     """
     chosen, wanted = _chosen(comparison, arms, seeds)
-    todo = [(arm, seed) for seed in wanted for arm in chosen if comparison.finished(arm, seed) is None]
+    todo = [(arm, seed) for seed in wanted for arm in chosen if _facts(comparison, arm, seed) is None]
     if jobs == 1 or origin is None:
         for arm, seed in todo:
             train_arm(comparison, arm, seed)
@@ -293,7 +295,9 @@ def compare(
         done = [arm for arm in comparison.arms if comparison.finished(arm, seed) is not None]
         if set(comparison.roles.values()) <= {arm.name for arm in done}:
             results[seed] = audit_seed(comparison, done, seed)
-    return report(comparison, results) if results else None
+        elif done:
+            print(f"seed {seed} is not audited: the models of {', '.join(comparison.roles.values())} are not all there")
+    return report(comparison, results) if results or _reported(comparison)["runs"] else None
 
 
 def _chosen(comparison: Comparison, arms: Sequence[str], seeds: Sequence[int]) -> tuple[list[Arm], list[int]]:
@@ -339,8 +343,8 @@ def plan(comparison: Comparison, arms: Sequence[str], seeds: Sequence[int], jobs
     chosen, wanted = _chosen(comparison, arms, seeds)
     lines, total = [], 0.0
     for arm in chosen:
-        done = [x for seed in comparison.seeds if (x := comparison.finished(arm, seed))]
-        missing = [seed for seed in wanted if comparison.finished(arm, seed) is None]
+        done = [x for seed in comparison.seeds if (x := _facts(comparison, arm, seed))]
+        missing = [seed for seed in wanted if _facts(comparison, arm, seed) is None]
         if not missing:
             lines.append(f"{arm.name}: finished")
             continue
@@ -395,19 +399,55 @@ def _trained_part(documents: Sequence[Document], tokenizer: PreTrainedTokenizerB
 
 
 def report(comparison: Comparison, audits: Mapping[int, Audit]) -> dict[str, Any]:
-    """compare.json, table.md and the pictures, in the output folder."""
-    from .comparison_table import draw, rows, table
+    """compare.json, table.md and the picture, in the output folder; seeds reported there before are kept.
+
+    Raises:
+        CheckpointError: compare.json there is of another recipe.
+    """
+    from .comparison_picture import draw
+    from .comparison_table import rows, table
 
     output = Path(comparison.recipe.output)
-    runs = [facts for seed in audits for arm in comparison.arms if (facts := comparison.finished(arm, seed))]
+    kept = _reported(comparison)
+    by_run = {(run["arm"], run["seed"]): run for run in kept["runs"]}
+    for seed in audits:
+        by_run |= {(arm.name, seed): facts for arm in comparison.arms if (facts := comparison.finished(arm, seed))}
+    names = [arm.name for arm in comparison.arms]
+    runs = sorted(
+        (run for run in by_run.values() if run["arm"] in names), key=lambda run: (run["seed"], names.index(run["arm"]))
+    )
     result = {
-        "recipe": comparison.recipe.to_dict(), "seeds": list(audits), "roles": comparison.roles,
-        "rows": rows(comparison, audits), "runs": runs,
-        "compute_seconds": round(sum(x["seconds"] for x in runs)),
-        "audits": {str(seed): found.to_dict() for seed, found in audits.items()},
+        "recipe": comparison.recipe.to_dict(), "seeds": sorted({*kept["seeds"], *audits}), "roles": comparison.roles,
+        "rows": rows(comparison.arms, audits, runs, kept["rows"]), "runs": runs,
+        "compute_seconds": round(sum(x["seconds"] for x in runs)), "step_times": kept.get("step_times"),
+        "audits": kept["audits"] | {str(seed): found.to_dict() for seed, found in audits.items()},
     }  # fmt: skip
-    (output / "compare.json").write_text(json.dumps(result, indent=1) + "\n")
+    (output / REPORT).write_text(json.dumps(result, indent=1) + "\n")
     (output / "table.md").write_text(table(result) + "\n")
     draw(result, output / "pareto.png")
     print(table(result))
+    return result
+
+
+def _facts(comparison: Comparison, arm: Arm, seed: int) -> dict[str, Any] | None:
+    """The facts of a run that is finished, or whose model is gone but compare.json reports it; otherwise None."""
+    reported = (
+        run for run in _reported(comparison)["runs"]
+        if (run["arm"], run["seed"]) == (arm.name, seed) and (run["rival"], run["settings"]) == (arm.rival, arm.settings)
+    )  # fmt: skip
+    return comparison.finished(arm, seed) or next(reported, None)
+
+
+def _reported(comparison: Comparison) -> dict[str, Any]:
+    """What compare.json says already, or an empty one."""
+    path = Path(comparison.recipe.output) / REPORT
+    if not path.is_file():
+        return {"seeds": [], "runs": [], "rows": [], "audits": {}}
+    result = json.loads(path.read_text())
+    before = parse_recipe(result["recipe"]).to_dict() | {"output": None}
+    now = comparison.recipe.to_dict() | {"output": None}
+    if before != now:
+        raise CheckpointError(
+            f"{path} reports a comparison with another {', '.join(differing(before, now))}; choose another output"
+        )
     return result

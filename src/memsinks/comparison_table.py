@@ -1,16 +1,15 @@
-"""The table and the picture of a comparison, from the audits of its seeds."""
+"""The table of a comparison, from the audits of its seeds."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .audit import Audit
 from .audit.result import ModelResult
 
 if TYPE_CHECKING:
-    from .compare import Comparison
+    from .compare import Arm
 
 COLUMNS = {
     "gap_closed": ("gap closed", ".1%"), "closure": ("closure to the twin", ".2f"), "price": ("price (nats)", "+.3f"),
@@ -18,29 +17,38 @@ COLUMNS = {
     "reference": ("reference attack, AUC", ".2f"), "own": ("loss with own sinks", ".2f"), "placebo": ("placebo", ".2f"),
 }  # fmt: skip
 
-DEAREST = 0.4
-"""Price, nats, beyond which an arm is named beside the picture and not drawn."""
 
+def rows(
+    arms: Sequence[Arm],
+    audits: Mapping[int, Audit],
+    runs: Sequence[Mapping[str, Any]],
+    kept: Sequence[Mapping[str, Any]],
+) -> list[dict[str, Any]]:
+    """For each model its figures by seed, and its parameters.
 
-def rows(comparison: Comparison, audits: Mapping[int, Audit]) -> list[dict[str, Any]]:
-    """For each model of the audits its figures by seed, and what it costs."""
-    found: dict[str, dict[str, Any]] = {}
+    Args:
+        audits: by seed.
+        runs: facts of all runs.
+        kept: rows made earlier; what `audits` says of the same model and seed replaces them.
+    """
+    found: dict[str, dict[int, dict[str, float | None]]] = {}
+    for row in kept:
+        for place, seed in enumerate(row["seeds"]):
+            found.setdefault(row["name"], {})[seed] = {column: row[column][place] for column in COLUMNS}
     for seed, audit in audits.items():
         for model in audit.models:
-            row = found.setdefault(model.name, {"name": model.name, "seeds": [], **{column: [] for column in COLUMNS}})
-            row["seeds"].append(seed)
-            for column, value in _figures(model, audit).items():
-                row[column].append(value)
-    by_name = {arm.name: arm for arm in comparison.arms}
-    for row in found.values():
-        arm = by_name.get(row["name"])
-        runs = [facts for seed in audits if arm and (facts := comparison.finished(arm, seed))]
-        row["parameters"] = runs[0]["parameters"] if runs else None
-        row["seconds_per_step"] = [x["seconds_per_step"] for x in runs]
+            found.setdefault(model.name, {})[seed] = _figures(model, audit)
+    parameters = {run["arm"]: run["parameters"] for run in runs}
     order = [
-        name for arm in comparison.arms for name in found if name == arm.name or name.startswith(f"{arm.name}, rescale")
-    ]
-    return [found[name] for name in order]
+        name for arm in arms for name in found if name == arm.name or name.startswith(f"{arm.name}, rescale")
+    ]  # fmt: skip
+    return [
+        {
+            "name": name, "seeds": sorted(found[name]), "parameters": parameters.get(name),
+            **{column: [found[name][seed][column] for seed in sorted(found[name])] for column in COLUMNS},
+        }
+        for name in order
+    ]  # fmt: skip
 
 
 def _figures(model: ModelResult, audit: Audit) -> dict[str, float | None]:
@@ -69,9 +77,7 @@ def spread(values: list[float | None], form: str) -> str:
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """Markdown: an arm a line; mean ± half the range over seeds."""
-    standard = next(row for row in result["rows"] if row["name"] == result["roles"]["against"])
-    step = sum(standard["seconds_per_step"]) / len(standard["seconds_per_step"])
+    """Markdown: an arm a line; mean ± half the range over seeds. Step times are relative to ordinary training."""
     head = [
         "arm",
         "seeds",
@@ -80,46 +86,11 @@ def table(result: Mapping[str, Any]) -> str:
         "step time",
     ]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    times = (result.get("step_times") or {}).get("ratios", {})
     for row in result["rows"]:
         cells = [row["name"], str(len(row["seeds"])), *(spread(row[x], form) for x, (_, form) in COLUMNS.items())]
-        if row["parameters"]:
-            cells.append(" / ".join(f"{row['parameters'][x] / 1e6:.2f}M" for x in ("training", "open", "exported")))
-            cells.append(f"{sum(row['seconds_per_step']) / len(row['seconds_per_step']) / step:.2f}x")
-        else:
-            cells += ["", ""]
+        sizes = row["parameters"]
+        cells.append(" / ".join(f"{sizes[x] / 1e6:.2f}M" for x in ("training", "open", "exported")) if sizes else "")
+        cells.append(f"{times[row['name']]:.2f}x" if row["name"] in times else "-")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
-
-def draw(result: Mapping[str, Any], path: Path) -> None:
-    """Gap closed against price, a point an arm, bars: least and greatest over seeds."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8.6, 5.2), layout="constrained")
-    axes = figure.subplots()
-    colours = ["#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#CC79A7", "#666666"]
-    markers = "osD^vPX*<>hpd8"
-    for place, row in enumerate(row for row in result["rows"] if None not in row["price"] + row["gap_closed"]):
-        x, y = row["price"], [100 * value for value in row["gap_closed"]]
-        middle = [sum(values) / len(values) for values in (x, y)]
-        if middle[0] > DEAREST:
-            axes.plot([], [], " ", label=f"{row['name']}: off the picture, price {middle[0]:+.2f}")
-            continue
-        ours = row["name"] == result["roles"]["audited"]
-        axes.errorbar(
-            middle[0], middle[1], xerr=[[middle[0] - min(x)], [max(x) - middle[0]]],
-            yerr=[[middle[1] - min(y)], [max(y) - middle[1]]], marker=markers[place % len(markers)], ls="", capsize=2,
-            color=colours[place % len(colours)], markersize=11 if ours else 7, label=row["name"], elinewidth=1,
-            zorder=3,
-        )  # fmt: skip
-    axes.axhline(100, color="#999999", lw=1, ls=":")
-    axes.axvline(0, color="#999999", lw=1)
-    axes.set(
-        xlabel="price: loss on held-out text against ordinary training (nats)    ← better",
-        ylabel="gap closed (%)    better →",
-    )
-    axes.grid(color="#e2e2e2", lw=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    figure.savefig(path, dpi=150)
