@@ -175,6 +175,35 @@ def test_decoding_with_a_compiled_forward() -> None:
         assert torch.equal(model.generate(prompt, **settings), want)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+def test_training_in_bf16(checkpointing: bool) -> None:
+    model = with_sinks("llama").to(torch.bfloat16).train()
+    want = gradients(model, model, [PLAIN])
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    got = gradients(model, torch.compile(model, backend="aot_eager", fullgraph=True), [PLAIN])
+    for x, y in zip(got, want, strict=True):
+        assert x.dtype == torch.bfloat16
+        assert (x - y).norm() <= 0.02 * y.norm()
+
+
+def test_lengths_do_not_compile_again_and_again() -> None:
+    """The second length makes the sizes symbolic; every later one reuses that."""
+    model = with_sinks("llama").train()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+
+    def step(call: Callable[..., Any], length: int) -> list[Tensor]:
+        model.zero_grad()
+        tokens = some_tokens(3, length)
+        loss_of(call(input_ids=tokens, **PLAIN).logits, tokens).backward()
+        return [parameter.grad.clone() for parameter in model.parameters()]
+
+    step(compiled, 8), step(compiled, 10)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for length in (7, 11, 12):
+            same(step(compiled, length), step(model, length))
+
+
 def test_layers_compiled_one_by_one() -> None:
     model = with_sinks("llama").train()
     inputs = [PLAIN, other(PLAIN)]

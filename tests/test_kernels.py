@@ -1,4 +1,4 @@
-"""The grouped and the masked path are the plain formula, in outputs and in every gradient."""
+"""Every compute path is the plain formula, in outputs and in every gradient."""
 
 from __future__ import annotations
 
@@ -6,11 +6,18 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.nn.functional import gelu, silu
 
+from memsinks import tiled as tiled_module
 from memsinks.config import SinkConfig
-from memsinks.kernels import grouped_linear, grouped_linear_backward, sink_forward, uses_mask
+from memsinks.grouped import grouped_linear, grouped_linear_backward
+from memsinks.kernels import choose_path, sink_forward
 from memsinks.routing import EMPTY_TABLE, AssignmentTable, LayerPlan, open_mask, plan
+from memsinks.tiled import tiled_into, tiled_into_backward, tiled_out, tiled_out_backward
+
+PATHS = ("masked", "grouped", "tiled by document", "tiled by block")
 
 CONFIG = SinkConfig(neurons=96, active=16, block_size=8, reserved_blocks=3)
 TABLE = AssignmentTable.from_dict({50: [0, 1, 2, 3, 11], 51: []}, CONFIG)
@@ -29,6 +36,11 @@ IDS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _tiles_as_before(monkeypatch) -> None:
+    monkeypatch.setattr(tiled_module, "LONG", tiled_module.LONG)
+
+
 @dataclass
 class Case:
     """One layer of sinks, a batch, and the gradient that comes back to its output."""
@@ -43,16 +55,20 @@ class Case:
     act: object
 
     @classmethod
-    def make(cls, ids: list, gated: bool = True, scaled: bool = False, config: SinkConfig = CONFIG) -> Case:
+    def make(
+        cls, ids: list, gated: bool = True, scaled: bool = False, config: SinkConfig = CONFIG, width: int = WIDTH
+    ) -> Case:
         generator = torch.Generator().manual_seed(len(ids))
-        shape = (config.blocks, config.block_size, WIDTH)
-        x, grad = torch.randn(2, len(ids), WIDTH, generator=generator, dtype=torch.float64)
+        shape = (config.blocks, config.block_size, width)
+        x, grad = torch.randn(2, len(ids), width, generator=generator, dtype=torch.float64)
         up, gate, down = torch.randn(3, *shape, generator=generator, dtype=torch.float64)
         scale = torch.rand(len(ids), generator=generator, dtype=torch.float64) * 9 + 1 if scaled else None
         return cls(x, up, gate if gated else None, down, grad, torch.tensor(ids), scale, silu if gated else gelu)
 
-    def plan(self, masked: bool, config: SinkConfig = CONFIG, table: AssignmentTable = TABLE) -> LayerPlan:
-        return plan(self.ids, (2,), config, table, masked=masked).layers[0]
+    def plan(self, path: str, config: SinkConfig = CONFIG, table: AssignmentTable = TABLE) -> LayerPlan:
+        path, _, tiles = path.partition(" by ")
+        tiled_module.LONG = {"document": 0, "block": float("inf")}.get(tiles, tiled_module.LONG)
+        return plan(self.ids, (2,), config, table, path=path).layers[0]
 
     def run(self, dtype: torch.dtype, made: LayerPlan) -> dict[str, torch.Tensor]:
         """Output and gradients by name."""
@@ -103,12 +119,14 @@ def assert_close(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor], to
 @pytest.mark.parametrize("scaled", [False, True], ids=["plain sum", "weight scale"])
 @pytest.mark.parametrize("gated", [False, True], ids=["no gate", "gate"])
 @pytest.mark.parametrize("ids", IDS.values(), ids=IDS)
-def test_both_paths_equal_the_formula(ids, gated, scaled):
+def test_every_path_equals_the_formula(ids, gated, scaled):
     case = Case.make(ids, gated, scaled)
     want = case.formula(opened(case.ids))
-    assert_close(case.run(torch.float64, case.plan(masked=True)), want, 1e-13)
-    assert_close(case.run(torch.float32, case.plan(masked=True)), want, 1e-5)
-    assert_close(case.run(torch.float32, case.plan(masked=False)), want, 1e-5)
+    assert_close(case.run(torch.float64, case.plan("masked")), want, 1e-13)
+    assert_close(case.run(torch.float64, case.plan("tiled by document")), want, 1e-13)
+    assert_close(case.run(torch.float64, case.plan("tiled by block")), want, 1e-13)
+    for path in PATHS:
+        assert_close(case.run(torch.float32, case.plan(path)), want, 1e-5)
 
 
 @pytest.mark.parametrize(
@@ -124,36 +142,83 @@ def test_other_routings_equal_the_formula(config):
     case = Case.make([3, 3, 9, -1, 4], scaled=True, config=config)
     mask = open_mask(case.ids, config, 2)
     want = case.formula([row.nonzero()[:, 0].tolist() for row in mask])
-    assert_close(case.run(torch.float32, case.plan(True, config, EMPTY_TABLE)), want, 1e-5)
-    if config.routing == "blocks":
-        assert_close(case.run(torch.float32, case.plan(False, config, EMPTY_TABLE)), want, 1e-5)
+    for path in PATHS if config.routing == "blocks" else ["masked"]:
+        assert_close(case.run(torch.float32, case.plan(path, config, EMPTY_TABLE)), want, 1e-5)
 
 
-def test_plan_of_fixed_size_equals_the_formula():
-    """A compiled plan has pairs past the last block, which open nothing."""
-    case = Case.make([5, -1, 7, 5, -1], scaled=True)
+@pytest.mark.parametrize("path", PATHS[1:])
+def test_plan_of_fixed_size_equals_the_formula(path):
+    """A compiled plan has pairs past the last block, or runs that are empty or closed; they open nothing."""
+    for ids in ([5, -1, 7, 5, -1], [5, 5, -1, 5], [-1, -1]):
+        case = Case.make(ids, scaled=True)
+        case.plan(path)
+        torch.compiler.reset()
+        make = torch.compile(
+            lambda ids: plan(ids, (2,), CONFIG, path=path.partition(" ")[0]), backend="aot_eager", fullgraph=True
+        )
+        made = make(case.ids).layers[0]
+        if path == "grouped":
+            assert int(made.ends[-1]) < len(made.token) == 2 * len(ids)
+        else:
+            assert len(made.spans) == made.tokens == len(ids)
+        assert_close(case.run(torch.float32, made), case.formula(opened(case.ids)), 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("path", PATHS)
+def test_compiled_with_its_plan_every_path_equals_the_formula(path, dtype):
+    """Also the grouped path, which no CPU model takes; one compilation serves every length after the second."""
     torch.compiler.reset()
-    make = torch.compile(lambda ids: plan(ids, (2,), CONFIG, masked=False), backend="aot_eager", fullgraph=True)
-    made = make(case.ids).layers[0]
-    assert int(made.ends[-1]) < len(made.token) == 10
-    assert_close(case.run(torch.float32, made), case.formula(opened(case.ids)), 1e-5)
+
+    def layer(x, up, gate, down, ids, scale):
+        return sink_forward(
+            x, up, gate, down, silu, plan(ids, (2,), CONFIG, path=path.partition(" ")[0]).layers[0], scale
+        )
+
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=True)
+    for turn, ids in enumerate(([5, 5, -1, 7, 9, 9], [5, 7, -1], IDS["mixed"], [-1] * 5)):
+        case = Case.make(ids, scaled=True)
+        case.plan(path)
+        x, up, gate, down = (t.to(dtype).requires_grad_() for t in (case.x, case.up, case.gate, case.down))
+        with torch.compiler.set_stance("fail_on_recompile" if turn > 1 else "default"):
+            out = compiled(x, up, gate, down, case.ids, case.scale)
+            out.backward(case.grad.to(dtype))
+        got = {"out": out.detach(), "x": x.grad, "up": up.grad, "gate": gate.grad, "down": down.grad}
+        want = case.formula(opened(case.ids, table=EMPTY_TABLE))
+        assert_close(got, want, 1e-5 if dtype == torch.float32 else 4e-2)
+
+
+@given(
+    ids=st.lists(st.tuples(st.sampled_from([-1, 5, 6, 7, 50, 51]), st.integers(1, 4)), min_size=1, max_size=8),
+    gated=st.booleans(), scaled=st.booleans(), path=st.sampled_from(PATHS),
+    shape=st.sampled_from([(96, 16, 8, 3), (8, 8, 8, 0), (64, 48, 16, 0), (40, 8, 8, 1)]),
+)  # fmt: skip
+@settings(max_examples=60, deadline=None)
+def test_any_layout_equals_the_formula(ids, gated, scaled, path, shape):
+    """Runs of any length, ids that come again, blocks nobody opens, pools of one block, tables."""
+    neurons, active, size, reserved = shape
+    config = SinkConfig(neurons=neurons, active=active, block_size=size, reserved_blocks=reserved)
+    table = TABLE if config == CONFIG else EMPTY_TABLE
+    case = Case.make([id_ for id_, length in ids for _ in range(length)], gated, scaled, config)
+    want = case.formula(opened(case.ids, config, table))
+    assert_close(case.run(torch.float32, case.plan(path, config, table)), want, 1e-5)
 
 
 def test_bf16_is_near_the_formula():
     case = Case.make(IDS["mixed"], scaled=True)
     want = case.formula(opened(case.ids))
-    for masked in (False, True):
-        got = case.run(torch.bfloat16, case.plan(masked))
+    for path in PATHS:
+        got = case.run(torch.bfloat16, case.plan(path))
         assert {x.dtype for x in got.values()} == {torch.bfloat16}
         assert_close(got, want, 3e-2)
 
 
-@pytest.mark.parametrize("masked", [False, True])
-def test_bf16_autocast(masked):
+@pytest.mark.parametrize("path", PATHS)
+def test_bf16_autocast(path):
     case = Case.make(IDS["mixed"])
     with torch.autocast("cpu", torch.bfloat16):
         x, up, gate, down = (t.float().requires_grad_() for t in (case.x, case.up, case.gate, case.down))
-        out = sink_forward(x, up, gate, down, silu, case.plan(masked), None)
+        out = sink_forward(x, up, gate, down, silu, case.plan(path), None)
     assert out.dtype == torch.bfloat16
     out.backward(case.grad.bfloat16())
     got = {"out": out.detach(), "x": x.grad, "up": up.grad, "gate": gate.grad, "down": down.grad}
@@ -162,10 +227,10 @@ def test_bf16_autocast(masked):
 
 
 @pytest.mark.parametrize("ids", IDS.values(), ids=IDS)
-@pytest.mark.parametrize("masked", [False, True])
-def test_closed_blocks_get_exactly_zero_gradient_and_open_ones_do_not(masked, ids):
+@pytest.mark.parametrize("path", PATHS)
+def test_closed_blocks_get_exactly_zero_gradient_and_open_ones_do_not(path, ids):
     case = Case.make(ids)
-    got = case.run(torch.float32, case.plan(masked))
+    got = case.run(torch.float32, case.plan(path))
     is_open = torch.zeros(CONFIG.blocks, dtype=torch.bool)
     is_open[sorted({block for blocks in opened(case.ids) for block in blocks})] = True
     for name in ("up", "gate", "down"):
@@ -174,55 +239,55 @@ def test_closed_blocks_get_exactly_zero_gradient_and_open_ones_do_not(masked, id
         assert moved[is_open].ne(0).any(1).all()
 
 
-@pytest.mark.parametrize("masked", [False, True])
-def test_closed_tokens_get_nothing_and_send_nothing(masked):
+@pytest.mark.parametrize("path", PATHS)
+def test_closed_tokens_get_nothing_and_send_nothing(path):
     case = Case.make([5, -1, 51, 7])
-    got = case.run(torch.float32, case.plan(masked))
+    got = case.run(torch.float32, case.plan(path))
     assert got["out"][[1, 2]].eq(0).all()
     assert got["x"][[1, 2]].eq(0).all()
     assert got["out"][[0, 3]].ne(0).all()
 
 
-@pytest.mark.parametrize("masked", [False, True])
-def test_documents_do_not_touch_each_other(masked):
+@pytest.mark.parametrize("path", PATHS)
+def test_documents_do_not_touch_each_other(path):
     case = Case.make(IDS["mixed"])
-    before = case.run(torch.float32, case.plan(masked))["out"]
+    before = case.run(torch.float32, case.plan(path))["out"]
     case.x[2:5] = 100.0
-    after = case.run(torch.float32, case.plan(masked))["out"]
+    after = case.run(torch.float32, case.plan(path))["out"]
     others = [0, 1, 5, 6, 7, 8]
     assert torch.equal(before[others], after[others])
     assert not torch.equal(before, after)
 
 
-@pytest.mark.parametrize("masked", [False, True])
-def test_repeated_runs_give_the_same_bits(masked):
+@pytest.mark.parametrize("path", PATHS)
+def test_repeated_runs_give_the_same_bits(path):
     case = Case.make(IDS["a document per token"] * 5, scaled=True)
-    first, second = (case.run(torch.float32, case.plan(masked)) for _ in range(2))
+    first, second = (case.run(torch.float32, case.plan(path)) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize("masked", [False, True])
-def test_weight_scale_leaves_output_and_input_gradient_alone(masked):
+@pytest.mark.parametrize("path", PATHS)
+def test_weight_scale_leaves_output_and_input_gradient_alone(path):
     case = Case.make(IDS["mixed"], scaled=True)
-    scaled = case.run(torch.float32, case.plan(masked))
+    scaled = case.run(torch.float32, case.plan(path))
     case.scale = None
-    plain = case.run(torch.float32, case.plan(masked))
+    plain = case.run(torch.float32, case.plan(path))
     assert torch.equal(scaled["out"], plain["out"])
     assert torch.equal(scaled["x"], plain["x"])
     assert not torch.allclose(scaled["up"], plain["up"])
 
 
-@pytest.mark.parametrize("masked", [False, True])
-def test_frozen_sinks_and_frozen_input_get_no_gradient(masked):
+@pytest.mark.parametrize("path", PATHS)
+def test_frozen_sinks_and_frozen_input_get_no_gradient(path):
     case = Case.make(IDS["mixed"])
-    want = case.run(torch.float32, case.plan(masked))
+    want = case.run(torch.float32, case.plan(path))
     x, up, gate, down = (t.float() for t in (case.x, case.up, case.gate, case.down))
     x.requires_grad_()
-    sink_forward(x, up, gate, down, silu, case.plan(masked), None).backward(case.grad.float())
+    sink_forward(x, up, gate, down, silu, case.plan(path), None).backward(case.grad.float())
     assert torch.equal(x.grad, want["x"])
     x = x.detach()
     up.requires_grad_()
-    sink_forward(x, up, gate, down, silu, case.plan(masked), None).backward(case.grad.float())
+    sink_forward(x, up, gate, down, silu, case.plan(path), None).backward(case.grad.float())
     assert torch.equal(up.grad, want["up"])
 
 
@@ -262,19 +327,65 @@ def test_rows_past_the_last_block_give_zero_whatever_they_hold():
     assert weight.grad.eq(1).all()
 
 
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("path", PATHS[2:])
+def test_tiled_ops_are_well_formed(path, gated):
+    case = Case.make(IDS["mixed"], gated, scaled=True)
+    spans, blocks, tokens = case.plan(path)
+    x, up, gate, down = (
+        None if t is None else t.float().requires_grad_() for t in (case.x, case.up, case.gate, case.down)
+    )
+    torch.library.opcheck(tiled_into, (x, up, gate, spans, blocks, tokens, case.scale))
+    hidden = torch.randn(tokens * blocks.shape[1], CONFIG.block_size, requires_grad=True)
+    torch.library.opcheck(tiled_out, (hidden, down, spans, blocks, len(x), case.scale))
+    bare = [None if t is None else t.detach() for t in (x, up, gate, down, hidden)]
+    x, up, gate, down, hidden = bare
+    grad_gate = hidden if gated else hidden.new_zeros(0)
+    torch.library.opcheck(tiled_into_backward, (hidden, grad_gate, x, up, gate, spans, blocks, case.scale))
+    torch.library.opcheck(tiled_out_backward, (x, hidden, down, spans, blocks, case.scale))
+
+
+@pytest.mark.parametrize("path", ["grouped", "tiled by document", "tiled by block"])
+def test_saved_activations_grow_with_the_open_width_and_not_with_the_pool(path):
+    def saved(pool: int, ids: list[int]) -> int:
+        config = SinkConfig(neurons=pool, active=16, block_size=8)
+        case, sizes = Case.make(ids, config=config, width=16), {}
+        weights = [t.float().requires_grad_() for t in (case.up, case.gate, case.down)]
+        own = {x.data_ptr() for x in weights}
+
+        def pack(x: torch.Tensor) -> torch.Tensor:
+            storage = x.untyped_storage()
+            if x.is_floating_point() and storage.data_ptr() not in own:
+                sizes[storage.data_ptr()] = storage.nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            out = sink_forward(
+                case.x.float().requires_grad_(), *weights, silu, case.plan(path, config, EMPTY_TABLE), None
+            )
+        assert out.shape == case.x.shape
+        return sum(sizes.values())
+
+    ids = [i // 4 for i in range(64)]
+    assert saved(64, ids) == saved(1024, ids)
+    assert saved(1024, ids[:32] + [-1] * 32) < 0.75 * saved(1024, ids)
+
+
 @pytest.mark.parametrize(
-    ("settings", "dtype", "masked"),
+    ("config", "dtype", "path"),
     [
-        ({"neurons": 256, "active": 32}, torch.float32, False),
-        ({"neurons": 256, "active": 32}, torch.bfloat16, False),
-        ({"neurons": 256, "active": 32}, torch.float64, True),
-        ({"neurons": 256, "active": 128}, torch.float32, True),
-        ({"neurons": 256, "active": 96}, torch.float32, False),
-        ({"neurons": 256, "active": 32, "block_size": 8}, torch.bfloat16, False),
-        ({"neurons": 256, "active": 32, "block_size": 4}, torch.float32, True),
-        ({"neurons": 256, "active": 32, "routing": "exact"}, torch.float32, True),
-        ({"neurons": 256, "active": 32, "routing": "bernoulli"}, torch.float32, True),
+        ({"neurons": 256, "active": 32}, torch.float32, "open"),
+        ({"neurons": 256, "active": 32}, torch.bfloat16, "open"),
+        ({"neurons": 256, "active": 32}, torch.float64, "masked"),
+        ({"neurons": 256, "active": 128}, torch.float32, "masked"),
+        ({"neurons": 256, "active": 96}, torch.float32, "open"),
+        ({"neurons": 256, "active": 32, "block_size": 8}, torch.bfloat16, "open"),
+        ({"neurons": 256, "active": 32, "block_size": 4}, torch.float32, "masked"),
+        ({"neurons": 256, "active": 32, "routing": "exact"}, torch.float32, "masked"),
+        ({"neurons": 256, "active": 32, "routing": "bernoulli"}, torch.float32, "masked"),
     ],
 )
-def test_which_path_serves_a_config(settings, dtype, masked):
-    assert uses_mask(SinkConfig(**settings), dtype) is masked
+def test_which_path_serves_a_config(config, dtype, path):
+    for device, name in (("cpu", "tiled"), ("cuda", "grouped")):
+        want = name if path == "open" else "masked"
+        assert choose_path(SinkConfig(**config), dtype, torch.device(device)) == want

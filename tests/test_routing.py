@@ -19,7 +19,6 @@ from memsinks.routing import (
     open_blocks,
     open_mask,
     plan,
-    plan_layer,
     splitmix64,
 )
 
@@ -208,7 +207,7 @@ def test_one_set_serves_all_layers_if_told_so(routing):
     config = SinkConfig(neurons=96, active=12, block_size=1, routing=routing, per_layer=False)
     ids = random_ids(50)
     assert sets(ids, config, 0) == sets(ids, config, 7)
-    made = plan(ids, (0, 3, 7), config, masked=True)
+    made = plan(ids, (0, 3, 7), config, path="masked")
     assert made.layers[0] is made.layers[1] is made.layers[2]
 
 
@@ -267,7 +266,7 @@ def test_table_layout_is_sorted_and_ragged():
 def test_table_opens_in_the_plan_too():
     config = SinkConfig(neurons=32, active=2, block_size=1, reserved_blocks=16)
     table = AssignmentTable.from_dict({7: [20, 21, 22]}, config)
-    made = plan(ids_of(7, 8, 7), (0,), config, table, masked=False).layers[0]
+    made = plan(ids_of(7, 8, 7), (0,), config, table, path="grouped").layers[0]
     assert pairs_as_mask(made, 3, 32)[[0, 2]].nonzero()[:, 1].tolist() == [20, 21, 22] * 2
 
 
@@ -307,6 +306,20 @@ def pairs_as_mask(made, tokens: int, blocks: int) -> torch.Tensor:
     return mask
 
 
+def runs_as_mask(made, tokens: int, blocks: int) -> torch.Tensor:
+    """The runs of a plan as bool [tokens, blocks]; a block that comes twice, or after a place without one, fails."""
+    mask = torch.zeros(tokens, blocks, dtype=torch.bool)
+    done = 0
+    for (start, end), opened in zip(made.spans.tolist(), made.blocks.tolist(), strict=True):
+        assert done <= start <= end
+        done = end
+        count = sum(block < blocks for block in opened)
+        assert len(set(opened[:count])) == count and all(block == blocks for block in opened[count:])
+        if start < end:
+            mask[start:end, opened[:count]] = True
+    return mask
+
+
 PLAN_IDS = st.integers(1, 3).flatmap(
     lambda union: st.lists(
         st.lists(st.integers(-1, 6) | st.just(2**63 - 1), min_size=union, max_size=union), min_size=1, max_size=30
@@ -316,15 +329,17 @@ PLAN_IDS = st.integers(1, 3).flatmap(
 
 @settings(max_examples=60, deadline=None)
 @given(PLAN_IDS, st.booleans(), st.booleans())
-def test_plan_pairs_equal_the_mask(values, with_table, per_layer):
+def test_every_plan_equals_the_mask(values, with_table, per_layer):
     config = SinkConfig(neurons=24, active=6, block_size=2, per_layer=per_layer, reserved_blocks=2)
     table = AssignmentTable.from_dict({2: [11], 3: [], 4: [0, 1, 2, 10, 11]}, config) if with_table else EMPTY_TABLE
     ids = torch.tensor(values)
-    pairs, masks = (plan(ids, (0, 4), config, table, masked=masked) for masked in (False, True))
-    for layer, made, masked in zip((0, 4), pairs.layers, masks.layers, strict=True):
+    plans = (plan(ids, (0, 4), config, table, path=path).layers for path in ("grouped", "masked", "tiled"))
+    for layer, made, masked, runs in zip((0, 4), *plans, strict=True):
         union = torch.stack([open_mask(column, config, layer, table) for column in ids.t().contiguous()]).any(0)
         assert torch.equal(masked.mask, union)
         assert torch.equal(pairs_as_mask(made, len(ids), config.blocks), union)
+        assert torch.equal(runs_as_mask(runs, len(ids), config.blocks), union)
+        assert runs.tokens == int((ids != -1).any(1).sum())
         assert made.open_token.tolist() == union.any(1).nonzero()[:, 0].tolist()
         assert made.ends.dtype == torch.int32
         assert int(made.ends[-1]) == len(made.token)
@@ -336,13 +351,13 @@ def test_plan_pairs_equal_the_mask(values, with_table, per_layer):
 def test_union_holds_each_shared_block_once():
     config = SinkConfig(neurons=8, active=4, block_size=1)
     ids = ids_of(3, 3, 4, -1).view(1, 4)
-    made = plan(ids, (0,), config, masked=False).layers[0]
+    made = plan(ids, (0,), config, path="grouped").layers[0]
     assert pairs_as_mask(made, 1, 8).sum() == len(set(sets(ids_of(3), config)[0]) | set(sets(ids_of(4), config)[0]))
 
 
 def test_weight_scale_is_passed_on():
     scale = torch.rand(3, dtype=torch.float64)
-    assert plan(ids_of(1, 2, 3), (0,), BLOCKS, masked=False, weight_scale=scale).weight_scale is scale
+    assert plan(ids_of(1, 2, 3), (0,), BLOCKS, path="grouped", weight_scale=scale).weight_scale is scale
 
 
 # Compiled
@@ -374,10 +389,11 @@ def test_table_equals_compiled():
 def test_compiled_plan_opens_the_same_pairs():
     config = SinkConfig(neurons=24, active=6, block_size=2)
     ids = ids_of(3, 3, -1, 5, 5, 3, 5, -1).view(4, 2)
-    made = compiled(lambda x: plan_layer(x, None, config, 1, EMPTY_TABLE, False))(ids)
-    eager = plan(ids, (1,), config, masked=False).layers[0]
+    made, eager = (f(lambda x: plan(x, (1,), config, path="grouped"))(ids).layers[0] for f in (compiled, lambda x: x))
     assert torch.equal(pairs_as_mask(made, 4, 12), pairs_as_mask(eager, 4, 12))
     assert torch.equal(made.ends, eager.ends)
+    runs = compiled(lambda x: plan(x, (1,), config, path="tiled"))(ids).layers[0]
+    assert torch.equal(runs_as_mask(runs, 4, 12), pairs_as_mask(eager, 4, 12))
 
 
 # For ever

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .config import ArchitectureError, CheckpointError, ConfigError, DataError, SinkConfig
 from .families import ISOLATES_PACKED
-from .kernels import uses_mask
+from .kernels import choose_path
 from .objective import ScaleGradient, ZeroGradient, frozen, shared_weight
 from .packing import IGNORED
 from .routing import EMPTY_TABLE, NO_SINKS, AssignmentTable, LayerPlan, RoutingPlan, check_ids, plan
@@ -237,9 +237,9 @@ class SinkModel(Derived):
     def _run(self, stock: Any, kwargs: dict[str, Any], ids: Tensor, weight: Tensor | None) -> Any:
         state, config = self.sink_state, self.sink_state.config
         scale = None if weight is None else 1.0 / weight.reshape(-1)
-        masked = uses_mask(config, self.dtype)  # type: ignore[attr-defined]
+        path = choose_path(config, self.dtype, ids.device)  # type: ignore[attr-defined]
         flat = ids.reshape(-1) if ids.dim() == 2 else ids.reshape(-1, ids.shape[-1])
-        state.plan = plan(flat, state.layers, config, state.table, masked=masked, weight_scale=scale)
+        state.plan = plan(flat, state.layers, config, state.table, path=path, weight_scale=scale)
         state.logit_weight, state.logit_weight_used = weight, False
         try:
             return stock(**kwargs)

@@ -57,8 +57,16 @@ def clip_grad_norm_(model: nn.Module, max_norm: float) -> GradientNorms:
     One norm over both would couple them: a document's sinks would shrink the step of the shared weights.
     """
     require_sinks(model)
-    clip = torch.nn.utils.clip_grad_norm_
-    return GradientNorms(clip(shared_parameters(model), max_norm), clip(sink_parameters(model), max_norm))
+    return GradientNorms(_clip(shared_parameters(model), max_norm), _clip(sink_parameters(model), max_norm))
+
+
+def _clip(parameters: list[nn.Parameter], max_norm: float) -> Tensor:
+    """torch's `clip_grad_norm_`; on a CPU it leaves gradients alone that need no clipping, closed blocks in the first place."""
+    norm = torch.nn.utils.get_total_norm([x.grad for x in parameters if x.grad is not None])
+    known = type(norm) is Tensor and norm.device.type == "cpu"
+    if not known or not max_norm / (norm + 1e-6) >= 1:
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm
 
 
 # Without torch's wrapper, which would run the step hooks a second time.
@@ -105,7 +113,7 @@ class AdamW(torch.optim.AdamW):
             state["step"] = state["step"].to(parameter.device)
         gradient = parameter.grad
         assert gradient is not None
-        moved = gradient.flatten(1).ne(0).any(1).nonzero()[:, 0]
+        moved = torch.linalg.vector_norm(gradient.flatten(1), math.inf, dim=1).nonzero()[:, 0]
         if not len(moved):
             return
         (beta1, beta2), lr, eps = group["betas"], group["lr"], group["eps"]
