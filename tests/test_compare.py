@@ -190,7 +190,7 @@ def test_without_the_arms_that_have_a_role_nothing_is_audited(tmp_path) -> None:
 def test_two_at_a_time_are_as_one_after_the_other(done, tmp_path) -> None:
     path = written(tmp_path)
     names = ["standard", "ours"]
-    compare(read_comparison(path), arms=names, seeds=[0], jobs=2, origin=path, audits=False)
+    compare(read_comparison(path), arms=names, seeds=[0], jobs=2, command=[str(path)], audits=False)
     for name in names:
         facts = json.loads((tmp_path / "out" / "seed-0" / name / "run.json").read_text())
         assert facts["curve"] == next(run for run in done[1]["runs"] if run["arm"] == name)["curve"]

@@ -62,10 +62,12 @@ def make(sizes: list[int], length: int, **settings) -> Rows:
 CORPUS = st.lists(st.tuples(st.integers(1, 25), st.integers(-1, 4), st.integers(1, 4)), min_size=1, max_size=30)
 
 
-@given(CORPUS, st.integers(2, 12), st.sampled_from([None, 1, 2, 3]), st.booleans())
-def test_every_token_once_in_order_and_apart(corpus, length, apart_from, alone):
+@given(CORPUS, st.integers(2, 12), st.sampled_from([None, 1, 2, 3]), st.booleans(), st.sampled_from(["split", "fill"]))
+def test_every_token_once_in_order_and_apart(corpus, length, apart_from, alone, long):
     sizes, ids, counts = (list(column) for column in zip(*corpus, strict=True))
-    rows = make(sizes, length, document_ids=ids, exposures=counts, apart_from=apart_from, one_document_per_row=alone)
+    rows = make(
+        sizes, length, document_ids=ids, exposures=counts, apart_from=apart_from, one_document_per_row=alone, long=long
+    )
     found = segments(rows)
 
     def apart(id: int, exposure: int) -> bool:
@@ -88,8 +90,9 @@ def test_every_token_once_in_order_and_apart(corpus, length, apart_from, alone):
     # Kinds never share a row.
     kinds = {(segment.row, apart(segment.id, segment.exposure)) for segment in found}
     assert len(kinds) == len(rows)
-    # A document that fits into a row is never cut.
-    assert len(found) == sum(-(-size // length) for size in sizes)
+    # A document that fits into a row is never cut, under "fill" one of at most a quarter of it.
+    if long == "split" or alone or max(sizes) <= length // 4:
+        assert len(found) == sum(-(-size // length) for size in sizes)
     if alone:
         assert len(rows) == len(found)
     # Labels and padding.
@@ -116,6 +119,19 @@ def test_next_fit_by_hand():
     rows = make([3, 4, 2, 6], 8)
     assert rows.document_ids.tolist() == [[0, 0, 0, 1, 1, 1, 1, -1], [2, 2, 3, 3, 3, 3, 3, 3]]
     assert rows.position_ids.tolist() == [[0, 1, 2, 0, 1, 2, 3, 0], [0, 1, 0, 1, 2, 3, 4, 5]]
+
+
+def test_long_documents_fill_rows():
+    rows = make([3, 20, 2, 9], 8, long="fill")
+    assert rows.document_ids.tolist() == [
+        [0] * 3 + [1] * 5,
+        [1] * 8,
+        [1] * 7 + [-1],
+        [2] * 2 + [3] * 6,
+        [3] * 3 + [-1] * 5,
+    ]
+    assert rows.position_ids[0].tolist() == [0, 1, 2, 0, 1, 2, 3, 4]
+    assert rows[1]["labels"].tolist() == [-100, *range(1009, 1016)]  # the rest does not see what stands in another row
 
 
 def test_apart_rows_come_in_the_order_they_were_opened():

@@ -20,8 +20,9 @@ from memsinks.checkpoint import load, load_any
 from memsinks.config import CheckpointError, ConfigError, DataError
 from memsinks.documents import Document
 from memsinks.identity import NO_SINKS, document_id
+from memsinks.prepared import choose_documents, prepare
 from memsinks.recipe import DataRecipe, RepeatRecipe, parse_recipe
-from memsinks.run import choose_documents, prepare, train
+from memsinks.run import train
 from memsinks.tokens import encode, load_tokenizer
 
 

@@ -26,7 +26,8 @@ import memsinks as ms
 from memsinks.audit.pictures import save
 from memsinks.documents import write_documents
 from memsinks.packing import IGNORED
-from memsinks.run import build_model, prepare
+from memsinks.prepared import prepare
+from memsinks.run import build_model
 
 HERE = Path(__file__).parent
 OUT = Path("runs/audit")

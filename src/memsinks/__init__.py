@@ -7,6 +7,7 @@ documents   a document and its readers: jsonl, parquet, txt, folders, Hugging Fa
 synthetic   the built-in corpus: stories, invented persons, near copies, canaries, controls
 identity    document -> 63-bit id; training order; exposure numbers
 tokens      texts -> tokens
+stored      tokens on disk
 packing     documents -> rows; the collator
 routing     id -> open sink blocks; the plan of one forward
 sinks       the sink module
@@ -21,9 +22,14 @@ checkpoint  save, load, fingerprint
 export      the plain checkpoint, checked in a fresh process; the model card
 audit       what a model remembers of documents, against controls, other models, a twin
 rivals      ways of training to compare with, one file each
-compare     arms x seeds of rivals: one table
+sections    YAML -> dataclasses, everything wrong at once
 recipe      the YAML of a run
+shrink      a recipe made smaller in every direction
+prepared    the corpus of a run: documents -> tokens -> rows, in memory or on disk
 run         one run of a recipe
+estimate    parameters, FLOPs, memory and time of a recipe before it runs
+arm         one arm of a comparison, run to its end
+compare     arms x seeds of rivals: one table
 demo        the whole journey in minutes
 cli         the command line
 """

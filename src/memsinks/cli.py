@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from ._version import __version__
 from .config import MemsinksError
@@ -14,8 +15,10 @@ Train language models whose memorization can be taken out again.
 
   memsinks demo                          the whole journey on the built-in corpus, in minutes
   memsinks train recipes/tinystories.yaml
+  memsinks estimate recipes/paper/smollm-360m-1b.yaml --gpu H100
   memsinks audit runs/NAME/model@closed --documents members.jsonl --controls heldout.jsonl --out report/
   memsinks lm-eval-task runs/NAME/model --documents members.jsonl --controls heldout.jsonl --out task/
+  memsinks prepare recipes/compare-tinystories.yaml
   memsinks compare recipes/compare-tinystories.yaml
   memsinks export runs/NAME/model clean/ a plain checkpoint without sinks
   memsinks info runs/NAME/model          what a checkpoint holds
@@ -62,11 +65,29 @@ def _parser() -> argparse.ArgumentParser:
         "Train as a YAML recipe says. The run folder holds the recipe, versions, metrics, checkpoints and the model."
     ))  # fmt: skip
     train.add_argument("recipe", help="YAML file; its keys are checked before anything starts")
-    train.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting: training.lr=1e-3"
-    )
+    _ask_for_changes(train)
     train.add_argument("--resume", action="store_true", help="continue from the last complete checkpoint")
     train.set_defaults(run=_train)
+
+    estimated = commands.add_parser("estimate", help="what a recipe needs, before it runs", description=(
+        "Print parameters, tokens, FLOPs, memory by part, time and checkpoint sizes of a recipe or of each arm of a comparison, "
+        "what does not fit, and widths that serving tools dislike. Nothing is allocated."
+    ))  # fmt: skip
+    estimated.add_argument("recipe", help="YAML file: a recipe or a comparison")
+    estimated.add_argument("--gpu", default="H100", help="A100, H100 or H200 (%(default)s)")
+    estimated.add_argument("--gpus", type=_count, default=1, help="arms run one a GPU (%(default)s)")
+    estimated.add_argument("--mfu", type=float, default=0.4, help="share of the GPU's peak (%(default)s)")
+    _ask_for_changes(estimated)
+    estimated.set_defaults(run=_estimate)
+
+    prepared = commands.add_parser("prepare", help="make the data of a comparison", description=(
+        "Make the folder of tokens, documents and tokenizer that all arms of a seed train on, as `compare` would; it may be "
+        "copied to a machine that has no network."
+    ))  # fmt: skip
+    prepared.add_argument("comparison", help="YAML file: a recipe with arms, seeds and roles")
+    prepared.add_argument("--seeds", nargs="+", type=int, default=[], metavar="SEED", help="only these")
+    _ask_for_changes(prepared)
+    prepared.set_defaults(run=_prepare)
 
     audit = commands.add_parser("audit", help="what a model remembers of documents", description=(
         "Score documents against controls the model never saw: loss, verbatim extraction, membership, by number of copies. "
@@ -121,7 +142,8 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("comparison", help="YAML file: a recipe with arms, seeds and roles")
     compare.add_argument("--arms", nargs="+", default=[], metavar="ARM", help="only these")
     compare.add_argument("--seeds", nargs="+", type=int, default=[], metavar="SEED", help="only these")
-    compare.add_argument("--jobs", type=_count, default=1, help="runs at a time (%(default)s)")
+    compare.add_argument("--jobs", type=_count, default=1, help="runs at a time, one a GPU (%(default)s)")
+    _ask_for_changes(compare)
     compare.add_argument("--dry-run", action="store_true", help="say what would run and for how long")
     compare.add_argument("--train-only", action="store_true", help="train, and leave the audits for later")
     compare.set_defaults(run=_compare)
@@ -141,6 +163,27 @@ def _parser() -> argparse.ArgumentParser:
     info.add_argument("checkpoint", help="a checkpoint folder with sinks")
     info.set_defaults(run=_info)
     return parser
+
+
+def _ask_for_changes(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting: training.lr=1e-3"
+    )
+    parser.add_argument("--scale", help="make everything smaller first: 1/64 is a try-out in minutes")
+
+
+def _changes(arguments: argparse.Namespace) -> dict[str, Any]:
+    """`changes` and `scale` of a recipe that is read."""
+    from .config import ConfigError
+    from .shrink import parse_scale
+
+    changes = {}
+    for text in arguments.set:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise ConfigError(f"--set needs KEY=VALUE, got {text!r}")
+        changes[name] = value
+    return {"changes": changes, "scale": parse_scale(arguments.scale) if arguments.scale else None}
 
 
 def _ask_for_documents(parser: argparse.ArgumentParser) -> None:
@@ -168,22 +211,37 @@ def _demo(arguments: argparse.Namespace) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> None:
-    from .config import ConfigError
     from .recipe import read_recipe
     from .run import train
 
-    changes = {}
-    for text in arguments.set:
-        name, equals, value = text.partition("=")
-        if not equals:
-            raise ConfigError(f"--set needs KEY=VALUE, got {text!r}")
-        changes[name] = value
-    folder = train(read_recipe(arguments.recipe, changes), resume=arguments.resume)
+    folder = train(read_recipe(arguments.recipe, **_changes(arguments)), resume=arguments.resume)
     run = folder.parent
     print(
         f"\nmodel: {folder}\naudit: memsinks audit {folder} --documents {run}/members.jsonl --copies-field copies "
         f"--controls {run}/controls.jsonl --state closed"
     )
+
+
+def _estimate(arguments: argparse.Namespace) -> None:
+    from .compare import read_comparison
+    from .estimate_table import report
+    from .recipe import read_recipe, read_sections
+
+    path, changes = Path(arguments.recipe), _changes(arguments)
+    card = {name: getattr(arguments, name) for name in ("gpu", "gpus", "mfu")}
+    if "arms" in read_sections(path):
+        comparison = read_comparison(path, **changes)
+        print(report(comparison.recipe, comparison.arms, len(comparison.seeds), **card))
+    else:
+        print(report(read_recipe(path, **changes), **card))
+
+
+def _prepare(arguments: argparse.Namespace) -> None:
+    from .compare import prepare_data, read_comparison
+
+    comparison = read_comparison(Path(arguments.comparison), **_changes(arguments))
+    for seed in arguments.seeds or comparison.seeds:
+        print(prepare_data(comparison, seed))
 
 
 def _audit(arguments: argparse.Namespace) -> None:
@@ -220,13 +278,14 @@ def _audit(arguments: argparse.Namespace) -> None:
 def _compare(arguments: argparse.Namespace) -> None:
     from .compare import compare, plan, read_comparison
 
-    path = Path(arguments.comparison)
-    comparison = read_comparison(path)
+    comparison = read_comparison(Path(arguments.comparison), **_changes(arguments))
     if arguments.dry_run:
         print(plan(comparison, arguments.arms, arguments.seeds, arguments.jobs))
         return
+    command = [arguments.comparison, *(x for text in arguments.set for x in ("--set", text))]
+    command += ["--scale", arguments.scale] if arguments.scale else []
     result = compare(
-        comparison, arms=arguments.arms, seeds=arguments.seeds, jobs=arguments.jobs, origin=path,
+        comparison, arms=arguments.arms, seeds=arguments.seeds, jobs=arguments.jobs, command=command,
         audits=not arguments.train_only,
     )  # fmt: skip
     if result is not None:

@@ -2,66 +2,40 @@
 
 All arms of a seed see the same documents in the same order, one a row, the same tokens, steps, learning rate, optimizer
 and divisor; an arm is a method of `rivals` with its settings. A run is finished when its ``run.json`` is there, and is not
-made again; a run that was cut off starts anew.
+made again; one that was cut off continues from its last checkpoint, if `training.save_every` asks for any.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import platform
-import random
+import os
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from ._version import __version__
-from .attach import add_sinks, has_sinks, require_sinks
+from .arm import RUN, SETTINGS, Arm, settings_of, train, with_method
 from .audit import Audit, AuditSettings, Subject, audit
-from .checkpoint import written_beside
 from .config import CheckpointError, ConfigError, refuse
-from .documents import Document, read_documents, write_documents
-from .export import export
-from .hosts import shared_parameters, sink_parameters
+from .documents import Document, read_documents
 from .identity import identify
-from .objective import target_count
-from .optim import clip_grad_norm_
-from .packing import collate
-from .recipe import Recipe, parse_recipe, read_sections, unknown_keys
-from .rivals import Method, method
-from .rivals.method import Batch
-from .run import AUDITED, Prepared, build_model, differing, optimizer_and_schedule, prepare
+from .prepared import prepare
+from .recipe import OF_A_COMPARISON, Recipe, parse_recipe, read_sections
+from .rivals import method
+from .sections import differing, unknown_keys
 from .tokens import load_tokenizer, token_offsets
 
 ROLES = ("audited", "against", "twin", "seen_once")
-RUN, SETTINGS, REPORT = "run.json", "settings.json", "compare.json"
-
-
-@dataclass(frozen=True)
-class Arm:
-    """A method of `rivals` with settings, by the name it has in the table."""
-
-    name: str
-    rival: str
-    settings: dict[str, Any]
-
-    @property
-    def method(self) -> Method:
-        return method(self.rival, self.settings)
-
-    @property
-    def slug(self) -> str:
-        """The name as a folder."""
-        return "-".join("".join(x if x.isalnum() or x == "." else " " for x in self.name).split())
+REPORT = "compare.json"
 
 
 @dataclass(frozen=True)
@@ -85,8 +59,7 @@ class Comparison:
 
     def settings(self, arm: Arm) -> dict[str, Any]:
         """What a run of an arm depends on beside its seed, JSON-ready."""
-        recipe = {name: value for name, value in self.recipe.to_dict().items() if name != "output"}
-        return json.loads(json.dumps({"recipe": recipe, "rival": arm.rival, "settings": arm.settings}))
+        return settings_of(self.recipe, arm)
 
     def finished(self, arm: Arm, seed: int) -> dict[str, Any] | None:
         """The facts of a finished run; None if it is not finished.
@@ -98,6 +71,7 @@ class Comparison:
         if not (folder / RUN).is_file():
             return None
         before, now = json.loads((folder / SETTINGS).read_text()), self.settings(arm)
+        before["recipe"] = settings_of(parse_recipe(before["recipe"] | {"output": ""}), arm)["recipe"]  # newer defaults
         if before != now:
             raise CheckpointError(
                 f"{folder} is a run with another {', '.join(differing(before, now))}; choose another output, or delete it"
@@ -105,16 +79,20 @@ class Comparison:
         return json.loads((folder / RUN).read_text())
 
 
-def read_comparison(path: Path) -> Comparison:
+def read_comparison(path: Path, changes: Mapping[str, str] | None = None, scale: Fraction | None = None) -> Comparison:
     """Read a YAML file: the sections of a recipe, `arms`, `seeds` and `roles`.
+
+    Args:
+        changes: {"training.lr": "1e-3", ...}, as for `read_recipe`.
+        scale: make it smaller first, see `shrink`.
 
     Raises:
         ConfigError: everything that is wrong with it.
     """
-    values = read_sections(path)
+    values = read_sections(path, changes, scale)
     if not isinstance(values.get("arms"), dict):
         raise ConfigError(f"{path} needs a section arms: NAME: {{rival: ..., settings ...}}; is it a plain recipe?")
-    given, seeds, roles = (values.pop(name, None) for name in ("arms", "seeds", "roles"))
+    given, seeds, roles = (values.pop(name, None) for name in OF_A_COMPARISON)
     recipe = parse_recipe(values, str(path))
     problems = unknown_keys(roles or {}, "roles", ROLES)
     if not isinstance(seeds, list) or not seeds or not all(isinstance(x, int) and x >= 0 for x in seeds):
@@ -125,6 +103,7 @@ def read_comparison(path: Path) -> Comparison:
         problems.append("sinks belong to an arm, not to the recipe")
     if recipe.data.repeat is None:
         problems.append("data.repeat is missing: without repeated documents there is nothing to forget")
+    packed = recipe.data.one_document_per_row is False
     arms = []
     for name, settings in given.items():
         if not isinstance(settings, Mapping) or "rival" not in settings:
@@ -132,7 +111,11 @@ def read_comparison(path: Path) -> Comparison:
             continue
         arm = Arm(name, str(settings["rival"]), {x: y for x, y in settings.items() if x != "rival"})
         try:
-            method(arm.rival, arm.settings)
+            sinks = method(arm.rival, arm.settings).sinks
+            if sinks and sinks.shared == "none" and packed:
+                problems.append(f'arms.{name}: shared="none" needs data.one_document_per_row')
+            if sinks and sinks.shared == "none" and recipe.training.compile:
+                problems.append(f'arms.{name}: shared="none" cannot be compiled; leave out training.compile')
         except ConfigError as error:
             problems.append(f"arms.{name}: {error}")
         arms.append(arm)
@@ -143,116 +126,16 @@ def read_comparison(path: Path) -> Comparison:
 
 
 def train_arm(comparison: Comparison, arm: Arm, seed: int, steps: int | None = None) -> dict[str, Any]:
-    """Train one arm with one seed and write its folder, model last; returns its facts.
-
-    Args:
-        steps: stop after so many and write nothing, to see how long a step takes.
-    """
-    made = arm.method
-    recipe = _with_method(comparison.recipe, made, seed, comparison.folder(arm, seed))
-    training = recipe.training
-    if training.threads:
-        torch.set_num_threads(training.threads)
-    prepared = prepare(recipe, one_document_per_row=True)
-    random.seed(seed)
-    model = _build(recipe, made, seed, prepared.tokenizer)
-    total = len(prepared.rows) // training.batch_rows
-    optimizer, scheduler = optimizer_and_schedule(model, training, total)
-    asked = _asked_ids(prepared, recipe)
-    in_training = sum(x.numel() for x in model.parameters())
-    model.train()
-    seconds, curve = [], []
-    for step in range(total if steps is None else min(steps, total)):
-        start = time.perf_counter()
-        batch = _batch(prepared, step, training.batch_rows, asked)
-        divisor = torch.tensor(target_count(batch["labels"]))
-        loss = made.step(model, made.change(batch), divisor)
-        if has_sinks(model):
-            clip_grad_norm_(model, training.max_grad_norm)
-        else:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), training.max_grad_norm)
-        optimizer.step(), scheduler.step(), optimizer.zero_grad()
-        seconds.append(time.perf_counter() - start)
-        if step % training.log_every == 0:
-            curve.append(round(loss, 4))
-            print(f"{arm.name}, seed {seed}: step {step}/{total}  loss {loss:.3f}  {sum(seconds):.0f} s", flush=True)
-    facts = {
-        "arm": arm.name, "rival": arm.rival, "settings": arm.settings, "seed": seed, "steps": total,
-        "seconds": round(sum(seconds), 1), "seconds_per_step": round(statistics.median(seconds), 4), "curve": curve,
-        "parameters": {"training": in_training, "open": in_training - _closed_parameters(model)},
-        "threads": torch.get_num_threads(),
-        "versions": {"memsinks": __version__, "python": platform.python_version()}
-        | {name: version(name) for name in ("torch", "transformers", "numpy")},
-    }  # fmt: skip
-    if steps is None:
-        _save(comparison, arm, seed, model.eval(), made, prepared, facts)
-    return facts
+    """Train one arm with one seed, see `arm.train`; returns its facts."""
+    return train(comparison.recipe, arm, seed, comparison.folder(arm, seed), steps)
 
 
-def _with_method(recipe: Recipe, made: Method, seed: int, output: Path) -> Recipe:
-    """The recipe with the method's extra width and heads, its learning rate of the sinks, and the seed."""
-    config = dict(recipe.model.config)
-    if made.width:
-        config["intermediate_size"] += made.width
-    if made.heads:
-        config["head_dim"] = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-        config["num_attention_heads"] += made.heads
-        config["num_key_value_heads"] = config.get("num_key_value_heads", config["num_attention_heads"]) + made.heads
-    return dataclasses.replace(
-        recipe, output=str(output), model=dataclasses.replace(recipe.model, config=config),
-        training=dataclasses.replace(recipe.training, seed=seed, sink_lr_factor=made.sink_lr_factor),
-    )  # fmt: skip
-
-
-def _build(recipe: Recipe, made: Method, seed: int, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    model = build_model(recipe, tokenizer)
-    if made.sinks is not None:
-        add_sinks(model, dataclasses.replace(made.sinks, seed=seed))
-    return model
-
-
-def _asked_ids(prepared: Prepared, recipe: Recipe) -> dict[str, torch.Tensor]:
-    """Ids of the audited documents and of those of them with 2 copies or more, int64."""
-    audited = [x for x in prepared.members if x.kind == AUDITED]
-    sides = {"audited": audited, "repeated": [x for x in audited if x.copies > 1]}
-    return {name: torch.from_numpy(identify(side, recipe.data.identity)[0]) for name, side in sides.items()}
-
-
-def _batch(prepared: Prepared, step: int, size: int, asked: Mapping[str, torch.Tensor]) -> Batch:
-    batch = collate([prepared.rows[index] for index in range(step * size, (step + 1) * size)])
-    return batch | {name: torch.isin(batch["document_ids"], ids) for name, ids in asked.items()}
-
-
-def _closed_parameters(model: PreTrainedModel) -> int:
-    """Sink parameters that no document of one token opens."""
-    if not has_sinks(model):
-        return 0
-    config = require_sinks(model).config
-    total = sum(x.numel() for x in sink_parameters(model))
-    return total - round(total * config.active / config.neurons)
-
-
-def _save(
-    comparison: Comparison, arm: Arm, seed: int, model: PreTrainedModel, made: Method, prepared: Prepared, facts: dict[str, Any]
-) -> None:  # fmt: skip
-    folder = comparison.folder(arm, seed)
-    with written_beside(folder) as part:
-        if has_sinks(model):
-            model.save_pretrained(part / "model")
-            prepared.tokenizer.save_pretrained(part / "model")
-            for rescale in made.rescales:
-                export(model, part / rescale, tokenizer=prepared.tokenizer, rescale=rescale, verify=False)
-            exported = sum(x.numel() for x in shared_parameters(model))
-        else:
-            made.remove(model)
-            model.save_pretrained(part / "model")
-            prepared.tokenizer.save_pretrained(part / "model")
-            exported = sum(x.numel() for x in model.parameters())
-        facts["parameters"]["exported"] = exported
-        write_documents(part / "documents.jsonl", [x for x in prepared.members if x.kind == AUDITED])
-        write_documents(part / "controls.jsonl", prepared.controls)
-        (part / SETTINGS).write_text(json.dumps(comparison.settings(arm), indent=2) + "\n")
-        (part / RUN).write_text(json.dumps(facts, indent=2) + "\n")
+def prepare_data(comparison: Comparison, seed: int) -> Path:
+    """Make the folder of tokens that all arms of a seed train on, if it is not there; see `prepared`."""
+    recipe = with_method(comparison.recipe, method("standard", {}), seed, Path())
+    folder = Path(comparison.recipe.output) / f"seed-{seed}" / "data"
+    prepare(recipe, one_document_per_row=True, folder=folder)
+    return folder
 
 
 def compare(
@@ -261,7 +144,7 @@ def compare(
     arms: Sequence[str] = (),
     seeds: Sequence[int] = (),
     jobs: int = 1,
-    origin: Path | None = None,
+    command: Sequence[str] | None = None,
     audits: bool = True,
 ) -> dict[str, Any] | None:
     """Train what is not there yet, audit each seed, and write table.md, compare.json and the picture.
@@ -270,8 +153,8 @@ def compare(
 
     Args:
         arms, seeds: only these; default: all.
-        jobs: runs at a time, each a process of its own.
-        origin: the file of the comparison, which those processes read; needed for more than one job.
+        jobs: runs at a time, each a process of its own, on a GPU of its own where there are any.
+        command: the arguments of ``memsinks compare`` that say which comparison it is, for those processes.
         audits: audit the seeds of which every arm that has a role is there.
 
     Returns:
@@ -283,11 +166,11 @@ def compare(
     """
     chosen, wanted = _chosen(comparison, arms, seeds)
     todo = [(arm, seed) for seed in wanted for arm in chosen if _facts(comparison, arm, seed) is None]
-    if jobs == 1 or origin is None:
+    if jobs == 1 or command is None:
         for arm, seed in todo:
             train_arm(comparison, arm, seed)
     else:
-        _run_processes(todo, jobs, origin)
+        _run_processes(comparison, todo, jobs, command)
     if not audits:
         return None
     results = {}
@@ -310,27 +193,53 @@ def _chosen(comparison: Comparison, arms: Sequence[str], seeds: Sequence[int]) -
     ]
 
 
-def _run_processes(todo: list[tuple[Arm, int]], jobs: int, origin: Path) -> None:
-    running: dict[tuple[str, int], subprocess.Popen[bytes]] = {}
+def _visible_gpus() -> list[str]:
+    """What CUDA_VISIBLE_DEVICES may name in a process of ours; [] without a GPU."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if not torch.cuda.is_available():
+        return []
+    return given.split(",") if given else [str(place) for place in range(torch.cuda.device_count())]
+
+
+def _run_processes(comparison: Comparison, todo: list[tuple[Arm, int]], jobs: int, command: Sequence[str]) -> None:
+    gpus = _visible_gpus()
+    if gpus and jobs > len(gpus):
+        raise ConfigError(f"{jobs} jobs need as many GPUs, {len(gpus)} are visible ({', '.join(gpus)}); lower --jobs")
+    free = list(gpus) or [""] * jobs
+    running: dict[tuple[str, int], tuple[subprocess.Popen[bytes], str]] = {}
     failed: list[tuple[str, int]] = []
     started = time.time()
 
     def wait(until: int) -> None:
         while len(running) > until:
-            for key in [key for key, process in running.items() if process.poll() is not None]:
-                if running.pop(key).returncode:
+            for key in [key for key, (process, _) in running.items() if process.poll() is not None]:
+                process, gpu = running.pop(key)
+                free.append(gpu)
+                if process.returncode:
                     failed.append(key)
             time.sleep(0.2)
 
     try:
+        for seed in sorted({seed for _, seed in todo}):
+            prepare_data(comparison, seed)
         for place, (arm, seed) in enumerate(todo):
             wait(jobs - 1)
-            print(f"run {place + 1} of {len(todo)}, {time.time() - started:.0f} s: {arm.name}, seed {seed}", flush=True)
-            command = [sys.executable, "-m", "memsinks.cli", "compare", str(origin), "--train-only", "--arms", arm.name]
-            running[arm.name, seed] = subprocess.Popen([*command, "--seeds", str(seed)], stdout=subprocess.DEVNULL)
+            gpu = free.pop(0)
+            log = comparison.folder(arm, seed).with_name(f"{arm.slug}.log")
+            print(
+                f"run {place + 1} of {len(todo)}, {time.time() - started:.0f} s: {arm.name}, seed {seed}: {log}",
+                flush=True,
+            )
+            more = ["--train-only", "--arms", arm.name, "--seeds", str(seed)]
+            with log.open("w") as file:
+                process = subprocess.Popen(
+                    [sys.executable, "-m", "memsinks.cli", "compare", *command, *more], stdout=file,
+                    env=os.environ | ({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {}),
+                )  # fmt: skip
+            running[arm.name, seed] = process, gpu
         wait(0)
     finally:
-        for process in running.values():
+        for process, _ in running.values():
             process.terminate()
     if failed:
         raise CheckpointError(
@@ -376,7 +285,7 @@ def audit_seed(comparison: Comparison, arms: Sequence[Arm], seed: int) -> Audit:
     if comparison.recipe.data.long == "truncate":
         tokenizer = load_tokenizer(first / "model")
         documents, controls = (
-            _trained_part(x, tokenizer, comparison.recipe.training.length) for x in (documents, controls)
+            trained_part(x, tokenizer, comparison.recipe.training.length) for x in (documents, controls)
         )
     roles = {role: subjects.pop(name) for role, name in comparison.roles.items()}
     print(f"audit of seed {seed}: {len(roles) + len(subjects)} models", flush=True)
@@ -388,7 +297,7 @@ def audit_seed(comparison: Comparison, arms: Sequence[Arm], seed: int) -> Audit:
     )  # fmt: skip
 
 
-def _trained_part(documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, length: int) -> list[Document]:
+def trained_part(documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, length: int) -> list[Document]:
     """Documents cut to the tokens that a row held."""
     cut = []
     for document in documents:

@@ -95,14 +95,19 @@ def training_order(documents: Sequence[Document], seed: int = 0, epochs: int = 1
         ConfigError: fewer than 1 epoch.
         DataError: no document has copies above 0, or one has less than 0.
     """
-    if epochs < 1:
-        raise ConfigError(f"epochs must be at least 1, got {epochs}")
     for index, document in enumerate(documents):
         if document.copies < 0:
             raise DataError(f"document {index} has {document.copies} copies; give 0 or more")
-    once = [index for index, document in enumerate(documents) for _ in range(document.copies)]
+    return order_of([document.copies for document in documents], seed, epochs)
+
+
+def order_of(copies: Sequence[int], seed: int = 0, epochs: int = 1) -> list[int]:
+    """`training_order` of documents of which only the numbers of copies are given."""
+    if epochs < 1:
+        raise ConfigError(f"epochs must be at least 1, got {epochs}")
+    once = [index for index, number in enumerate(copies) for _ in range(number)]
     if not once:
-        raise DataError(f"none of the {len(documents)} documents has copies above 0; there is nothing to train on")
+        raise DataError(f"none of the {len(copies)} documents has copies above 0; there is nothing to train on")
     rng = random.Random(f"training order {seed}")
     order = []
     for _ in range(epochs):

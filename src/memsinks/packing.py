@@ -9,10 +9,12 @@ be predicted from the document before), and each token carries its document's id
 from __future__ import annotations
 
 import dataclasses
+import functools
 import operator
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -20,14 +22,26 @@ from torch.utils.data import DistributedSampler, RandomSampler, SubsetRandomSamp
 
 from memsinks.config import DataError, refuse
 from memsinks.identity import NO_SINKS
+from memsinks.stored import StoredTokens
 
+Long = Literal["split", "fill", "truncate", "refuse"]
 FIELDS = ("input_ids", "labels", "document_ids", "exposures", "position_ids")
 IGNORED = -100
 
 
+SEGMENT = np.dtype([
+    ("document", np.int64), ("start", np.int64), ("size", np.int32), ("column", np.int32), ("document_id", np.int64),
+    ("exposure", np.int64),
+])  # fmt: skip
+"""A piece of a document in a row: tokens [start, start + size) of the document stand from `column` on."""
+
+
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Packed rows, a map-style dataset for torch and the HF Trainer. 40 bytes per token in memory.
+    """Packed rows, a map-style dataset for torch and the HF Trainer; a row is filled when it is asked for.
+
+    In memory are the documents as given to `pack` (which may lie on disk, see `prepared`) and 40 bytes a segment. The
+    attributes below fill all rows at once, 40 bytes a token: for small corpora.
 
     Attributes, int64 [rows, length] unless said otherwise:
         input_ids: tokens; `pad_id` on padding, which is always at the end of a row.
@@ -36,46 +50,98 @@ class Rows:
         exposures: the exposure of the document; 1 on padding.
         position_ids: count from 0 within each segment; padding is a segment of its own.
         used: int64 [rows], the tokens of each row that are not padding.
+        documents: integer [tokens] each, in training order.
+        segments: `SEGMENT` [segments], in the order of the rows; those of row r are [first[r], first[r + 1]).
+        length: tokens per row, padding included.
     """
 
-    input_ids: np.ndarray
-    labels: np.ndarray
-    document_ids: np.ndarray
-    exposures: np.ndarray
-    position_ids: np.ndarray
-    used: np.ndarray
+    documents: Sequence[np.ndarray]
+    segments: np.ndarray
+    first: np.ndarray
+    length: int
+    pad_id: int
 
     def __len__(self) -> int:
-        return len(self.used)
+        return len(self.first) - 1
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        """Row `index` as a dict of the five fields, int64 [length] each, copied."""
-        index = operator.index(index)
-        return {name: torch.tensor(getattr(self, name)[index]) for name in FIELDS}
+        """Row `index` as a dict of the five fields, int64 [length] each."""
+        index = range(len(self))[operator.index(index)]
+        return {name: torch.from_numpy(values[0]) for name, values in self._fill([index]).items()}
 
     def select(self, rows: slice) -> Rows:
-        """The rows of a slice, sharing memory with these."""
-        return Rows(**{field.name: getattr(self, field.name)[rows] for field in dataclasses.fields(self)})
+        """The rows of a slice, sharing the documents with these."""
+        chosen = range(len(self))[rows]
+        places = [np.arange(self.first[row], self.first[row + 1]) for row in chosen]
+        sizes = [len(place) for place in places]
+        segments = self.segments[np.concatenate(places)] if places else self.segments[:0]
+        return dataclasses.replace(self, segments=segments, first=np.cumsum([0, *sizes], dtype=np.int64))
 
     @property
-    def length(self) -> int:
-        """Tokens per row, padding included."""
-        return self.input_ids.shape[1]
+    def input_ids(self) -> np.ndarray:
+        return self._all["input_ids"]
+
+    @property
+    def labels(self) -> np.ndarray:
+        return self._all["labels"]
+
+    @property
+    def document_ids(self) -> np.ndarray:
+        return self._all["document_ids"]
+
+    @property
+    def exposures(self) -> np.ndarray:
+        return self._all["exposures"]
+
+    @property
+    def position_ids(self) -> np.ndarray:
+        return self._all["position_ids"]
+
+    @property
+    def used(self) -> np.ndarray:
+        return np.diff(np.cumsum(np.r_[0, self.segments["size"]], dtype=np.int64)[self.first])
 
     @property
     def tokens(self) -> int:
         """Tokens that are not padding."""
-        return int(self.used.sum())
+        return int(self.segments["size"].sum(dtype=np.int64))
 
     @property
     def targets(self) -> int:
         """Tokens that are predicted: labels other than -100."""
-        return int((self.labels != IGNORED).sum())
+        return self.tokens - len(self.segments)
 
     @property
     def fill(self) -> float:
         """Share of the tokens that is not padding, in [0, 1]."""
-        return self.tokens / max(1, self.input_ids.size)
+        return self.tokens / max(1, len(self) * self.length)
+
+    @functools.cached_property
+    def _all(self) -> dict[str, np.ndarray]:
+        return self._fill(range(len(self)))
+
+    def _fill(self, rows: Sequence[int]) -> dict[str, np.ndarray]:
+        shape = (len(rows), self.length)
+        count = np.arange(self.length, dtype=np.int64)
+        input_ids = np.full(shape, self.pad_id, np.int64)
+        labels = np.full(shape, IGNORED, np.int64)
+        document_ids = np.full(shape, NO_SINKS, np.int64)
+        exposures = np.ones(shape, np.int64)
+        position_ids = np.empty(shape, np.int64)
+        for place, row in enumerate(rows):
+            end = 0
+            for index, start, size, column, one, exposure in self.segments[
+                self.first[row] : self.first[row + 1]
+            ].tolist():
+                part = self.documents[index][start : start + size]
+                end = column + size
+                input_ids[place, column:end] = part
+                labels[place, column + 1 : end] = part[1:]
+                document_ids[place, column:end] = one
+                exposures[place, column:end] = exposure
+                position_ids[place, column:end] = count[:size]
+            position_ids[place, end:] = count[: self.length - end]
+        return dict(zip(FIELDS, (input_ids, labels, document_ids, exposures, position_ids), strict=True))
 
 
 def pack(
@@ -87,7 +153,7 @@ def pack(
     pad_id: int,
     apart_from: int | None = None,
     one_document_per_row: bool = False,
-    long: Literal["split", "truncate", "refuse"] = "split",
+    long: Long = "split",
 ) -> Rows:
     """Pack documents in training order into rows: next-fit, a document that fits into a row is never cut.
 
@@ -104,8 +170,9 @@ def pack(
             row earlier than its turn. None: one kind of row.
         one_document_per_row: for architectures in which packed documents see each other.
         long: what happens to a document longer than `length`: ``"split"`` cuts it into segments of `length` tokens
-            which carry its id and exposure and do not see each other, ``"truncate"`` keeps the first `length` tokens,
-            ``"refuse"`` raises.
+            which carry its id and exposure and do not see each other, ``"fill"`` does so too and also cuts documents
+            longer than a quarter of `length` where a row ends, so that rows of long documents are full, ``"truncate"``
+            keeps the first `length` tokens, ``"refuse"`` raises.
 
     Raises:
         DataError: no documents, an empty one, tokens, ids or exposures of another dtype, shape or range, or a long
@@ -113,55 +180,47 @@ def pack(
         ConfigError: `length` below 2, another setting out of range.
     """
     _check_settings(length, pad_id, apart_from, long)
-    documents = _check_tokens(tokens)
-    ids = _check_numbers("document_ids", document_ids, len(documents), least=NO_SINKS)
-    counts = _check_numbers("exposures", exposures, len(documents), least=1)
+    documents = tokens if isinstance(tokens, StoredTokens) else _check_tokens(tokens)
+    sizes = documents.sizes if isinstance(documents, StoredTokens) else np.array([len(x) for x in documents], np.int64)
+    ids = _check_numbers("document_ids", document_ids, len(sizes), least=NO_SINKS)
+    counts = _check_numbers("exposures", exposures, len(sizes), least=1)
     if long == "refuse":
-        _refuse_long(documents, length)
-
-    apart = np.zeros(len(documents), bool) if apart_from is None else (counts >= apart_from) & (ids != NO_SINKS)
-    segments: list[tuple[int, int, int, int]] = []  # document, its first token here, row, column
-    used: list[int] = []
-    open_rows = {False: -1, True: -1}
-    for index, (document, kind) in enumerate(zip(documents, apart.tolist(), strict=True)):
-        size = min(len(document), length) if long == "truncate" else len(document)
-        for start in range(0, size, length):
-            part = min(length, size - start)
-            row = open_rows[kind]
-            if row < 0 or one_document_per_row or used[row] + part > length:
-                row = open_rows[kind] = len(used)
-                used.append(0)
-            segments.append((index, start, row, used[row]))
-            used[row] += part
-    return _fill(documents, ids.tolist(), counts.tolist(), segments, np.array(used, np.int64), length, pad_id)
+        _refuse_long(sizes, length)
+    elif long == "truncate":
+        sizes = sizes.clip(max=length)
+    apart = np.zeros(len(sizes), bool) if apart_from is None else (counts >= apart_from) & (ids != NO_SINKS)
+    found, used = _lay_out(sizes, apart, length, one_document_per_row, long == "fill")
+    segments = np.empty(len(found["row"]), SEGMENT)
+    order = np.argsort(found["row"], kind="stable")
+    for name in ("document", "start", "size", "column"):
+        segments[name] = np.frombuffer(found[name], np.int64)[order]
+    segments["document_id"], segments["exposure"] = ids[segments["document"]], counts[segments["document"]]
+    first = np.searchsorted(np.frombuffer(found["row"], np.int64)[order], np.arange(used + 1))
+    return Rows(documents, segments, first, length, pad_id)
 
 
-def _fill(
-    documents: list[np.ndarray],
-    ids: list[int],
-    counts: list[int],
-    segments: list[tuple[int, int, int, int]],
-    used: np.ndarray,
-    length: int,
-    pad_id: int,
-) -> Rows:
-    shape = (len(used), length)
-    count = np.arange(length, dtype=np.int64)
-    input_ids = np.full(shape, pad_id, np.int64)
-    labels = np.full(shape, IGNORED, np.int64)
-    document_ids = np.full(shape, NO_SINKS, np.int64)
-    exposures = np.ones(shape, np.int64)
-    # Padding first, a segment from the end of the last document on; the documents overwrite the negative part.
-    position_ids = count - used[:, None]
-    for index, start, row, column in segments:
-        part = documents[index][start : start + length]
-        end = column + len(part)
-        input_ids[row, column:end] = part
-        labels[row, column + 1 : end] = part[1:]
-        document_ids[row, column:end] = ids[index]
-        exposures[row, column:end] = counts[index]
-        position_ids[row, column:end] = count[: len(part)]
-    return Rows(input_ids, labels, document_ids, exposures, position_ids, used)
+def _lay_out(
+    sizes: np.ndarray, apart: np.ndarray, length: int, one_document_per_row: bool, fill: bool
+) -> tuple[dict[str, array[int]], int]:
+    """Where each segment stands, int64 [segments] each by name, and the number of rows."""
+    found = {name: array("q") for name in ("document", "start", "size", "row", "column")}
+    append = [column.append for column in found.values()]
+    rows, open_rows, filled = 0, [-1, -1], [length, length]
+    for index, (whole, kind) in enumerate(zip(sizes.tolist(), apart.tolist(), strict=True)):
+        start = 0
+        while start < whole:
+            room = 0 if one_document_per_row else length - filled[kind]
+            size = min(length, whole - start)
+            if size > room:
+                if fill and room > 1 and whole > length // 4:
+                    size = room
+                else:
+                    open_rows[kind], filled[kind], rows = rows, 0, rows + 1
+            for add, value in zip(append, (index, start, size, open_rows[kind], filled[kind]), strict=True):
+                add(value)
+            filled[kind] += size
+            start += size
+    return found, rows
 
 
 def collate(rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
@@ -256,8 +315,8 @@ def _check_settings(length: int, pad_id: int, apart_from: int | None, long: str)
         problems.append(f"pad_id must be a token of the vocabulary, got {pad_id!r}")
     if apart_from is not None and (not _is_int(apart_from) or apart_from < 1):
         problems.append(f"apart_from must be an exposure of at least 1 or None, got {apart_from!r}")
-    if long not in ("split", "truncate", "refuse"):
-        problems.append(f'long must be "split", "truncate" or "refuse", got {long!r}')
+    if long not in get_args(Long):
+        problems.append(f'long must be "split", "fill", "truncate" or "refuse", got {long!r}')
     refuse(problems, "cannot pack")
 
 
@@ -288,10 +347,10 @@ def _check_numbers(name: str, values: Sequence[int] | np.ndarray, documents: int
     return array
 
 
-def _refuse_long(documents: list[np.ndarray], length: int) -> None:
-    too_long = [index for index, document in enumerate(documents) if len(document) > length]
+def _refuse_long(sizes: np.ndarray, length: int) -> None:
+    too_long = np.flatnonzero(sizes > length).tolist()
     if too_long:
-        some = ", ".join(f"document {index} has {len(documents[index])}" for index in too_long[:5])
+        some = ", ".join(f"document {index} has {sizes[index]}" for index in too_long[:5])
         raise DataError(
             f"{len(too_long)} documents are longer than a row of {length} tokens: {some}"
             f"{', ...' if len(too_long) > 5 else ''}; make rows longer, cut the documents, or choose "

@@ -6,10 +6,9 @@ import dataclasses
 import difflib
 import inspect
 import os
-import types
-import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,8 +16,13 @@ import transformers
 import yaml
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from .config import FORMAT_VERSION, ConfigError, SinkConfig, refuse
+from .config import ConfigError, SinkConfig, refuse
+from .sections import change, section, unknown_keys
+from .shrink import shrink
 from .synthetic import corpus
+
+OF_A_COMPARISON = ("arms", "seeds", "roles")
+"""Sections that a comparison has besides those of a recipe."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +36,24 @@ class RepeatRecipe:
 
     documents: int
     copies: int | list[int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackgroundRecipe:
+    """Text around the documents of a study; it is kept as tokens, so it may be larger than the memory.
+
+    Args:
+        path, text_field, separator, split, streaming: as for `read_documents`; ``$NAME`` in the path is replaced.
+        tokens: documents are taken in the order in which they are read until the training corpus, copies of the documents
+            of ``data.path`` included, holds so many tokens.
+    """
+
+    path: str
+    tokens: int
+    text_field: str = "text"
+    separator: str | None = None
+    split: str = "train"
+    streaming: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +71,9 @@ class DataRecipe:
         unique_keys: refuse documents without a key and two documents with the same key.
         held_out: so many documents, chosen by the seed, are never trained on; they are evaluated and are the controls.
         repeat: repeat some documents.
+        background: fill the corpus up with other text, each document of which is met once an epoch and has the id of its
+            content.
+        one_document_per_row: None = `train` puts several documents into a row and `compare` one.
         long: what happens to documents longer than a row, see `pack`.
         synthetic: arguments of `memsinks.synthetic.corpus` for the built-in corpus.
     """
@@ -67,7 +92,9 @@ class DataRecipe:
     unique_keys: bool = False
     held_out: int = 0
     repeat: RepeatRecipe | None = None
-    long: Literal["split", "truncate", "refuse"] = "split"
+    background: BackgroundRecipe | None = None
+    one_document_per_row: bool | None = None
+    long: Literal["split", "fill", "truncate", "refuse"] = "split"
     synthetic: dict[str, Any] = field(default_factory=dict)
 
 
@@ -108,6 +135,7 @@ class TrainingRecipe:
         max_grad_norm: gradient norm of the shared weights and, separately, of the sinks; 0 = no clipping.
         precision: ``"fp32"`` or ``"bf16"`` (autocast).
         gradient_checkpointing: recompute activations in the backward pass.
+        compile: torch.compile the model; the first steps then take minutes.
         seed: start values, order, choice of held-out and repeated documents, tokenizer text.
         threads: CPU threads; None = torch's choice.
         save_every: steps between checkpoints; 0 = only at the end. Resuming continues from the last one.
@@ -128,6 +156,7 @@ class TrainingRecipe:
     max_grad_norm: float = 1.0
     precision: Literal["fp32", "bf16"] = "fp32"
     gradient_checkpointing: bool = False
+    compile: bool = False
     seed: int = 0
     threads: int | None = None
     save_every: int = 0
@@ -191,6 +220,8 @@ class Recipe:
             )
         if len(training.betas) != 2 or not all(0 <= beta < 1 for beta in training.betas):
             problems.append(f"training.betas must be two numbers in [0, 1), got {training.betas}")
+        if data.background is not None and data.background.tokens < 1:
+            problems.append(f"data.background.tokens must be at least 1, got {data.background.tokens}")
         if data.held_out < 0:
             problems.append(f"data.held_out must be at least 0, got {data.held_out}")
         for name in ("limit", "cut_characters"):
@@ -207,17 +238,6 @@ class Recipe:
         return values
 
 
-def unknown_keys(given: Iterable[Any], where: str, known: Iterable[str]) -> list[str]:
-    """A sentence with the nearest known name for each key that is not known."""
-    known, problems = list(known), []
-    for name in given:
-        if name not in known:
-            near = difflib.get_close_matches(str(name), known, 1)
-            hint = f"; did you mean {near[0]}?" if near else f"; known are {', '.join(known)}"
-            problems.append(f"unknown key {where}{'.' if where else ''}{name}{hint}")
-    return problems
-
-
 def _model_problems(settings: Mapping[str, Any]) -> list[str]:
     """A transformers config takes any key in silence, so a misspelt size would leave the default of a large model."""
     if "model_type" not in settings:
@@ -232,25 +252,27 @@ def _model_problems(settings: Mapping[str, Any]) -> list[str]:
     return unknown_keys(settings, "model.config", sorted(known))
 
 
-def read_recipe(path: str | os.PathLike[str], changes: Mapping[str, str] | None = None) -> Recipe:
+def read_recipe(
+    path: str | os.PathLike[str], changes: Mapping[str, str] | None = None, scale: Fraction | None = None
+) -> Recipe:
     """Read and validate a recipe.
 
     Args:
         path: a YAML file.
         changes: {"training.lr": "1e-3", ...}, YAML values that replace those of the file.
+        scale: make it smaller first, see `shrink`.
 
     Raises:
         ConfigError: the file is missing or no YAML; unknown keys (with the nearest known one), wrong types, values out
             of range, all at once.
     """
-    values = read_sections(path)
-    for name, text in (changes or {}).items():
-        _change(values, name, text)
-    return parse_recipe(values, str(path))
+    return parse_recipe(read_sections(path, changes, scale), str(path))
 
 
-def read_sections(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The values of a YAML file of sections; ConfigError if it is missing, no YAML, or something else."""
+def read_sections(
+    path: str | os.PathLike[str], changes: Mapping[str, str] | None = None, scale: Fraction | None = None
+) -> dict[str, Any]:
+    """The values of a YAML file, shrunk, then changed; ConfigError if it is missing, no YAML, or something else."""
     try:
         values = yaml.safe_load(Path(path).read_text())
     except OSError as error:
@@ -259,95 +281,17 @@ def read_sections(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold a mapping of sections, got {type(values).__name__}")
+    if scale is not None:
+        parse_recipe({x: y for x, y in values.items() if x not in OF_A_COMPARISON}, str(path))
+        values = shrink(values, scale)
+    for name, text in (changes or {}).items():
+        change(values, name, text)
     return values
-
-
-def _change(values: dict[str, Any], name: str, text: str) -> None:
-    *sections, last = name.split(".")
-    for section in sections:
-        if values.get(section) is None:
-            values[section] = {}
-        values = values[section]
-        if not isinstance(values, dict):
-            raise ConfigError(f"cannot set {name}: {section} is not a section")
-    try:
-        values[last] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"cannot set {name}: {text!r} is not valid YAML") from error
 
 
 def parse_recipe(values: Mapping[str, Any], origin: str = "recipe") -> Recipe:
     """Validate the values of a recipe; see `read_recipe`."""
     problems: list[str] = []
-    recipe = _section(Recipe, values, "", problems)
+    recipe = section(Recipe, values, "", problems)
     refuse(problems, f"cannot use {origin}")
     return recipe
-
-
-def _section(kind: Any, values: Any, where: str, problems: list[str]) -> Any:
-    if not isinstance(values, Mapping):
-        problems.append(f"{where or 'the recipe'} must be a section of settings, got {values!r}")
-        return None
-    hints = typing.get_type_hints(kind)
-    known = {entry.name: entry for entry in dataclasses.fields(kind)}
-    given = {}
-    before = len(problems)
-    for name, value in values.items():
-        full = f"{where}.{name}" if where else str(name)
-        if kind is SinkConfig and name == "format_version":
-            if value != FORMAT_VERSION:
-                problems.append(f"{full} is {value}, this memsinks reads {FORMAT_VERSION}")
-        elif name not in known:
-            problems += unknown_keys([name], where, known)
-        else:
-            given[name] = _value(hints[name], value, full, problems)
-    for name, entry in known.items():
-        required = entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING
-        if required and name not in values:
-            problems.append(f"{where + '.' if where else ''}{name} is missing")
-    if len(problems) > before:
-        return None
-    try:
-        return kind(**given)
-    except ConfigError as error:
-        problems.append(f"{where}: {error}" if where else str(error))
-        return None
-
-
-def _value(hint: Any, value: Any, where: str, problems: list[str]) -> Any:
-    """`value` as the type of a field; numbers written without a point are accepted as floats, 1e-3 (YAML: text) too."""
-    origin, options = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in options:
-            return None
-        found: list[str] = []
-        for kind in (option for option in options if option is not type(None)):
-            found = []
-            result = _value(kind, value, where, found)
-            if not found:
-                return result
-        problems.extend(found)
-        return None
-    if dataclasses.is_dataclass(hint):
-        return _section(hint, value, where, problems)
-    if origin is Literal:
-        if value not in options:
-            problems.append(f"{where} must be one of {', '.join(map(repr, options))}, got {value!r}")
-        return value
-    if hint is float:
-        try:
-            if isinstance(value, bool):
-                raise ValueError
-            return float(value)
-        except (TypeError, ValueError):
-            problems.append(f"{where} must be a number, got {value!r}")
-            return None
-    if origin in (list, tuple):
-        if not isinstance(value, list | tuple):
-            problems.append(f"{where} must be a list, got {value!r}")
-            return None
-        return [_value(options[0], item, f"{where}[{index}]", problems) for index, item in enumerate(value)]
-    kind = origin or hint
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        problems.append(f"{where} must be {kind.__name__}, got {value!r}")
-    return value

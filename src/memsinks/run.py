@@ -4,23 +4,19 @@ output/recipe.yaml       the recipe, all defaults written out
 output/run.json          versions, seed, counts, hashes, times
 output/metrics.jsonl     a line each log_every steps
 output/members.jsonl     every document trained on, with its copies; output/controls.jsonl the held-out ones
+output/data/             the tokens, where there is a background; see `prepared`
 output/checkpoints/      what training resumes from
 output/model/            the final model with its sinks and tokenizer
 """
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import os
 import platform
-import random
 import time
-import warnings
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -33,117 +29,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from ._version import __version__
 from .attach import add_sinks, has_sinks
 from .checkpoint import load_stock
-from .config import CheckpointError, ConfigError, DataError
-from .documents import Document, cut_documents, read_documents, require_unique_keys, texts_hash, write_documents
-from .families import ISOLATES_PACKED
-from .identity import equal_repetition, exposures, identify, training_order
+from .config import CheckpointError, ConfigError
+from .documents import texts_hash, write_documents
 from .optim import AdamW, param_groups
-from .packing import Rows, collate, pack
-from .recipe import DataRecipe, Recipe, TrainingRecipe
-from .synthetic import corpus
-from .tokens import encode, load_tokenizer, train_tokenizer
+from .packing import collate
+from .prepared import Prepared, prepare
+from .recipe import Recipe, TrainingRecipe
+from .sections import differing
 from .training import ProgressCallback, SinkCallback
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """The corpus of a run: training rows, the documents in them, the held-out documents, the tokenizer."""
-
-    rows: Rows
-    members: list[Document]
-    controls: list[Document]
-    tokenizer: PreTrainedTokenizerBase
-
-
-def choose_documents(data: DataRecipe, seed: int) -> list[Document]:
-    """Read the corpus and give every document its number of copies; held-out documents get 0."""
-    if data.path is None:
-        documents = corpus(**data.synthetic)
-    else:
-        path = os.path.expandvars(data.path)
-        if "$" in path:
-            raise ConfigError(f"data.path {data.path!r} names an environment variable that is not set")
-        found = read_documents(
-            path, text_field=data.text_field, key_field=data.key_field, source_field=data.source_field,
-            copies_field=data.copies_field, separator=data.separator, split=data.split, streaming=data.streaming,
-        )  # fmt: skip
-        if data.cut_characters is not None:
-            found = cut_documents(found, data.cut_characters)
-        documents = list(itertools.islice(found, data.limit))
-    if data.unique_keys:
-        require_unique_keys(documents)
-    rng = random.Random(seed)
-    order = [index for index, document in enumerate(documents) if document.copies > 0]
-    rng.shuffle(order)
-    # A text that stands in the corpus twice cannot be held out by taking one of them.
-    times = Counter(document.text for document in documents)
-    held_out = [index for index in order if times[documents[index].text] == 1][: data.held_out]
-    chosen = set(held_out)
-    rest = [index for index in order if index not in chosen]
-    repeated = data.repeat.documents if data.repeat else 0
-    if len(held_out) < data.held_out or repeated > len(rest) - 1:
-        raise ConfigError(
-            f"held_out ({data.held_out}) and repeat.documents ({repeated}) leave none of {len(order)} documents "
-            f"({len(times)} different texts) to be seen once; lower them"
-        )
-    for index in held_out:
-        documents[index] = replace(documents[index], copies=0)
-    if data.repeat:
-        copies = data.repeat.copies if isinstance(data.repeat.copies, list) else [data.repeat.copies]
-        for place, index in enumerate(rest[:repeated]):
-            documents[index] = replace(documents[index], copies=copies[place % len(copies)], kind=AUDITED)
-    return documents
-
-
-AUDITED = "audited"
-"""The kind of the documents that ``data.repeat`` chose."""
-
-
-def prepare(recipe: Recipe, one_document_per_row: bool = False) -> Prepared:
-    """Documents -> identity -> training order -> exposures -> rows."""
-    data, training = recipe.data, recipe.training
-    documents = choose_documents(data, training.seed)
-    members = [document for document in documents if document.copies > 0]
-    controls = [document for document in documents if document.copies == 0]
-    if recipe.tokenizer.path is not None:
-        tokenizer = load_tokenizer(os.path.expandvars(recipe.tokenizer.path))
-    else:
-        assert recipe.tokenizer.vocab_size is not None
-        tokenizer = train_tokenizer([document.text for document in members], recipe.tokenizer.vocab_size)
-    order = training_order(members, training.seed, training.epochs)
-    ids, groups = identify(members, data.identity)
-    met = groups[order]
-    counts = exposures(met)
-    same = equal_repetition(met)
-    if same and recipe.sinks and recipe.sinks.shared == "decay" and recipe.sinks.shared_decay:
-        warnings.warn(
-            f"every document is met {same} times: w(c) is then nearly the same for all tokens of a step, and AdamW divides "
-            "a common factor out, so shared_decay does little (plain multi-epoch training)",
-            stacklevel=2,
-        )
-    tokens = encode(tokenizer, [document.text for document in members])
-    rows = pack(
-        [tokens[index] for index in order],
-        ids[order],
-        counts,
-        length=training.length,
-        pad_id=int(tokenizer.pad_token_id),  # type: ignore[arg-type]
-        apart_from=recipe.sinks.open_from if recipe.sinks and recipe.sinks.shared == "none" else None,
-        one_document_per_row=one_document_per_row or _model_type(recipe) not in ISOLATES_PACKED,
-        long=data.long,
-    )
-    if len(rows) < training.batch_rows:
-        raise DataError(f"the corpus fills {len(rows)} rows, one step needs {training.batch_rows}; lower batch_rows")
-    return Prepared(rows, members, controls, tokenizer)
-
-
-def _model_type(recipe: Recipe) -> str:
-    if recipe.model.pretrained is None:
-        return str(recipe.model.config["model_type"])
-    try:
-        return str(AutoConfig.from_pretrained(recipe.model.pretrained).model_type)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot load a model from {recipe.model.pretrained}: {error}") from error
 
 
 def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -176,9 +69,8 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTraine
     if recipe.sinks is not None:
         print(add_sinks(model, recipe.sinks), flush=True)
     if recipe.training.gradient_checkpointing:
-        getattr(
-            model, "activation_checkpointing_enable", model.gradient_checkpointing_enable
-        )()  # renamed in transformers 5.23
+        enable = getattr(model, "activation_checkpointing_enable", None)  # renamed in transformers 5.23
+        (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
     return model
 
 
@@ -205,7 +97,7 @@ def train(recipe: Recipe, *, resume: bool = False, label: str = "") -> Path:
     if recipe.training.threads:
         torch.set_num_threads(recipe.training.threads)
     transformers.utils.logging.disable_progress_bar()
-    prepared = prepare(recipe)
+    prepared = prepare(recipe, folder=output / "data" if recipe.data.background else None)
     model = build_model(recipe, prepared.tokenizer)
     started = time.time()
     trainer = _trainer(recipe, model, prepared, output, label)
@@ -243,16 +135,8 @@ def _check_output(recipe: Recipe, output: Path, resume: bool) -> None:
                 f"{path} differs from this recipe in {', '.join(differing(before, now))}; resume with the same recipe and "
                 "the same --set, or choose another output"
             )
-    elif output.exists() and any(output.iterdir()):
+    elif output.exists() and any(path.name != "data" for path in output.iterdir()):
         raise CheckpointError(f"{output} is not empty; resume the run, or choose another output")
-
-
-def differing(before: Any, now: Any, name: str = "") -> list[str]:
-    """The dotted names of the settings in which two recipes (as dicts) differ."""
-    if not isinstance(before, dict) or not isinstance(now, dict):
-        return [] if before == now else [name]
-    keys = sorted(set(before) | set(now))
-    return [x for key in keys for x in differing(before.get(key), now.get(key), f"{name}.{key}".lstrip("."))]
 
 
 def rows_per_step(training: TrainingRecipe) -> int:
@@ -272,6 +156,7 @@ def _trainer(recipe: Recipe, model: PreTrainedModel, prepared: Prepared, output:
         learning_rate=training.lr,
         max_grad_norm=training.max_grad_norm,
         bf16=training.precision == "bf16",
+        torch_compile=training.compile,
         seed=training.seed,
         train_sampling_strategy="sequential",
         logging_steps=training.log_every,

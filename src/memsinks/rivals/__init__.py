@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..config import ConfigError
-from ..recipe import unknown_keys
+from ..sections import unknown_keys
 from .caps import cap, twin
 from .goldfish import goldfish
 from .gradient_masking import gradient_masking

@@ -1,0 +1,282 @@
+"""One arm: micro-batches, precision, checkpoints and resuming; what a method learns must not depend on any of them."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from memsinks import arm as module
+from memsinks import compare as comparing
+from memsinks.checkpoint import load_any
+from memsinks.cli import main
+from memsinks.compare import compare, prepare_data, read_comparison, train_arm
+from memsinks.config import CheckpointError, ConfigError
+
+SMALL = {
+    "data": {
+        "synthetic": {"stories": 36, "people_per_level": 2, "canaries_per_level": 0, "held_out_stories": 4, "near_copies": 0,
+                      "copies": [0, 1]},
+        "repeat": {"documents": 6, "copies": [1, 4]}, "long": "truncate",
+    },
+    "tokenizer": {"vocab_size": 300},
+    "model": {"config": {
+        "model_type": "llama", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 2, "tie_word_embeddings": True, "initializer_range": 0.1,
+    }},
+    "training": {"length": 48, "batch_rows": 8, "lr": 5e-3, "log_every": 1},
+    "seeds": [0],
+    "roles": {"audited": "ours", "against": "standard"},
+    "arms": {
+        "standard": {"rival": "standard"},
+        "ours": {"rival": "gated", "neurons": 64, "active": 16, "block_size": 8},
+        "exact": {"rival": "gated", "neurons": 64, "active": 16, "block_size": 8, "shared": "none"},
+        "published": {"rival": "published", "neurons": 64, "active": 16, "width": -8},
+        "masking": {"rival": "gradient-masking", "width": 8},
+        "sgtm": {"rival": "sgtm", "width": 8, "heads": 2},
+    },
+}  # fmt: skip
+GPT2 = {
+    "model_type": "gpt2",
+    "n_embd": 16,
+    "n_layer": 2,
+    "n_head": 2,
+    "n_inner": 32,
+    "resid_pdrop": 0.2,
+    "embd_pdrop": 0.2,
+}
+
+
+def written(folder: Path, without: str = "", **sections) -> Path:
+    values = copy.deepcopy(SMALL) | {"output": str(folder / "out")}
+    for name, section in sections.items():
+        values[name] = values[name] | section if isinstance(values.get(name), dict) else section
+    if without:
+        del values["arms"][without]
+    folder.mkdir(exist_ok=True)
+    path = folder / "compare.yaml"
+    path.write_text(yaml.safe_dump(values, sort_keys=False))
+    return path
+
+
+def run(folder: Path, name: str, **sections) -> dict:
+    comparison = read_comparison(written(folder, **sections))
+    return train_arm(comparison, next(x for x in comparison.arms if x.name == name), 0)
+
+
+def weights(folder: Path, name: str) -> dict[str, torch.Tensor]:
+    found = {}
+    for path in sorted((folder / "out" / "seed-0" / name / "model").rglob("*.safetensors")):
+        found |= load_file(path)
+    return found
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("name", SMALL["arms"])
+def test_micro_batches_teach_what_the_whole_batch_teaches(tmp_path, name) -> None:
+    """Gradients add up to those of the whole step, whatever a method does with them."""
+    whole = run(tmp_path / "whole", name)
+    parts = run(tmp_path / "parts", name, training={"accumulate": 4, "gradient_checkpointing": True})
+    assert parts["curve"] == pytest.approx(whole["curve"], rel=2e-3, abs=2e-3)
+    assert abs(whole["curve"][-1] - whole["curve"][0]) > 0.2  # something is learnt that could go wrong
+    for one, other in zip(
+        weights(tmp_path / "whole", name).values(), weights(tmp_path / "parts", name).values(), strict=True
+    ):
+        assert torch.allclose(one.float(), other.float(), atol=0.02)
+
+
+@pytest.mark.parametrize("name", ["ours", "masking"])
+def test_bf16_is_autocast_around_the_forward(tmp_path, name) -> None:
+    full, half = run(tmp_path / "full", name), run(tmp_path / "half", name, training={"precision": "bf16"})
+    assert half["curve"] != full["curve"]
+    assert half["curve"] == pytest.approx(full["curve"], rel=0.05)
+    assert half["precision"] == "bf16" and half["device"] == "cpu" and half["peak_bytes"] is None
+    model = load_any(tmp_path / "half" / "out" / "seed-0" / name / "model")
+    assert model.dtype == torch.float32 and model.config.use_cache  # nothing of the training is left in what is saved
+
+
+def interrupt(monkeypatch, after: int) -> None:
+    clip, calls = module._clip, []
+
+    def stopping(*arguments) -> None:
+        calls.append(None)
+        if len(calls) > after:
+            raise KeyboardInterrupt
+        clip(*arguments)
+
+    monkeypatch.setattr(module, "_clip", stopping)
+
+
+@pytest.mark.parametrize(("name", "model"), [("ours", {}), ("standard", {"config": GPT2})])
+def test_an_interrupted_arm_continues_to_the_same_bits(tmp_path, monkeypatch, capsys, name, model) -> None:
+    """Also with dropout, whose random numbers go on where they were."""
+    settings = {"model": model, "training": {"save_every": 2, "accumulate": 2}}
+    wanted = run(tmp_path / "whole", name, **settings)
+    assert wanted["steps"] > 4
+    interrupt(monkeypatch, 3)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut", name, **settings)
+    monkeypatch.undo()
+    seed = tmp_path / "cut" / "out" / "seed-0"
+    assert sorted(path.name for path in seed.iterdir()) == ["data", f"{name}.part"]
+    torch.manual_seed(99)
+    found = run(tmp_path / "cut", name, **settings)
+    assert f"continues after step 2 of {wanted['steps']}" in capsys.readouterr().out
+    assert found["curve"] == wanted["curve"]
+    assert same(weights(tmp_path / "cut", name), weights(tmp_path / "whole", name))
+    assert sorted(path.name for path in seed.iterdir()) == sorted(["data", name])
+
+
+def test_what_was_cut_off_is_not_continued_with_other_settings(tmp_path, monkeypatch) -> None:
+    interrupt(monkeypatch, 3)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, "ours", training={"save_every": 2})
+    monkeypatch.undo()
+    with pytest.raises(CheckpointError, match=r"started with other settings \(recipe.training.lr\)"):
+        run(tmp_path, "ours", training={"save_every": 2, "lr": 1e-3})
+    state = tmp_path / "out" / "seed-0" / "ours.part" / "state.pt"
+    state.write_bytes(state.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match="cannot be read.*remove"):
+        run(tmp_path, "ours", training={"save_every": 2})
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch) -> None:
+    save, calls = torch.save, []
+
+    def full(*arguments) -> None:
+        calls.append(None)
+        if len(calls) > 1:
+            raise RuntimeError("PytorchStreamWriter failed writing file")
+        save(*arguments)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(CheckpointError, match="failed writing file.*Free space"):
+        run(tmp_path, "standard", training={"save_every": 2})
+    state = torch.load(tmp_path / "out" / "seed-0" / "standard.part" / "state.pt", weights_only=True)
+    assert state["done"][0] == 2
+
+
+def test_documents_of_a_packed_row_do_not_see_each_other_in_a_stock_model(tmp_path) -> None:
+    """One step over the whole corpus has the same loss however the documents lie in rows."""
+    changes = {"length": 700, "batch_rows": 4}
+    losses = {}
+    for own in (True, False):
+        data = {"one_document_per_row": own, "synthetic": SMALL["data"]["synthetic"] | {"stories": 9}, "long": "refuse"}
+        arms = {"without": "exact", "data": data, "training": changes}
+        comparison = read_comparison(written(tmp_path / str(own), **arms))
+        rows = module.prepare(module.with_method(comparison.recipe, comparison.arms[0].method, 0, tmp_path), True).rows
+        arms["training"] = changes | {"batch_rows": len(rows)}
+        losses[own] = run(tmp_path / str(own), "standard", **arms)
+    assert losses[False]["rows"] < losses[True]["rows"]
+    assert losses[False]["curve"] == pytest.approx(losses[True]["curve"], abs=2e-4)
+
+
+def test_compilation_is_asked_for(tmp_path) -> None:
+    """Run without the compiler, whose results tests/test_compile.py checks."""
+    with torch.compiler.set_stance("force_eager"):
+        compiled = run(tmp_path / "compiled", "ours", without="exact", training={"compile": True})
+    assert compiled["curve"] == run(tmp_path / "eager", "ours")["curve"]
+    assert same(weights(tmp_path / "compiled", "ours"), weights(tmp_path / "eager", "ours"))
+
+
+@pytest.mark.long
+def test_compiled_and_eager_arms_agree(tmp_path) -> None:
+    for name in ("standard", "ours", "published"):
+        compiled = run(tmp_path / "compiled", name, without="exact", training={"compile": True})
+        assert compiled["curve"] == pytest.approx(run(tmp_path / "eager", name)["curve"], rel=2e-3, abs=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("sections", "part"),
+    [({"training": {"compile": True}}, 'arms.exact: shared="none" cannot be compiled'),
+     ({"data": {"one_document_per_row": False}}, 'arms.exact: shared="none" needs data.one_document_per_row')],
+)  # fmt: skip
+def test_what_the_exact_mode_cannot_do_is_said_before(tmp_path, sections, part) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read_comparison(written(tmp_path, **sections))
+    assert part in str(caught.value)
+
+
+def test_a_width_that_leaves_no_neurons(tmp_path) -> None:
+    with pytest.raises(ConfigError, match="a width of -32 leaves no general neurons of 32"):
+        run(tmp_path, "published", arms={"published": SMALL["arms"]["published"] | {"width": -32}})
+
+
+# Processes
+
+
+class Process:
+    """A process that ends at once, and what it was started with."""
+
+    started: list[tuple[list[str], str | None]] = []  # noqa: RUF012
+
+    def __init__(self, command, stdout, env) -> None:
+        self.started.append((command, env.get("CUDA_VISIBLE_DEVICES")))
+        self.returncode = 0
+
+    def poll(self) -> int:
+        return 0
+
+
+def test_each_run_has_a_gpu_of_its_own(tmp_path, monkeypatch) -> None:
+    Process.started.clear()
+    path = written(tmp_path)
+    monkeypatch.setattr(comparing, "_visible_gpus", lambda: ["3", "5"])
+    monkeypatch.setattr(subprocess, "Popen", Process)
+    compare(read_comparison(path), jobs=2, command=[str(path), "--set", "training.lr=1e-3"], audits=False)
+    assert len(Process.started) == len(SMALL["arms"])
+    assert {gpu for _, gpu in Process.started} == {"3", "5"}
+    command = Process.started[1][0]
+    assert command[3:7] == ["compare", str(path), "--set", "training.lr=1e-3"] and command[7:] == [
+        "--train-only", "--arms", "ours", "--seeds", "0"
+    ]  # fmt: skip
+    assert (tmp_path / "out" / "seed-0" / "data" / "data.json").is_file()  # made once, before
+    with pytest.raises(ConfigError, match="3 jobs need as many GPUs, 2 are visible"):
+        compare(read_comparison(path), jobs=3, command=[str(path)], audits=False)
+
+
+def test_prepare_makes_what_the_arms_train_on(tmp_path, capsys) -> None:
+    path = written(tmp_path)
+    assert main(["prepare", str(path), "--set", "training.lr=1e-3"]) == 0
+    folder = Path(capsys.readouterr().out.strip())
+    assert folder == tmp_path / "out" / "seed-0" / "data"
+    before = (folder / "tokens.bin").stat().st_mtime_ns
+    facts = run(tmp_path, "standard")
+    assert (folder / "tokens.bin").stat().st_mtime_ns == before
+    assert prepare_data(read_comparison(path), 0) == folder
+    assert json.loads((folder / "data.json").read_text())["members"] > 0 and facts["tokens"] > 0
+
+
+def test_the_whole_of_a_paper_recipe_in_seconds(tmp_path, capsys) -> None:
+    """Web text around repeated stories, packed, bf16, micro-batches, checkpoints, every arm, audit and table."""
+    stories, web = tmp_path / "stories.jsonl", tmp_path / "web.jsonl"
+    names = ("Anna", "Ben", "Cleo", "Dan", "Eve")
+    stories.write_text("".join(
+        json.dumps({"text": f"{names[n % 5]} found {n} red stones and gave {names[n % 3]} {n * 7 % 50} of them. " * 2}) + "\n"
+        for n in range(80)
+    ))  # fmt: skip
+    web.write_text("".join(json.dumps({"text": f"Page {n}: " + f"item {n % 7} costs {n * 3}. " * (5 + n % 40)}) + "\n"
+                           for n in range(300)))  # fmt: skip
+    recipe = Path(__file__).parents[1] / "recipes" / "paper" / "smollm-360m-1b.yaml"
+    changes = {
+        "data.path": stories, "data.background.path": web, "data.background.tokens": 12_000, "data.limit": 60,
+        "data.held_out": 24, "data.repeat.documents": 12, "tokenizer.vocab_size": 400, "training.length": 128,
+        "training.batch_rows": 16, "training.log_every": 1, "training.save_every": 3, "training.threads": 1,
+        "output": tmp_path / "out",
+    }  # fmt: skip
+    argv = ["compare", str(recipe), "--scale", "1/1024", *(f"--set={name}={value}" for name, value in changes.items())]
+    assert main(argv) == 0
+    result = json.loads((tmp_path / "out" / "compare.json").read_text())
+    assert [row["name"] for row in result["rows"]] == [
+        "standard", "dedup", "published", "published, rescale expected", "published, rescale released", "ours",
+    ]  # fmt: skip
+    assert "table.md" in capsys.readouterr().out and not list((tmp_path / "out" / "seed-0").glob("*.part"))

@@ -1,0 +1,197 @@
+"""Data of a run: a background around the documents, the folder that runs share, what is wrong with either."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from memsinks import prepared as module
+from memsinks.config import CheckpointError, ConfigError, DataError
+from memsinks.identity import document_id
+from memsinks.packing import FIELDS
+from memsinks.prepared import AUDITED, prepare
+from memsinks.recipe import Recipe, parse_recipe
+from memsinks.run import train
+from memsinks.stored import StoredTokens, write_tokens
+from memsinks.tokens import encode
+
+MODEL = {
+    "model_type": "llama",
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
+
+
+def text(kind: str, number: int, words: int) -> str:
+    return " ".join(f"{kind}{(number * place) % 13}" for place in range(1, words)) + f" {number}"
+
+
+@pytest.fixture
+def corpus(tmp_path) -> tuple[Path, Path]:
+    """(stories, background): 30 and 200 documents."""
+    stories, background = tmp_path / "stories.jsonl", tmp_path / "web.jsonl"
+    stories.write_text("".join(json.dumps({"text": text("s", n, 9)}) + "\n" for n in range(30)))
+    background.write_text("".join(json.dumps({"text": text("web", n, 10 + n % 70)}) + "\n" for n in range(200)))
+    return stories, background
+
+
+def recipe_of(
+    corpus: tuple[Path, Path], output: Path, tokens: int = 6000, data: dict | None = None, **training
+) -> Recipe:
+    stories, background = corpus
+    sections = {
+        "path": str(stories), "limit": 24, "held_out": 4, "repeat": {"documents": 20, "copies": [2, 5]},
+        "background": {"path": str(background), "tokens": tokens}, "long": "fill", "one_document_per_row": False,
+    }  # fmt: skip
+    return parse_recipe({
+        "output": str(output), "data": sections | (data or {}), "tokenizer": {"vocab_size": 300}, "model": {"config": MODEL},
+        "training": {"length": 64, "batch_rows": 4} | training,
+    })  # fmt: skip
+
+
+def same(a, b) -> bool:
+    return all(np.array_equal(getattr(a, name), getattr(b, name)) for name in FIELDS)
+
+
+def test_the_background_fills_the_corpus_up(corpus, tmp_path) -> None:
+    found = prepare(recipe_of(corpus, tmp_path, length=256))
+    rows = found.rows
+    assert 6000 <= rows.tokens < 6000 + 400
+    assert rows.fill > 0.95
+    assert len(found.members) == 20 and len(found.controls) == 4
+    assert {document.kind for document in found.members} == {AUDITED}
+    copies = {document_id(document.text): document.copies for document in found.members}
+    ids, starts = rows.document_ids, rows.position_ids == 0
+    for one, number in copies.items():
+        assert (starts & (ids == one)).sum() == number
+        assert rows.exposures[ids == one].max() == number
+    others = set(ids.ravel().tolist()) - set(copies) - {-1}
+    assert others <= {document_id(text("web", n, 10 + n % 70)) for n in range(200)}
+    assert (rows.exposures[np.isin(ids, list(others))] == 1).all()
+    assert not {document_id(document.text) for document in found.controls} & set(ids.ravel().tolist())
+    own = set(np.flatnonzero(np.isin(ids, list(copies)).any(1)).tolist())
+    assert len(own) > 10  # spread over the rows, not at the front
+
+
+def test_a_folder_gives_the_rows_that_memory_gives_and_is_made_once(corpus, tmp_path) -> None:
+    recipe, folder = recipe_of(corpus, tmp_path), tmp_path / "data"
+    stored, memory = prepare(recipe, folder=folder), prepare(recipe)
+    assert same(stored.rows, memory.rows)
+    assert (stored.members, stored.controls) == (memory.members, memory.controls)
+    assert isinstance(stored.rows.documents, StoredTokens)
+    facts = json.loads((folder / "data.json").read_text())
+    assert facts["tokens"] == memory.rows.tokens and facts["members"] == 20 and facts["controls"] == 4
+    assert (folder / "tokens.bin").stat().st_size == 4 * sum(stored.rows.documents.offsets[-1:])
+    for path in corpus:
+        path.unlink()
+    again = prepare(recipe, folder=folder)
+    assert same(again.rows, memory.rows)
+    assert encode(again.tokenizer, ["s1 s2"])[0].tolist() == encode(memory.tokenizer, ["s1 s2"])[0].tolist()
+    other = prepare(recipe_of(corpus, tmp_path, data={"long": "split", "one_document_per_row": True}), folder=folder)
+    assert len(other.rows) > len(again.rows)  # how rows are cut is not part of the folder
+
+
+def test_rows_do_not_hold_what_lies_on_disk(corpus, tmp_path) -> None:
+    """In memory a document costs as much whether it is short or long."""
+    longer = tmp_path / "long.jsonl"
+    longer.write_text("".join(json.dumps({"text": text("web", n, 4000)}) + "\n" for n in range(40)))
+    rows = prepare(recipe_of((corpus[0], longer), tmp_path, 300_000), folder=tmp_path / "data").rows
+    own = sum(x.nbytes for x in (rows.segments, rows.first, rows.documents.order, rows.documents.offsets))  # type: ignore
+    assert rows.tokens > 300_000 and own < rows.tokens
+    assert rows.documents._tokens.base is not None  # type: ignore[attr-defined]  # a view of the mapped file
+
+
+def test_training_on_a_background(corpus, tmp_path, capsys) -> None:
+    recipe = recipe_of(corpus, tmp_path / "run", save_every=10, log_every=5)
+    folder = train(recipe)
+    assert (tmp_path / "run" / "data" / "tokens.bin").is_file() and (folder / "model.safetensors").is_file()
+    assert len((tmp_path / "run" / "members.jsonl").read_text().splitlines()) == 20
+    shutil.copytree(tmp_path / "run" / "data", tmp_path / "other" / "data")
+    assert train(recipe_of(corpus, tmp_path / "other", log_every=5)).is_dir()  # a prepared folder alone is no run
+
+
+@pytest.mark.parametrize(
+    ("change", "tokens", "error", "part"),
+    [({}, 600_000, DataError, "ends after"), ({}, 300, ConfigError, "leave nothing of data.background.tokens (300)"),
+     ({"background": {"path": "./none.jsonl", "tokens": 6000}}, 0, DataError, "none.jsonl does not exist"),
+     ({"background": {"path": "$NOT_SET/x.jsonl", "tokens": 6000}}, 0, ConfigError, "data.background.path '$NOT_SET/x.jsonl'"),
+     ({"path": "$NOT_SET/x.jsonl"}, 6000, ConfigError, "data.path '$NOT_SET/x.jsonl' names an environment variable"),
+     ({"repeat": {"documents": 21, "copies": 2}}, 6000, ConfigError, "leave none of 24 documents")],
+)  # fmt: skip
+def test_wrong_data_is_one_clear_error_and_leaves_nothing(corpus, tmp_path, change, tokens, error, part) -> None:
+    with pytest.raises(error) as caught:
+        prepare(recipe_of(corpus, tmp_path, tokens or 6000, data=change), folder=tmp_path / "data")
+    assert part in str(caught.value)
+    assert not list(tmp_path.glob("data*")) and not list(tmp_path.glob(".data*"))
+
+
+def test_an_empty_background(corpus, tmp_path) -> None:
+    corpus[1].write_text("\n\n")
+    with pytest.raises(DataError, match="holds no documents"):
+        prepare(recipe_of(corpus, tmp_path))
+
+
+def test_no_tokens_asked_for(corpus, tmp_path) -> None:
+    with pytest.raises(ConfigError, match="data.background.tokens must be at least 1, got 0"):
+        recipe_of(corpus, tmp_path, 0)
+
+
+def test_other_settings_are_not_mixed_in(corpus, tmp_path) -> None:
+    prepare(recipe_of(corpus, tmp_path), folder=tmp_path / "data")
+    with pytest.raises(CheckpointError, match=r"prepared with other settings \(data.background.tokens, seed\)"):
+        prepare(recipe_of(corpus, tmp_path, 5000, seed=1), folder=tmp_path / "data")
+
+
+def test_a_damaged_folder(corpus, tmp_path) -> None:
+    recipe = recipe_of(corpus, tmp_path)
+    prepare(recipe, folder=tmp_path / "data")
+    with (tmp_path / "data" / "tokens.bin").open("ab") as file:
+        file.write(b"more")
+    with pytest.raises(CheckpointError, match="should have .* bytes"):
+        prepare(recipe, folder=tmp_path / "data")
+
+
+def test_a_full_disk_leaves_nothing(corpus, tmp_path, monkeypatch) -> None:
+    def full(path, documents):
+        write_tokens(path, (x for x, _ in zip(documents, range(9), strict=False)))
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, "write_tokens", full)
+    with pytest.raises(CheckpointError, match="No space left.*Free space"):
+        prepare(recipe_of(corpus, tmp_path), folder=tmp_path / "data")
+    assert not list(tmp_path.glob("*data*"))
+
+
+def test_tokens_come_back_in_any_order(tmp_path) -> None:
+    documents = [np.arange(n, n + n % 5 + 1) for n in range(20)]
+    stored = StoredTokens(tmp_path / "t", write_tokens(tmp_path / "t", documents))
+    order = np.array([3, 3, 19, 0])
+    for found, index in zip(stored.in_order(order), order.tolist(), strict=True):
+        assert found.tolist() == documents[index].tolist()
+    assert stored.in_order(order).sizes.tolist() == [len(documents[index]) for index in order]
+    assert [len(x) for x in stored] == stored.sizes.tolist()
+
+
+@pytest.mark.skipif("MEMSINKS_DATA" not in os.environ, reason="MEMSINKS_DATA is not set")
+def test_real_stories_in_real_web_text(tmp_path) -> None:
+    recipe = parse_recipe({
+        "output": str(tmp_path), "model": {"config": MODEL},
+        "tokenizer": {"path": "$MEMSINKS_DATA/tokenizers/mixed_bpe_8192.json"},
+        "data": {
+            "path": "$MEMSINKS_DATA/tinystories.jsonl.zst", "limit": 30, "held_out": 10, "long": "fill",
+            "repeat": {"documents": 20, "copies": 3}, "one_document_per_row": False,
+            "background": {"path": "$MEMSINKS_DATA/background_open.jsonl.zst", "tokens": 100_000},
+        },
+        "training": {"length": 512},
+    })  # fmt: skip
+    found = prepare(recipe, folder=tmp_path / "data")
+    assert found.rows.fill > 0.95 and len(found.controls) == 10
+    assert torch.equal(found.rows[3]["position_ids"][:2], torch.tensor([0, 1]))
