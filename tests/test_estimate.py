@@ -9,13 +9,14 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from memsinks import estimate_table
+from memsinks import estimate_table, hosts
 from memsinks.attach import has_sinks
 from memsinks.cli import main
 from memsinks.compare import read_comparison
 from memsinks.estimate import build, estimate, flops, saved_bytes, size_of
 from memsinks.estimate_table import report
 from memsinks.export import export
+from memsinks.kernels import choose_path
 from memsinks.prepared import prepare
 from memsinks.recipe import Recipe, parse_recipe
 from memsinks.run import build_model, optimizer_and_schedule
@@ -50,6 +51,12 @@ class Tokens:
 
     def __len__(self) -> int:
         return 320
+
+
+@pytest.fixture(autouse=True)
+def _paths_of_a_gpu(monkeypatch) -> None:
+    """A real forward takes the path that it would take on a GPU."""
+    monkeypatch.setattr(hosts, "choose_path", lambda config, dtype, _: choose_path(config, dtype, torch.device("cuda")))
 
 
 def recipe_of(model: str, sinks: str, **training) -> Recipe:

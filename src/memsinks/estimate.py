@@ -19,11 +19,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from .attach import add_sinks, has_sinks, require_sinks
 from .config import CheckpointError, ConfigError, SinkConfig
 from .hosts import shared_parameters, sink_parameters
-from .kernels import uses_mask
+from .kernels import choose_path
 from .objective import shared_weight
 from .prepared import load_tokenizer_of, prepare
 from .recipe import Recipe
 from .routing import RoutingPlan, plan
+
+
+GPU = torch.device("cuda")
+"""Where the run is expected to be: it decides the compute path of the sinks."""
 
 
 @dataclass(frozen=True)
@@ -188,7 +192,7 @@ def flops(model: PreTrainedModel, rows: int, length: int, recompute: bool = Fals
     forward = 2.0 * in_layers + 4.0 * length * text.num_hidden_layers * text.num_attention_heads * width
     if has_sinks(model):
         config = require_sinks(model).config
-        share = 1 if uses_mask(config, model.dtype) else config.active / config.neurons
+        share = 1 if choose_path(config, model.dtype, GPU) == "masked" else config.active / config.neurons
         forward += 2 * share * sum(x.numel() for x in sink_parameters(model))
     return rows * length * ((4 if recompute else 3) * forward + 6.0 * head.weight.numel())
 
@@ -233,9 +237,9 @@ def _routing(model: PreTrainedModel, rows: int, length: int) -> tuple[RoutingPla
     if config.shared == "decay" and config.shared_decay:
         exposures = torch.full_like(ids, config.open_from)
         weight = shared_weight(exposures, config.open_from, config.shared_decay)
-    masked = uses_mask(config, model.dtype)
+    path = choose_path(config, model.dtype, GPU)
     scale = None if weight is None else 1.0 / weight.reshape(-1)
-    return plan(ids.reshape(-1), state.layers, config, state.table, masked=masked, weight_scale=scale), weight
+    return plan(ids.reshape(-1), state.layers, config, state.table, path=path, weight_scale=scale), weight
 
 
 @contextmanager
@@ -268,5 +272,5 @@ def _dislikes(model: PreTrainedModel, config: SinkConfig | None) -> Iterator[str
         return
     if config.routing == "blocks" and config.block_size % 16:
         yield f"the sink block_size {config.block_size} is not a multiple of 16: grouped products dislike it"
-    if uses_mask(config, model.dtype) and config.neurons > 2 * config.active:
+    if choose_path(config, model.dtype, GPU) == "masked" and config.neurons > 2 * config.active:
         yield f"single neurons (routing {config.routing!r}): all {config.neurons} sinks are computed, then masked"
