@@ -25,7 +25,6 @@ from .prepared import load_tokenizer_of, prepare
 from .recipe import Recipe
 from .routing import RoutingPlan, plan
 
-
 GPU = torch.device("cuda")
 """Where the run is expected to be: it decides the compute path of the sinks."""
 
