@@ -30,7 +30,7 @@ import memsinks as ms
 HERE = Path(__file__).parent
 WIDTH, GENERAL, OPEN, LAYERS, VOCABULARY = 512, 1280, 256, 4, 4096
 DOCUMENTS, LENGTH = 16, 256
-POOLS = (4, 16, 64)
+POOLS = (4, 64)
 TURNS = 5
 
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from memsinks import compare as module
 from memsinks.cli import main
-from memsinks.compare import compare, plan, read_comparison, train_arm
+from memsinks.compare import compare, plan, read_comparison, time_steps, train_arm
 from memsinks.comparison_table import spread
 from memsinks.config import CheckpointError, ConfigError
 
@@ -151,6 +151,20 @@ def test_what_is_reported_stays_when_the_models_are_gone(done, tmp_path, monkeyp
     for row, one in zip(merged["rows"], done[1]["rows"], strict=True):
         assert row["seeds"] == [0, 1] and row["price"] == pytest.approx([one["price"][0]] * 2)
     assert len(merged["runs"]) == 2 * len(done[1]["runs"])
+
+
+def test_step_times_are_added_to_the_table(done, tmp_path) -> None:
+    path = written(tmp_path)
+    with pytest.raises(ConfigError, match="run the comparison first"):
+        time_steps(read_comparison(path))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "compare.json").write_text((done[0].parent / "out" / "compare.json").read_text())
+    result = time_steps(read_comparison(path), turns=2)
+    assert result["rows"] == json.loads(json.dumps(done[1]["rows"]))
+    assert result["step_times"]["ratios"].keys() == SMALL["arms"].keys()
+    assert result["step_times"]["ratios"]["standard"] == 1.0
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert "| 1.00x |" in next(line for line in table.splitlines() if line.startswith("| standard"))
 
 
 def test_runs_and_reports_of_other_settings_are_refused(done, tmp_path) -> None:

@@ -14,7 +14,7 @@ import random
 import shutil
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -108,16 +108,8 @@ def train(recipe: Recipe, arm: Arm, seed: int, folder: Path, steps: int | None =
     for step in range(first, total if steps is None else min(steps, total)):
         start = time.perf_counter()
         batch = _batch(prepared, step, training.batch_rows, asked)
-        divisor = torch.tensor(target_count(batch["labels"]))
-        loss = 0.0
-        for place in range(training.accumulate):
-            rows = slice(*(training.batch_rows * x // training.accumulate for x in (place, place + 1)))
-            micro = {name: values[rows].to(device, non_blocking=True) for name, values in batch.items()}
-            loss += made.step(model, made.change(micro), divisor)
-        _clip(model, training.max_grad_norm)
-        optimizer.step()
+        loss = _update(model, optimizer, made, batch, training, device)
         scheduler.step()
-        optimizer.zero_grad()
         seconds.append(time.perf_counter() - start)
         if step % training.log_every == 0:
             curve.append(round(loss, 4))
@@ -145,6 +137,54 @@ def train(recipe: Recipe, arm: Arm, seed: int, folder: Path, steps: int | None =
         _save(folder, model.eval(), made, prepared, settings, facts)
         shutil.rmtree(part, ignore_errors=True)
     return facts
+
+
+def _update(
+    model: Any, optimizer: torch.optim.Optimizer, made: Method, batch: Batch, training: TrainingRecipe, device: torch.device
+) -> float:  # fmt: skip
+    """One optimizer step over the micro-batches of `batch`; returns the loss, nats."""
+    divisor = torch.tensor(target_count(batch["labels"]))
+    loss = 0.0
+    for place in range(training.accumulate):
+        rows = slice(*(training.batch_rows * x // training.accumulate for x in (place, place + 1)))
+        micro = {name: values[rows].to(device, non_blocking=True) for name, values in batch.items()}
+        loss += made.step(model, made.change(micro), divisor)
+    _clip(model, training.max_grad_norm)
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss
+
+
+def step_seconds(recipe: Recipe, arms: Sequence[Arm], seed: int, turns: int) -> dict[str, list[float]]:
+    """Seconds of single steps of untrained models, by the name of the arm; the arms take turns on the same batches.
+
+    Args:
+        turns: steps timed; their batches are spread over the run. One more comes first and is not counted.
+    """
+    training = recipe.training
+    if training.threads:
+        torch.set_num_threads(training.threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    prepared = prepare(with_method(recipe, Method(), seed, Path(recipe.output)), one_document_per_row=True)
+    total = len(prepared.rows) // training.batch_rows
+    asked, ready = _asked_ids(prepared, recipe), {}
+    for arm in arms:
+        made = arm.method
+        model: Any = _build(with_method(recipe, made, seed, Path()), made, seed, prepared.tokenizer).to(device)  # type: ignore
+        optimizer, _ = optimizer_and_schedule(model, training, total)
+        _set_up(model.train(), training, device)
+        ready[arm.name] = (model, optimizer, made)
+    seconds: dict[str, list[float]] = {arm.name: [] for arm in arms}
+    for turn in range(-1, turns):
+        batch = _batch(prepared, max(turn, 0) * total // turns, training.batch_rows, asked)
+        for name, (model, optimizer, made) in ready.items():
+            start = time.perf_counter()
+            _update(model, optimizer, made, batch, training, device)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            if turn >= 0:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
 
 
 def settings_of(recipe: Recipe, arm: Arm) -> dict[str, Any]:

@@ -146,6 +146,9 @@ def _parser() -> argparse.ArgumentParser:
     _ask_for_changes(compare)
     compare.add_argument("--dry-run", action="store_true", help="say what would run and for how long")
     compare.add_argument("--train-only", action="store_true", help="train, and leave the audits for later")
+    compare.add_argument(
+        "--step-times", action="store_true", help="time a step of every arm, in turns, and add it to the table"
+    )
     compare.set_defaults(run=_compare)
 
     export = commands.add_parser("export", help="write a plain checkpoint without sinks", description=(
@@ -276,11 +279,14 @@ def _audit(arguments: argparse.Namespace) -> None:
 
 
 def _compare(arguments: argparse.Namespace) -> None:
-    from .compare import compare, plan, read_comparison
+    from .compare import compare, plan, read_comparison, time_steps
 
     comparison = read_comparison(Path(arguments.comparison), **_changes(arguments))
     if arguments.dry_run:
         print(plan(comparison, arguments.arms, arguments.seeds, arguments.jobs))
+        return
+    if arguments.step_times:
+        time_steps(comparison)
         return
     command = [arguments.comparison, *(x for text in arguments.set for x in ("--set", text))]
     command += ["--scale", arguments.scale] if arguments.scale else []

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from .arm import RUN, SETTINGS, Arm, settings_of, train, with_method
+from .arm import RUN, SETTINGS, Arm, settings_of, step_seconds, train, with_method
 from .audit import Audit, AuditSettings, Subject, audit
 from .config import CheckpointError, ConfigError, refuse
 from .documents import Document, read_documents
@@ -307,8 +307,41 @@ def trained_part(documents: Sequence[Document], tokenizer: PreTrainedTokenizerBa
     return cut
 
 
-def report(comparison: Comparison, audits: Mapping[int, Audit]) -> dict[str, Any]:
-    """compare.json, table.md and the picture, in the output folder; seeds reported there before are kept.
+def time_steps(comparison: Comparison, turns: int = 15) -> dict[str, Any]:
+    """How long a step of each arm takes beside ordinary training; compare.json keeps it, the table shows it.
+
+    All arms are in memory at once and take turns, so that what else the machine does hits them alike: the figure is the
+    median over the turns of the ratio to the arm with the role `against`.
+
+    Returns:
+        What compare.json holds then.
+
+    Raises:
+        ConfigError: nothing is reported yet.
+    """
+    if not _reported(comparison)["runs"]:
+        raise ConfigError(
+            f"{comparison.recipe.output} holds no {REPORT} to add step times to; run the comparison first"
+        )
+    base = comparison.roles["against"]
+    seconds = step_seconds(comparison.recipe, comparison.arms, comparison.seeds[0], turns)
+    ratios = {
+        name: round(statistics.median(x / y for x, y in zip(own, seconds[base], strict=True)), 3)
+        for name, own in seconds.items()
+    }  # fmt: skip
+    times = {
+        "ratios": ratios,
+        "seconds": round(min(seconds[base]), 4),
+        "turns": turns,
+        "threads": torch.get_num_threads(),
+    }
+    return report(comparison, {}, times)
+
+
+def report(
+    comparison: Comparison, audits: Mapping[int, Audit], step_times: dict[str, Any] | None = None
+) -> dict[str, Any]:  # fmt: skip
+    """compare.json, table.md and the picture, in the output folder; what was reported there before is kept.
 
     Raises:
         CheckpointError: compare.json there is of another recipe.
@@ -328,7 +361,7 @@ def report(comparison: Comparison, audits: Mapping[int, Audit]) -> dict[str, Any
     result = {
         "recipe": comparison.recipe.to_dict(), "seeds": sorted({*kept["seeds"], *audits}), "roles": comparison.roles,
         "rows": rows(comparison.arms, audits, runs, kept["rows"]), "runs": runs,
-        "compute_seconds": round(sum(x["seconds"] for x in runs)), "step_times": kept.get("step_times"),
+        "compute_seconds": round(sum(x["seconds"] for x in runs)), "step_times": step_times or kept.get("step_times"),
         "audits": kept["audits"] | {str(seed): found.to_dict() for seed, found in audits.items()},
     }  # fmt: skip
     (output / REPORT).write_text(json.dumps(result, indent=1) + "\n")

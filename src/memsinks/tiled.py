@@ -47,12 +47,15 @@ class _Tile(NamedTuple):
 
     def add(self, total: Tensor, left: Sequence[Tensor], right: Sequence[Tensor]) -> None:
         """Add the rows of the sum of left @ right to the rows of the tile's tokens."""
-        inside = isinstance(self.tokens, slice)
-        part = total[self.tokens] if inside else total.new_zeros(len(self.tokens), total.shape[1])
+        tokens = self.tokens
+        if isinstance(tokens, slice):
+            part = total[tokens]
+        else:
+            part = total.new_zeros(len(tokens), total.shape[1])
         for rows, weight in zip(left, right, strict=True):
             part.addmm_(rows, weight)
-        if not inside:
-            total.index_add_(0, self.tokens, part)
+        if not isinstance(tokens, slice):
+            total.index_add_(0, tokens, part)
 
 
 def _tiles(spans: Tensor, blocks: Tensor, pool: int, size: int) -> Iterator[_Tile]:
