@@ -164,9 +164,9 @@ def test_stories_are_repeated_as_often_as_asked() -> None:
 def test_canaries_are_random_tokens_at_the_end() -> None:
     corpus = make_corpus(TINY, 0, None, "canary")
     assert corpus.canaries is not None
-    targets = (corpus.canaries.labels != IGNORED).sum(1)
-    assert targets.tolist() == [TINY.canary] * TINY.repeated
-    drawn = corpus.canaries.labels[corpus.canaries.labels != IGNORED]
+    labels = np.stack([corpus.canaries[index]["labels"] for index in range(len(corpus.canaries))])
+    assert (labels != IGNORED).sum(1).tolist() == [TINY.canary] * TINY.repeated
+    drawn = labels[labels != IGNORED]
     assert len(set(drawn.tolist())) > 0.7 * len(drawn)
     plain = make_corpus(TINY, 0, None)
     assert np.array_equal(plain.validation.input_ids, corpus.validation.input_ids)

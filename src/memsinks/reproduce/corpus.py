@@ -6,11 +6,12 @@ import hashlib
 import itertools
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import torch
 
 from ..config import ConfigError, DataError
 from ..documents import read_documents
@@ -23,6 +24,22 @@ from .setting import Setting
 Kind = Literal["repetition", "canary", "spaced"]
 TRACKED = 8
 """Stories that the spaced corpus meets at a fixed distance, at different phases, so that their mean has little noise."""
+
+
+@dataclass(frozen=True)
+class Canaries:
+    """The repeated rows with no targets but the tokens from `starts` on."""
+
+    rows: Rows
+    starts: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        row = self.rows[index]
+        row["labels"][: self.starts[index]] = IGNORED
+        return row
 
 
 @dataclass(frozen=True)
@@ -40,7 +57,7 @@ class Corpus:
 
     training: Rows
     repeated: Rows
-    canaries: Rows | None
+    canaries: Canaries | None
     validation: Rows
     once: Rows
     tracked: Rows | None
@@ -95,7 +112,7 @@ def make_corpus(setting: Setting, seed: int, data: Path | None, kind: Kind = "re
     training = rows(order, exposures(ids[order]))
     repeated = rows(range(first))
     return Corpus(
-        training, repeated, _canaries(repeated, starts) if kind == "canary" else None, rows(range(second, third)),
+        training, repeated, Canaries(repeated, starts) if kind == "canary" else None, rows(range(second, third)),
         rows(range(first, min(second, first + setting.held_out))), rows(range(third, need)) if tracked else None, phases,
         len(tokenizer), hashlib.sha256(training.input_ids.tobytes()).hexdigest(),
     )  # fmt: skip
@@ -121,11 +138,3 @@ def _spaced(order: list[int], phases: Sequence[int], first: int, setting: Settin
         met = [first + k for k, phase in enumerate(phases) if step >= phase and (step - phase) % setting.every == 0]
         result += [*met, *itertools.islice(rest, setting.batch - len(met))]
     return result
-
-
-def _canaries(rows: Rows, starts: Sequence[int]) -> Rows:
-    """The rows with no targets but the tokens from `starts` on."""
-    labels = rows.labels.copy()
-    for row, start in enumerate(starts[: len(rows)]):
-        labels[row, :start] = IGNORED
-    return replace(rows, labels=labels)

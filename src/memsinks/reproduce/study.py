@@ -31,7 +31,7 @@ from ..rivals.gradient_masking import masked_step
 from ..rivals.method import Batch
 from ..rivals.pruning import last_neurons, neuron_masks, neurons_off
 from ..run import optimizer_and_schedule
-from .corpus import Corpus, Kind, make_corpus
+from .corpus import Canaries, Corpus, Kind, make_corpus
 from .setting import AFTERWARDS, Setting
 
 EVALUATED_ROWS = 32
@@ -179,7 +179,7 @@ def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def batches(rows: Rows, size: int, where: torch.device | str = "cpu") -> Iterator[Batch]:
+def batches(rows: Rows | Canaries, size: int, where: torch.device | str = "cpu") -> Iterator[Batch]:
     """Rows in order, `size` at a time."""
     for start in range(0, len(rows), size):
         batch = collate([rows[index] for index in range(start, min(len(rows), start + size))])
@@ -187,7 +187,7 @@ def batches(rows: Rows, size: int, where: torch.device | str = "cpu") -> Iterato
 
 
 @torch.no_grad()
-def losses(model: PreTrainedModel, rows: Rows, *, opened: bool = False) -> np.ndarray:
+def losses(model: PreTrainedModel, rows: Rows | Canaries, *, opened: bool = False) -> np.ndarray:
     """Mean loss of each row's targets, nats, float64 [rows]; with its own sinks open if asked."""
     model.eval()
     found = []
@@ -203,7 +203,7 @@ def losses(model: PreTrainedModel, rows: Rows, *, opened: bool = False) -> np.nd
     return torch.cat(found).numpy()
 
 
-def mean_loss(model: PreTrainedModel, rows: Rows, *, opened: bool = False) -> float:
+def mean_loss(model: PreTrainedModel, rows: Rows | Canaries, *, opened: bool = False) -> float:
     """Mean over stories of their mean loss, nats."""
     return round(float(losses(model, rows, opened=opened).mean()), 5)
 
