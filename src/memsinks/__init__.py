@@ -21,7 +21,7 @@ training    the Hugging Face Trainer callback
 checkpoint  save, load, fingerprint
 export      the plain checkpoint, checked in a fresh process; the model card
 audit       what a model remembers of documents, against controls, other models, a twin
-rivals      ways of training to compare with, one file each
+rivals      ways of training, and of editing a trained model, to compare with: one file each
 sections    YAML -> dataclasses, everything wrong at once
 recipe      the YAML of a run
 shrink      a recipe made smaller in every direction
@@ -29,7 +29,9 @@ prepared    the corpus of a run: documents -> tokens -> rows, in memory or on di
 run         one run of a recipe
 estimate    parameters, FLOPs, memory and time of a recipe before it runs
 arm         one arm of a comparison, run to its end
+edited      an arm that edits the trained model of another
 compare     arms x seeds of rivals: one table
+reproduce   the paper's controlled study, a file a figure
 demo        the whole journey in minutes
 cli         the command line
 """

@@ -60,6 +60,12 @@ class Arm:
         return method(self.rival, self.settings)
 
     @property
+    def models(self) -> dict[str, str]:
+        """The arm's models beyond its folder ``model``: folder -> name in the table."""
+        made = self.method
+        return {x: f"{self.name}, rescale {x}" for x in made.rescales} | {x: f"{self.name}, {x}" for x in made.sweep}
+
+    @property
     def slug(self) -> str:
         """The name as a folder."""
         return "-".join("".join(x if x.isalnum() or x == "." else " " for x in self.name).split())

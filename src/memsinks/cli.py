@@ -20,6 +20,7 @@ Train language models whose memorization can be taken out again.
   memsinks lm-eval-task runs/NAME/model --documents members.jsonl --controls heldout.jsonl --out task/
   memsinks prepare recipes/compare-tinystories.yaml
   memsinks compare recipes/compare-tinystories.yaml
+  memsinks reproduce fig4                the paper's controlled study, figure by figure
   memsinks export runs/NAME/model clean/ a plain checkpoint without sinks
   memsinks info runs/NAME/model          what a checkpoint holds
 """
@@ -150,6 +151,22 @@ def _parser() -> argparse.ArgumentParser:
         "--step-times", action="store_true", help="time a step of every arm, in turns, and add it to the table"
     )
     compare.set_defaults(run=_compare)
+
+    again = commands.add_parser("reproduce", help="the paper's controlled study, figure by figure", description=(
+        "Train what a published figure needs (finished runs are kept), and write FIGURE.json and FIGURE.png. "
+        "--scale small is made for a CPU core, --scale paper is the published size and wants a GPU."
+    ))  # fmt: skip
+    again.add_argument("figures", nargs="+", metavar="FIGURE", help="fig2, fig3, fig4, fig5, fig7, theory or all")
+    again.add_argument("--scale", default="small", help="small, paper or tiny (%(default)s)")
+    again.add_argument(
+        "--data", help="file of stories; default: $MEMSINKS_DATA/tinystories.jsonl.zst, without it the built-in stories"
+    )
+    again.add_argument("--out", help="folder for runs, figures and pictures (runs/paper-SCALE)")
+    again.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="default: those of the scale")
+    again.add_argument("--threads", type=_count, help="CPU threads; default: torch's choice")
+    again.add_argument("--dry-run", action="store_true", help="say what would run and for how long")
+    again.add_argument("--finished", action="store_true", help="draw what is there and train nothing")
+    again.set_defaults(run=_reproduce)
 
     export = commands.add_parser("export", help="write a plain checkpoint without sinks", description=(
         "Write the model without its sinks into an empty folder, load it in a fresh process without memsinks, compare "
@@ -296,6 +313,29 @@ def _compare(arguments: argparse.Namespace) -> None:
     )  # fmt: skip
     if result is not None:
         print(f"\n{comparison.recipe.output}: table.md, compare.json, pareto.png, a report a seed")
+
+
+def _reproduce(arguments: argparse.Namespace) -> None:
+    import dataclasses
+    import os
+
+    import torch
+
+    from .reproduce import open_study, plan, reproduce
+
+    folder = os.environ.get("MEMSINKS_DATA")
+    default = Path(folder) / "tinystories.jsonl.zst" if folder else None
+    data = Path(arguments.data) if arguments.data else default
+    study = open_study(Path(arguments.out or f"runs/paper-{arguments.scale}"), arguments.scale, data)
+    study.training = not arguments.finished
+    if arguments.seeds:
+        study.setting = dataclasses.replace(study.setting, seeds=tuple(arguments.seeds))
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    if arguments.dry_run:
+        print(plan(arguments.figures, study))
+    else:
+        reproduce(arguments.figures, study)
 
 
 def _lm_eval_task(arguments: argparse.Namespace) -> None:

@@ -27,6 +27,7 @@ from .arm import RUN, SETTINGS, Arm, settings_of, step_seconds, train, with_meth
 from .audit import Audit, AuditSettings, Subject, audit
 from .config import CheckpointError, ConfigError, refuse
 from .documents import Document, read_documents
+from .edited import after_problems, edit_arm, with_bases
 from .identity import identify
 from .prepared import prepare
 from .recipe import OF_A_COMPARISON, Recipe, parse_recipe, read_sections
@@ -121,12 +122,20 @@ def read_comparison(path: Path, changes: Mapping[str, str] | None = None, scale:
         arms.append(arm)
     if len({arm.slug for arm in arms}) < len(arms):
         problems.append("two arms have the same name but for signs; rename one")
+    if not problems:
+        problems += after_problems(arms)
+        problems += [
+            f"roles.{role} is {name!r}, which edits another arm's model; a role needs an arm that trains one"
+            for role, name in (roles or {}).items() if any(x.name == name and x.method.after for x in arms)
+        ]  # fmt: skip
     refuse(problems, f"cannot use {path}")
     return Comparison(recipe, tuple(arms), tuple(seeds), roles)  # type: ignore[arg-type]
 
 
 def train_arm(comparison: Comparison, arm: Arm, seed: int, steps: int | None = None) -> dict[str, Any]:
     """Train one arm with one seed, see `arm.train`; returns its facts."""
+    if arm.method.after is not None:
+        return edit_arm(comparison, arm, seed, steps)
     return train(comparison.recipe, arm, seed, comparison.folder(arm, seed), steps)
 
 
@@ -165,12 +174,14 @@ def compare(
         CheckpointError: a run failed.
     """
     chosen, wanted = _chosen(comparison, arms, seeds)
-    todo = [(arm, seed) for seed in wanted for arm in chosen if _facts(comparison, arm, seed) is None]
+    runnable = with_bases(chosen, comparison.arms)
+    todo = [(arm, seed) for seed in wanted for arm in runnable if _facts(comparison, arm, seed) is None]
     if jobs == 1 or command is None:
         for arm, seed in todo:
             train_arm(comparison, arm, seed)
     else:
-        _run_processes(comparison, todo, jobs, command)
+        for editing in (False, True):
+            _run_processes(comparison, [x for x in todo if (x[0].method.after is not None) == editing], jobs, command)
     if not audits:
         return None
     results = {}
@@ -262,6 +273,9 @@ def plan(comparison: Comparison, arms: Sequence[str], seeds: Sequence[int], jobs
         else:
             facts = train_arm(comparison, arm, wanted[0], steps=3)
             each = facts["seconds_per_step"] * facts["steps"]
+        if not done and arm.method.after is not None:
+            lines.append(f"{arm.name}: seeds {missing}, edits the model of {arm.method.after}; not timed beforehand")
+            continue
         total += each * len(missing)
         lines.append(f"{arm.name}: seeds {missing}, about {each:.0f} s each")
     return "\n".join([*lines, f"in all about {total / jobs / 60:.0f} minutes, {jobs} at a time, and the audits"])
@@ -274,10 +288,9 @@ def audit_seed(comparison: Comparison, arms: Sequence[Arm], seed: int) -> Audit:
     for name, arm in by_name.items():
         folder = comparison.folder(arm, seed)
         sinks = arm.method.sinks is not None
-        subjects[name] = Subject(folder / "model", "closed" if sinks else None, name)
-        subjects |= {
-            f"{name}, rescale {x}": Subject(folder / x, None, f"{name}, rescale {x}") for x in arm.method.rescales
-        }
+        if arm.method.after is None:
+            subjects[name] = Subject(folder / "model", "closed" if sinks else None, name)
+        subjects |= {title: Subject(folder / x, None, title) for x, title in arm.models.items()}
     first = comparison.folder(by_name[comparison.roles["audited"]], seed)
     documents = list(read_documents(first / "documents.jsonl", copies_field="copies"))
     controls = [Document(x.text) for x in read_documents(first / "controls.jsonl")]

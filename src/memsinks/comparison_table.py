@@ -39,9 +39,7 @@ def rows(
         for model in audit.models:
             found.setdefault(model.name, {})[seed] = _figures(model, audit)
     parameters = {run["arm"]: run["parameters"] for run in runs}
-    order = [
-        name for arm in arms for name in found if name == arm.name or name.startswith(f"{arm.name}, rescale")
-    ]  # fmt: skip
+    order = [name for arm in arms for name in (arm.name, *arm.models.values()) if name in found]
     return [
         {
             "name": name, "seeds": sorted(found[name]), "parameters": parameters.get(name),

@@ -1,4 +1,4 @@
-"""Ways of training, ours among them: each a function of keyword settings that returns a `Method`.
+"""Ways of training and of editing a trained model, ours among them: functions of keyword settings that return a `Method`.
 
 A new one is a file here with one function, and a line in `RIVALS`; `docs/rivals.md` shows how.
 """
@@ -11,6 +11,7 @@ from typing import Any
 
 from ..config import ConfigError
 from ..sections import unknown_keys
+from . import after
 from .caps import cap, twin
 from .goldfish import goldfish
 from .gradient_masking import gradient_masking
@@ -29,6 +30,15 @@ RIVALS: dict[str, Callable[..., Method]] = {
     "goldfish": goldfish,
     "gradient-masking": gradient_masking,
     "sgtm": sgtm,
+    "activations": after.activations,
+    "zero-out": after.zero_out,
+    "integrated-gradients": after.integrated_gradients,
+    "hard-concrete": after.hard_concrete_pruning,
+    "random-neurons": after.random_neurons,
+    "gradient-ascent": after.gradient_ascent,
+    "graddiff": after.graddiff,
+    "npo": after.npo,
+    "simnpo": after.simnpo,
 }
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .method import Batch, Method, masked_gradients, without
@@ -20,11 +22,15 @@ def gradient_masking(*, width: int) -> Method:
     """
 
     def step(model: PreTrainedModel, batch: Batch, divisor: Tensor) -> float:
-        masks = reserved_masks(model, width, 0)
-        all_parameters: dict[torch.nn.Parameter, Tensor | None] = dict.fromkeys(model.parameters())
-        others = masked_gradients(
-            model, without(batch, batch["repeated"]), divisor, all_parameters | {x: 1 - y for x, y in masks.items()}
-        )
-        return others + masked_gradients(model, without(batch, ~batch["repeated"]), divisor, all_parameters | masks)
+        return masked_step(model, batch, divisor, reserved_masks(model, width, 0))
 
     return Method(width=width, step=step, remove=lambda model: cut_out(model, width, 0))
+
+
+def masked_step(model: PreTrainedModel, batch: Batch, divisor: Tensor, masks: Mapping[nn.Parameter, Tensor]) -> float:
+    """Gradients of one step into ``.grad``; `masks` are 1 where only repeated documents may write. Returns the loss, nats."""
+    everything: dict[torch.nn.Parameter, Tensor | None] = dict.fromkeys(model.parameters())
+    others = masked_gradients(
+        model, without(batch, batch["repeated"]), divisor, everything | {x: 1 - y for x, y in masks.items()}
+    )
+    return others + masked_gradients(model, without(batch, ~batch["repeated"]), divisor, everything | dict(masks))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,10 @@ from ..run import stock_arguments
 Batch = dict[str, Tensor]
 """What `collate` gives, int64 [rows, length] each, and two masks, bool [rows, length]: `audited` (tokens of documents that
 the audit asks for) and `repeated` (those of them with 2 copies or more)."""
+
+
+Edit = Callable[[PreTrainedModel, Sequence[Batch], Sequence[Batch], int], Iterator[PreTrainedModel]]
+"""See `Method.edit`."""
 
 
 def unchanged(batch: Batch) -> Batch:
@@ -53,6 +57,10 @@ class Method:
         step: gradients of one step.
         remove: takes out, in place, what is not exported.
         rescales: also export with these factors of the general neurons (`SinkConfig.rescale_factors`).
+        after: the name of the arm whose trained model is edited; nothing above applies then.
+        sweep: the names of the models that come out of `edit`.
+        edit: (trained model, batches of the repeated documents, batches of documents seen once, seed) -> a model for each
+            value of the sweep, in this order; the next one may change the one before.
     """
 
     width: int = 0
@@ -63,6 +71,9 @@ class Method:
     step: Callable[[PreTrainedModel, Batch, Tensor], float] = plain_step
     remove: Callable[[PreTrainedModel], None] = remove_all_sinks
     rescales: tuple[str, ...] = ()
+    after: str | None = None
+    sweep: tuple[str, ...] = ()
+    edit: Edit | None = None
 
 
 def without(batch: Batch, dropped: Tensor) -> Batch:

@@ -1,0 +1,113 @@
+"""Arms that start from the trained model of another arm: post-hoc removal in a comparison."""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from ._version import __version__
+from .arm import RUN, SETTINGS, Arm, with_method
+from .checkpoint import load_stock, written_beside
+from .config import CheckpointError
+from .documents import Document, write_documents
+from .identity import identify
+from .packing import collate, pack
+from .prepared import AUDITED, Prepared, prepare
+from .rivals.method import Batch
+from .tokens import encode
+
+if TYPE_CHECKING:
+    from .compare import Comparison
+
+
+def after_problems(arms: Sequence[Arm]) -> list[str]:
+    """What is wrong with the `after` of each arm: it must be an arm that trains a model, without sinks."""
+    by_name = {arm.name: arm for arm in arms}
+    problems = []
+    for arm in arms:
+        base = arm.method.after
+        if base is None:
+            continue
+        if base not in by_name:
+            problems.append(f"arms.{arm.name}.after names no arm: {base!r}; known are {', '.join(by_name)}")
+        elif by_name[base].method.after is not None or by_name[base].method.sinks is not None:
+            problems.append(f"arms.{arm.name}.after: {base!r} must be an arm that trains a model without sinks")
+    return problems
+
+
+def with_bases(arms: Sequence[Arm], known: Sequence[Arm]) -> list[Arm]:
+    """The arms in the order in which they can be run: every other, then those that edit one; bases are added."""
+    needed = {arm.method.after for arm in arms} | {arm.name for arm in arms if arm.method.after is None}
+    return [arm for arm in known if arm.name in needed] + [arm for arm in arms if arm.method.after is not None]
+
+
+def edit_arm(comparison: Comparison, arm: Arm, seed: int, steps: int | None = None) -> dict[str, Any]:
+    """Edit the model of the arm `after` and write one model for each value of the sweep; returns the facts.
+
+    Args:
+        steps: if given, nothing is edited: the facts say 0 steps.
+
+    Raises:
+        CheckpointError: the base has not been trained.
+    """
+    made = arm.method
+    base = next(x for x in comparison.arms if x.name == made.after)
+    facts: dict[str, Any] = {
+        "arm": arm.name, "rival": arm.rival, "settings": arm.settings, "seed": seed, "steps": 0, "seconds": 0.0,
+        "seconds_per_step": 0.0, "curve": [],
+    }  # fmt: skip
+    if steps is not None:
+        return facts
+    finished = comparison.finished(base, seed)
+    if finished is None:
+        raise CheckpointError(f"{arm.name} edits the model of {base.name}, which has no finished run with seed {seed}; "
+                              f"train it first: --arms {base.name!r} --seeds {seed}")  # fmt: skip
+    folder = comparison.folder(arm, seed)
+    recipe = with_method(comparison.recipe, base.method, seed, folder)
+    if recipe.training.threads:
+        torch.set_num_threads(recipe.training.threads)
+    prepared = prepare(recipe, one_document_per_row=True, folder=folder.parent / "data")
+    audited = [x for x in prepared.members if x.kind == AUDITED and x.copies > 1]
+    others = [x for x in prepared.members if x.kind != AUDITED][: len(audited)]
+    size = recipe.training.batch_rows
+    forget, retain = (_batches(side, prepared, recipe.training.length, size) for side in (audited, others))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    forget, retain = ([{x: y.to(device) for x, y in batch.items()} for batch in side] for side in (forget, retain))
+    model = load_stock(comparison.folder(base, seed) / "model").to(device).eval()
+    facts["parameters"] = finished["parameters"]
+    facts["threads"] = torch.get_num_threads()
+    facts["versions"] = {"memsinks": __version__, "python": platform.python_version()}
+    facts["versions"] |= {name: version(name) for name in ("torch", "transformers", "numpy")}
+    started = time.perf_counter()
+    assert made.edit is not None
+    with written_beside(folder) as part:
+        for name, edited in zip(made.sweep, made.edit(model, forget, retain, seed), strict=True):
+            print(f"{arm.name}, seed {seed}: {name}, {time.perf_counter() - started:.0f} s", flush=True)
+            edited.save_pretrained(part / name)
+            prepared.tokenizer.save_pretrained(part / name)
+        facts["seconds"] = round(time.perf_counter() - started, 1)
+        write_documents(part / "documents.jsonl", [x for x in prepared.members if x.kind == AUDITED])
+        write_documents(part / "controls.jsonl", prepared.controls)
+        (part / SETTINGS).write_text(json.dumps(comparison.settings(arm), indent=2) + "\n")
+        (part / RUN).write_text(json.dumps(facts, indent=2) + "\n")
+    return facts
+
+
+def _batches(documents: Sequence[Document], prepared: Prepared, length: int, size: int) -> list[Batch]:
+    """One document a row, cut to a row, once each."""
+    tokens = [x[:length] for x in encode(prepared.tokenizer, [document.text for document in documents])]
+    rows = pack(
+        tokens, identify(documents)[0], np.ones(len(tokens), np.int64), length=length,
+        pad_id=int(prepared.tokenizer.pad_token_id), one_document_per_row=True,  # type: ignore[arg-type]
+    )  # fmt: skip
+    return [
+        collate([rows[index] for index in range(start, min(len(rows), start + size))])
+        for start in range(0, len(rows), size)
+    ]
