@@ -91,8 +91,8 @@ def test_the_tree_names_every_module() -> None:
 def test_links_recipes_and_commands_exist(capsys: pytest.CaptureFixture[str]) -> None:
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
         assert (ROOT / target).exists(), target
-    for recipe in set(re.findall(r"recipes/[\w.-]+\.yaml", README)):
-        read = read_comparison if "/compare-" in recipe else ms.read_recipe
+    for recipe in set(re.findall(r"recipes/[\w./-]+\.yaml", README)):
+        read = read_comparison if "/compare-" in recipe or "/paper/" in recipe else ms.read_recipe
         read(ROOT / recipe)
     for command in set(re.findall(r"^memsinks ([\w-]+)", README, re.M)):
         with pytest.raises(SystemExit) as done:

@@ -11,7 +11,7 @@ stored      tokens on disk
 packing     documents -> rows; the collator
 routing     id -> open sink blocks; the plan of one forward
 sinks       the sink module
-kernels     its compute paths
+kernels     what it computes, and by which path: masked, tiled (CPU), grouped (GPU)
 families    reading a decoder: where its MLPs are and what they compute
 objective   w(c) at the logits and back in the sinks; the exact mode; the divisor
 hosts       what the classes of a model with sinks do

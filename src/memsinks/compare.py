@@ -337,7 +337,8 @@ def time_steps(comparison: Comparison, turns: int = 15) -> dict[str, Any]:
             f"{comparison.recipe.output} holds no {REPORT} to add step times to; run the comparison first"
         )
     base = comparison.roles["against"]
-    seconds = step_seconds(comparison.recipe, comparison.arms, comparison.seeds[0], turns)
+    trained = [arm for arm in comparison.arms if arm.method.after is None]
+    seconds = step_seconds(comparison.recipe, trained, comparison.seeds[0], turns)
     ratios = {
         name: round(statistics.median(x / y for x, y in zip(own, seconds[base], strict=True)), 3)
         for name, own in seconds.items()

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 from .attach import require_sinks
 from .config import ConfigError
@@ -117,6 +118,14 @@ class AdamW(torch.optim.AdamW):
         if not len(moved):
             return
         (beta1, beta2), lr, eps = group["betas"], group["lr"], group["eps"]
+        if parameter.device.type == "cpu":  # block by block in place: the copies below cost several times the update
+            parts = (parameter, gradient, state["exp_avg"], state["exp_avg_sq"], state["step"])
+            parameters, gradients, firsts, seconds, steps = ([x[index] for index in moved.tolist()] for x in parts)
+            adamw(
+                parameters, gradients, firsts, seconds, [], steps, foreach=False, amsgrad=False, beta1=beta1, beta2=beta2,
+                lr=lr, weight_decay=group["weight_decay"], eps=eps, maximize=False,
+            )  # fmt: skip
+            return
         shape = (-1, *[1] * (parameter.dim() - 1))
         gradient = gradient[moved]
         step = state["step"][moved].double() + 1  # 1 - beta2**step has 4 digits in float32
