@@ -68,7 +68,7 @@ def sweep(study: Study, run: Run, name: str) -> dict[str, Any]:
         return found
     started = time.perf_counter()
     corpus = study.corpus(run.corpus, run.seed)
-    model = load_stock(study.weights(run)).to(device()).eval()
+    model = load_stock(study.weights(run)).to(device()).eval()  # type: ignore[arg-type]
     forget = corpus.repeated if corpus.canaries is None else corpus.canaries
     settings = method_settings(setting, name)
     made = method(METHODS[name], {"after": run.name} | settings)
