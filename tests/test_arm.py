@@ -105,7 +105,7 @@ def test_bf16_is_autocast_around_the_forward(tmp_path, name) -> None:
 
 
 def interrupt(monkeypatch, after: int) -> None:
-    clip, calls = module._clip, []
+    clip, calls = module.clip, []
 
     def stopping(*arguments) -> None:
         calls.append(None)
@@ -113,7 +113,7 @@ def interrupt(monkeypatch, after: int) -> None:
             raise KeyboardInterrupt
         clip(*arguments)
 
-    monkeypatch.setattr(module, "_clip", stopping)
+    monkeypatch.setattr(module, "clip", stopping)
 
 
 @pytest.mark.parametrize(("name", "model"), [("ours", {}), ("standard", {"config": GPT2})])

@@ -18,11 +18,8 @@ from pathlib import Path
 
 from memsinks.arm import RUN, Arm
 from memsinks.audit import Audit, AuditSettings, Subject, audit
-from memsinks.compare import Comparison, read_comparison, train_arm, trained_part
-from memsinks.documents import Document, read_documents
-from memsinks.identity import identify
+from memsinks.compare import Comparison, audited_corpus, read_comparison, train_arm
 from memsinks.shrink import parse_scale
-from memsinks.tokens import load_tokenizer
 
 
 def subject(comparison: Comparison, arm: Arm, seed: int) -> Subject:
@@ -32,13 +29,8 @@ def subject(comparison: Comparison, arm: Arm, seed: int) -> Subject:
 
 def audit_arm(comparison: Comparison, arm: Arm, seed: int, out: Path) -> Audit:
     """The audit of one arm, beside the arms that are there already."""
-    folder, recipe = comparison.folder(arm, seed), comparison.recipe
-    documents = list(read_documents(folder / "documents.jsonl", copies_field="copies"))
-    controls = [Document(x.text) for x in read_documents(folder / "controls.jsonl")]
-    ids = identify([*documents, *controls], recipe.data.identity)[0]
-    if recipe.data.long == "truncate":
-        tokenizer = load_tokenizer(folder / "model")
-        documents, controls = (trained_part(x, tokenizer, recipe.training.length) for x in (documents, controls))
+    folder = comparison.folder(arm, seed)
+    documents, controls, ids = audited_corpus(comparison.recipe, folder)
     there = {x.name: x for x in comparison.arms if x.name != arm.name and comparison.finished(x, seed) is not None}
     roles = {role: name for role, name in comparison.roles.items() if role != "audited" and name in there}
     others = [subject(comparison, x, seed) for name, x in there.items() if name not in roles.values()]

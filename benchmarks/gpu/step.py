@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from memsinks.arm import _clip, _set_up, with_method
+from memsinks.arm import _set_up, clip, with_method
 from memsinks.attach import add_sinks
 from memsinks.compare import read_comparison
 from memsinks.estimate import build, estimate, flops
@@ -84,7 +84,7 @@ def measure(recipe: Recipe, made: Method, steps: int, peak: float) -> dict:
     passes, updates = [], []
     for step in range(WARM + steps):
         passes.append(seconds(lambda step=step: made.step(model, made.change(data[step % 2]), torch.tensor(tokens))))
-        updates.append(seconds(lambda: (_clip(model, training.max_grad_norm), optimizer.step(), optimizer.zero_grad())))
+        updates.append(seconds(lambda: (clip(model, training.max_grad_norm), optimizer.step(), optimizer.zero_grad())))
     micro, update = (statistics.median(found[WARM:]) for found in (passes, updates))
     each = training.accumulate * micro + update
     useful = training.accumulate * flops(shapes, len(data[0]["input_ids"]), training.length)

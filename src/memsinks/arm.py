@@ -9,21 +9,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import platform
 import random
 import shutil
 import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ._version import __version__
+from ._version import versions
 from .attach import add_sinks, has_sinks, require_sinks
 from .checkpoint import written_beside
 from .config import CheckpointError, ConfigError
@@ -135,8 +133,7 @@ def train(recipe: Recipe, arm: Arm, seed: int, folder: Path, steps: int | None =
         "tokens_per_second": round(training.batch_rows * training.length / each),
         "threads": torch.get_num_threads(), "precision": training.precision, "device": _device_name(device),
         "peak_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else None,
-        "versions": {"memsinks": __version__, "python": platform.python_version()}
-        | {name: version(name) for name in ("torch", "transformers", "numpy")},
+        "versions": versions("torch", "transformers", "numpy"),
     }  # fmt: skip
     if steps is None:
         _take_down(model, use_cache)
@@ -155,7 +152,7 @@ def _update(
         rows = slice(*(training.batch_rows * x // training.accumulate for x in (place, place + 1)))
         micro = {name: values[rows].to(device, non_blocking=True) for name, values in batch.items()}
         loss += made.step(model, made.change(micro), divisor)
-    _clip(model, training.max_grad_norm)
+    clip(model, training.max_grad_norm)
     optimizer.step()
     optimizer.zero_grad()
     return loss
@@ -256,7 +253,8 @@ def _batch(prepared: Prepared, step: int, size: int, asked: Mapping[str, torch.T
     return batch | {name: torch.isin(batch["document_ids"], ids) for name, ids in asked.items()}
 
 
-def _clip(model: PreTrainedModel, norm: float) -> None:
+def clip(model: PreTrainedModel, norm: float) -> None:
+    """Clip gradient norms, those of sinks apart if there are any; 0 = no clipping."""
     if not norm:
         return
     if has_sinks(model):

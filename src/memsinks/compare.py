@@ -20,6 +20,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -175,7 +176,8 @@ def compare(
     """
     chosen, wanted = _chosen(comparison, arms, seeds)
     runnable = with_bases(chosen, comparison.arms)
-    todo = [(arm, seed) for seed in wanted for arm in runnable if _facts(comparison, arm, seed) is None]
+    reported = _reported(comparison)["runs"]
+    todo = [(arm, seed) for seed in wanted for arm in runnable if _facts(comparison, arm, seed, reported) is None]
     if jobs == 1 or command is None:
         for arm, seed in todo:
             train_arm(comparison, arm, seed)
@@ -191,7 +193,7 @@ def compare(
             results[seed] = audit_seed(comparison, done, seed)
         elif done:
             print(f"seed {seed} is not audited: the models of {', '.join(comparison.roles.values())} are not all there")
-    return report(comparison, results) if results or _reported(comparison)["runs"] else None
+    return report(comparison, results) if results or reported else None
 
 
 def _chosen(comparison: Comparison, arms: Sequence[str], seeds: Sequence[int]) -> tuple[list[Arm], list[int]]:
@@ -261,10 +263,11 @@ def _run_processes(comparison: Comparison, todo: list[tuple[Arm, int]], jobs: in
 def plan(comparison: Comparison, arms: Sequence[str], seeds: Sequence[int], jobs: int) -> str:
     """What would run and for how long, from finished runs or, where there are none, three steps of each method."""
     chosen, wanted = _chosen(comparison, arms, seeds)
+    reported = _reported(comparison)["runs"]
     lines, total = [], 0.0
     for arm in chosen:
-        done = [x for seed in comparison.seeds if (x := _facts(comparison, arm, seed))]
-        missing = [seed for seed in wanted if _facts(comparison, arm, seed) is None]
+        done = [x for seed in comparison.seeds if (x := _facts(comparison, arm, seed, reported))]
+        missing = [seed for seed in wanted if _facts(comparison, arm, seed, reported) is None]
         if not missing:
             lines.append(f"{arm.name}: finished")
             continue
@@ -292,14 +295,7 @@ def audit_seed(comparison: Comparison, arms: Sequence[Arm], seed: int) -> Audit:
             subjects[name] = Subject(folder / "model", "closed" if sinks else None, name)
         subjects |= {title: Subject(folder / x, None, title) for x, title in arm.models.items()}
     first = comparison.folder(by_name[comparison.roles["audited"]], seed)
-    documents = list(read_documents(first / "documents.jsonl", copies_field="copies"))
-    controls = [Document(x.text) for x in read_documents(first / "controls.jsonl")]
-    ids = identify([*documents, *controls], comparison.recipe.data.identity)[0]
-    if comparison.recipe.data.long == "truncate":
-        tokenizer = load_tokenizer(first / "model")
-        documents, controls = (
-            trained_part(x, tokenizer, comparison.recipe.training.length) for x in (documents, controls)
-        )
+    documents, controls, ids = audited_corpus(comparison.recipe, first)
     roles = {role: subjects.pop(name) for role, name in comparison.roles.items()}
     print(f"audit of seed {seed}: {len(roles) + len(subjects)} models", flush=True)
     return audit(
@@ -310,7 +306,18 @@ def audit_seed(comparison: Comparison, arms: Sequence[Arm], seed: int) -> Audit:
     )  # fmt: skip
 
 
-def trained_part(documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, length: int) -> list[Document]:
+def audited_corpus(recipe: Recipe, folder: Path) -> tuple[list[Document], list[Document], np.ndarray]:
+    """Documents and controls of a finished run, cut as they were trained on, and the ids of both, int64."""
+    documents = list(read_documents(folder / "documents.jsonl", copies_field="copies"))
+    controls = [Document(x.text) for x in read_documents(folder / "controls.jsonl")]
+    ids = identify([*documents, *controls], recipe.data.identity)[0]
+    if recipe.data.long == "truncate":
+        tokenizer = load_tokenizer(folder / "model")
+        documents, controls = (_trained_part(x, tokenizer, recipe.training.length) for x in (documents, controls))
+    return documents, controls, ids
+
+
+def _trained_part(documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, length: int) -> list[Document]:
     """Documents cut to the tokens that a row held."""
     cut = []
     for document in documents:
@@ -385,13 +392,13 @@ def report(
     return result
 
 
-def _facts(comparison: Comparison, arm: Arm, seed: int) -> dict[str, Any] | None:
-    """The facts of a run that is finished, or whose model is gone but compare.json reports it; otherwise None."""
-    reported = (
-        run for run in _reported(comparison)["runs"]
+def _facts(comparison: Comparison, arm: Arm, seed: int, reported: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """The facts of a run that is finished, or whose model is gone but compare.json `reported` it; otherwise None."""
+    same = (
+        run for run in reported
         if (run["arm"], run["seed"]) == (arm.name, seed) and (run["rival"], run["settings"]) == (arm.rival, arm.settings)
     )  # fmt: skip
-    return comparison.finished(arm, seed) or next(reported, None)
+    return comparison.finished(arm, seed) or next(same, None)
 
 
 def _reported(comparison: Comparison) -> dict[str, Any]:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import platform
 import time
 from collections.abc import Sequence
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from ._version import __version__
+from ._version import versions
 from .arm import RUN, SETTINGS, Arm, with_method
 from .checkpoint import load_stock, written_beside
 from .config import CheckpointError
@@ -83,8 +81,7 @@ def edit_arm(comparison: Comparison, arm: Arm, seed: int, steps: int | None = No
     model = load_stock(comparison.folder(base, seed) / "model").to(device).eval()  # type: ignore[arg-type]
     facts["parameters"] = finished["parameters"]
     facts["threads"] = torch.get_num_threads()
-    facts["versions"] = {"memsinks": __version__, "python": platform.python_version()}
-    facts["versions"] |= {name: version(name) for name in ("torch", "transformers", "numpy")}
+    facts["versions"] = versions("torch", "transformers", "numpy")
     started = time.perf_counter()
     assert made.edit is not None
     with written_beside(folder) as part:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import platform
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +16,12 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from .._version import __version__
+from .._version import versions
+from ..arm import clip
 from ..attach import add_sinks, has_sinks, sinks_open
 from ..checkpoint import written_beside
 from ..config import ConfigError
 from ..objective import target_count
-from ..optim import clip_grad_norm_
 from ..packing import IGNORED, Rows, collate
 from ..recipe import TrainingRecipe
 from ..rivals import Method, method
@@ -117,9 +115,11 @@ class Study:
 
     def write(self, name: str, result: dict[str, Any], folder: Path | None = None) -> dict[str, Any]:
         """Keep a result, in runs/ or another folder, written beside and renamed; returns it with setting, data, versions."""
-        versions = {"memsinks": __version__, "python": platform.python_version()}
-        versions |= {x: version(x) for x in ("torch", "transformers", "numpy")}
-        result = result | {"setting": self.setting.to_dict(), "data": self.data_name, "versions": versions}
+        result = result | {
+            "setting": self.setting.to_dict(),
+            "data": self.data_name,
+            "versions": versions("torch", "transformers", "numpy"),
+        }
         path = (folder or self.out / "runs") / f"{name}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(".part")
@@ -242,9 +242,6 @@ def train(study: Study, run: Run) -> dict[str, Any]:
         divisor = torch.tensor(target_count(batch["labels"]), device=model.device)
         with torch.autocast(model.device.type, torch.bfloat16, enabled=setting.precision == "bf16"):
             loss = step_of(model, made.change(batch | {"audited": mask, "repeated": mask}), divisor)
-        clip: Any = (
-            clip_grad_norm_ if has_sinks(model) else lambda x, y: torch.nn.utils.clip_grad_norm_(x.parameters(), y)
-        )
         clip(model, 1.0)
         optimizer.step(), scheduler.step(), optimizer.zero_grad()
         before = time.perf_counter()
