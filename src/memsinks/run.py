@@ -14,10 +14,8 @@ from __future__ import annotations
 import json
 import math
 import os
-import platform
 import time
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +24,7 @@ import transformers
 import yaml
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
-from ._version import __version__
+from ._version import versions
 from .attach import add_sinks, has_sinks
 from .checkpoint import load_stock
 from .config import CheckpointError, ConfigError
@@ -246,8 +244,7 @@ def _facts(recipe: Recipe, prepared: Prepared) -> dict[str, Any]:
         "rows": len(rows), "rows_left_out": len(rows) % rows_per_step(recipe.training),
         "tokens": rows.tokens, "fill": round(rows.fill, 4),
         "corpus_sha256": texts_hash(prepared.members),
-        "versions": {"memsinks": __version__, "python": platform.python_version()}
-        | {name: version(name) for name in packages},
+        "versions": versions(*packages),
         "threads": torch.get_num_threads(),
     }  # fmt: skip
 

@@ -5,18 +5,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import platform
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .._version import __version__
+from .._version import versions
 from ..checkpoint import written_beside
 from ..config import CheckpointError, ConfigError, DataError
 from ..documents import Document
@@ -240,7 +238,7 @@ def _result(
             "private_part": private, "start_token": bool(len(corpus.start)),
             "relearn_lr": relearn_lr if relearning else None,
         },
-        {"memsinks": __version__, "python": platform.python_version()} | {x: version(x) for x in packages},
+        versions(*packages),
         {"texts_sha256": corpus.sha256, "tokens": int(sum(len(x) for x in corpus.tokens))},
         tuple(measured), corpus, tuple(_examples(measured, corpus, settings, tokenizer)),
     )  # fmt: skip
