@@ -114,7 +114,8 @@ class AdamW(torch.optim.AdamW):
             state["step"] = state["step"].to(parameter.device)
         gradient = parameter.grad
         assert gradient is not None
-        moved = torch.linalg.vector_norm(gradient.flatten(1), math.inf, dim=1).nonzero()[:, 0]
+        flat = gradient.flatten(1)  # a norm over blocks is 5 to 10 times slower on a CPU
+        moved = ((flat.amax(1) != 0) | (flat.amin(1) != 0)).nonzero()[:, 0]
         if not len(moved):
             return
         (beta1, beta2), lr, eps = group["betas"], group["lr"], group["eps"]

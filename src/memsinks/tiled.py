@@ -47,15 +47,14 @@ class _Tile(NamedTuple):
 
     def add(self, total: Tensor, left: Sequence[Tensor], right: Sequence[Tensor]) -> None:
         """Add the rows of the sum of left @ right to the rows of the tile's tokens."""
-        tokens = self.tokens
-        if isinstance(tokens, slice):
-            part = total[tokens]
+        if isinstance(self.tokens, slice):
+            part = total[self.tokens].addmm_(left[0], right[0])
         else:
-            part = total.new_zeros(len(tokens), total.shape[1])
-        for rows, weight in zip(left, right, strict=True):
+            part = torch.mm(left[0], right[0])
+        for rows, weight in zip(left[1:], right[1:], strict=True):
             part.addmm_(rows, weight)
-        if not isinstance(tokens, slice):
-            total.index_add_(0, tokens, part)
+        if not isinstance(self.tokens, slice):
+            total.index_add_(0, self.tokens, part)
 
 
 def _tiles(spans: Tensor, blocks: Tensor, pool: int, size: int) -> Iterator[_Tile]:

@@ -37,8 +37,7 @@ def runs(setting: Setting) -> list[Run]:
 
 def runs_of(setting: Setting, text: str) -> list[Run]:
     """The models from which one of `TEXTS` is taken out."""
-    seeds = setting.edited_seeds if text == "stories" else setting.canary_seeds
-    return [arms.standard(setting, seed, corpus=TEXTS[text], keep=True) for seed in seeds]
+    return [arms.standard(setting, seed, corpus=TEXTS[text], keep=True) for seed in setting.seeds]
 
 
 def file_of(run: Run, name: str) -> str:

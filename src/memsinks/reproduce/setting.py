@@ -39,8 +39,7 @@ class Setting:
         unlearning_lr: of gradient ascent and NPO.
         gate_steps, gate_lr, gate_penalty, gate_start: of hard concrete.
         zero_out_stories: stories whose loss is measured with each neuron zeroed.
-        seeds: of Fig. 4. Figs. 3, 5 and 7 run the first.
-        edited_seeds, canary_seeds: of Fig. 2, stories and canaries.
+        seeds: of Figs. 2 and 4. Figs. 3, 5 and 7 run the first.
     """
 
     name: str = "small"
@@ -80,8 +79,6 @@ class Setting:
     gate_start: float = 0.9
     zero_out_stories: int = 4
     seeds: tuple[int, ...] = (0, 1, 2)
-    edited_seeds: tuple[int, ...] = (0,)
-    canary_seeds: tuple[int, ...] = (0,)
 
     @property
     def steps(self) -> int:
@@ -100,7 +97,7 @@ class Setting:
         }
 
 
-WHICH = ("actives", "sizes", "noises", "swept_size", "seeds", "edited_seeds", "canary_seeds")
+WHICH = ("actives", "sizes", "noises", "swept_size", "seeds")
 """Fields that say which runs there are, and change none of them."""
 
 AFTERWARDS = (*WHICH, "fractions", "unlearning", "unlearning_lr", "gate_steps", "gate_lr", "gate_penalty", "gate_start",
@@ -115,7 +112,7 @@ SCALES = {
         name="paper", repeated=100, copies=128, once=20_000, held_out=1000, canary=64, length=512, batch=32,
         tokenizer="gpt2", architecture="gpt2", width=1024, layers=24, heads=16, neurons=4096, lr=6e-4, precision="bf16",
         every=40, sizes=((384, 6, 6), (512, 8, 8), (768, 18, 12), (1024, 24, 16)), swept_size=(1024, 24, 16),
-        unlearning_lr=1e-5, gate_steps=1000, zero_out_stories=1, edited_seeds=(0, 1, 2), canary_seeds=(0, 1, 2),
+        unlearning_lr=1e-5, gate_steps=1000, zero_out_stories=1,
     ),
     # A few steps of a very small model, to try the commands.
     "tiny": Setting(
