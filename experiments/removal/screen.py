@@ -31,7 +31,8 @@ from memsinks._version import versions
 from memsinks.arm import clip, with_method
 from memsinks.audit.membership import auc
 from memsinks.compare import read_comparison
-from memsinks.objective import target_count
+from memsinks.losses import row_losses
+from memsinks.objective import frozen, target_count
 from memsinks.packing import IGNORED, pack
 from memsinks.prepared import AUDITED, Prepared, prepare
 from memsinks.rivals import method
@@ -40,9 +41,14 @@ from memsinks.run import build_model, optimizer_and_schedule, stock_arguments
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
+RUNS = Path("runs") / "screens"
+KEPT = RUNS / "models"
+OTHERS = 600
+"""Texts beside which a model is settled."""
 FLOOR = 1e-4
 """The least shared weight; the sinks divide by it."""
 PREFIX = CONTINUATION = 32
+PASSED = ("input_ids", "labels", "position_ids", "document_ids", "exposures")
 
 
 @dataclass
@@ -69,8 +75,13 @@ class Screen:
     rule: Rule | None = None
     two_passes: bool = False
     """Shared weights learn with sinks closed, the sinks in a pass of their own on what the closed model leaves."""
-    sink_steps: int = 1
-    """Updates of the sinks at each meeting."""
+    inner: int = 0
+    """Updates of the sinks alone, on the later copies of a step, before the step."""
+    base: str = ""
+    """Trains nothing: settles the model of this arm."""
+    settle: dict[str, Any] = field(default_factory=dict)
+    keep: str = ""
+    """Later copies teach no shared weight whose name holds one of these words (separated by spaces)."""
 
 
 def by_count(exponent: float) -> Rule:
@@ -130,16 +141,36 @@ ARMS: dict[str, Screen] = {
     "twin": Screen("twin"),
     "dedup": Screen("cap", {"copies": 1}),
     "cap-2": Screen("cap", {"copies": 2}),
+    "cap-4": Screen("cap", {"copies": 4}),
+    "cap-8": Screen("cap", {"copies": 8}),
     "default": Screen(settings={"neurons": 512, "active": 128}),
 }
 WIDE = {"neurons": 4096, "active": 128}
+SETTLE = {"lr": 2e-4, "passes": 8}
 ARMS |= {
+    "pool 4096, a=.5, settled": Screen(base="pool 4096, a=.5", settle=SETTLE),
+    "pool 4096, a=0, settled": Screen(base="pool 4096, a=0", settle=SETTLE),
+    "cap-8, settled": Screen(base="cap-8", settle=SETTLE),
+    "cap-4, settled": Screen(base="cap-4", settle=SETTLE),
+    "pool 4096, a=.5, settled, lr 5e-4, 4 passes": Screen(base="pool 4096, a=.5", settle={"lr": 5e-4, "passes": 4}),
     "pool 4096": Screen(settings=WIDE),
     "pool 4096, a=.5": Screen(settings=WIDE | {"shared_decay": 0.5}),
     "pool 4096, a=0": Screen(settings=WIDE | {"shared_decay": 0.0}),
     "pool 4096, a=.5 until .6": Screen(settings=WIDE, rule=until(0.6, by_count(0.5))),
     "pool 4096, a=0 until .6": Screen(settings=WIDE, rule=until(0.6, by_count(0.0))),
     "pool 4096, a=0 until .4": Screen(settings=WIDE, rule=until(0.4, by_count(0.0))),
+    "pool 4096, a=1 until .8": Screen(settings=WIDE, rule=until(0.8, by_count(1.0))),
+    "pool 4096, a=.5 until .8": Screen(settings=WIDE, rule=until(0.8, by_count(0.5))),
+    "pool 4096, a=.5 fading from .2": Screen(settings=WIDE, rule=until(0.2, by_count(0.5), 0.8)),
+    "pool 4096, a=0, no MLP": Screen(settings=WIDE | {"shared_decay": 0.0}, keep=".mlp."),
+    "pool 4096, a=0, no attention": Screen(settings=WIDE | {"shared_decay": 0.0}, keep=".self_attn."),
+    "pool 4096, a=.5, no MLP": Screen(settings=WIDE | {"shared_decay": 0.5}, keep=".mlp."),
+    "pool 4096, a=.5, inner 1": Screen(settings=WIDE | {"shared_decay": 0.5}, inner=1),
+    "pool 4096, a=1, inner 1": Screen(settings=WIDE, inner=1),
+    "pool 4096, a=.5, inner 3": Screen(settings=WIDE | {"shared_decay": 0.5}, inner=3),
+    "pool 4096, a=.5, lr x10": Screen(settings=WIDE | {"shared_decay": 0.5, "sink_lr_factor": 10.0}),
+    "pool 4096, a=1": Screen(settings=WIDE),
+    "pool 4096, a=0, lr x10": Screen(settings=WIDE | {"shared_decay": 0.0, "sink_lr_factor": 10.0}),
     "two passes, a=1": Screen(settings=WIDE, rule=by_count(1.0), two_passes=True),
     "two passes, level 2, 0 to 1": Screen(settings=WIDE, rule=by_level(2.0, 0.0), two_passes=True),
     "two passes, level 2, -1 to 1": Screen(settings=WIDE, rule=by_level(2.0, -1.0), two_passes=True),
@@ -158,17 +189,42 @@ def closed_losses(model: Any, batch: dict[str, Tensor]) -> Tensor:
     model.eval()
     logits = model(**{name: batch[name] for name in ("input_ids", "position_ids")}).logits
     model.train(training)
-    labels = batch["labels"][:, 1:]
-    each = cross_entropy(logits[:, :-1].transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
-    return each.double().sum(1) / (labels != IGNORED).sum(1)
+    return row_losses(logits, batch["labels"])
+
+
+def record(now: Now, batch: dict[str, Tensor], losses: Tensor) -> None:
+    """Keep the loss of each text that is met for the first time."""
+    for document, count, loss in zip(
+        batch["document_ids"][:, 0].tolist(), batch["exposures"][:, 0].tolist(), losses.tolist(), strict=True
+    ):
+        if count == 1:
+            now.first[document] = (loss, now.step)
 
 
 def step(screen: Screen, model: Any, batch: dict[str, Tensor], divisor: Tensor, now: Now) -> float:
     """Gradients of one step; the shared weights' by the rule of the screen."""
-    if screen.rule is None:
-        return plain_step(model, batch, divisor)
-    weight = screen.rule(model, batch, now)[:, None].expand_as(batch["exposures"])
     later = batch["exposures"] > 1
+    if screen.keep:
+        kept = [
+            x
+            for name, x in model.named_parameters()
+            if not hosts.is_sink(name) and any(y in name for y in screen.keep.split())
+        ]
+        loss = 0.0
+        for rows, parameters in ((~later[:, 0], []), (later[:, 0], kept)):
+            part = {name: value[rows] for name, value in batch.items()}
+            if bool(rows.any()):
+                with frozen(parameters):
+                    out = model(**{x: part[x] for x in PASSED}, num_items_in_batch=divisor)
+                out.loss.backward()
+                loss += out.loss.item()
+        return loss
+    if screen.rule is None:
+        out = model(**{x: batch[x] for x in PASSED}, num_items_in_batch=divisor)
+        out.loss.backward()
+        record(now, batch, row_losses(out.logits.detach(), batch["labels"]))
+        return out.loss.item()
+    weight = screen.rule(model, batch, now)[:, None].expand_as(batch["exposures"])
     if not screen.two_passes:
         hosts.shared_weight = lambda *_: weight  # type: ignore[assignment]
         return plain_step(model, batch, divisor)
@@ -183,13 +239,68 @@ def step(screen: Screen, model: Any, batch: dict[str, Tensor], divisor: Tensor, 
     return loss
 
 
-def train(screen: Screen, name: str, text: str, seed: int) -> dict[str, Any]:
-    """Train and evaluate one run."""
+def sinks_alone(
+    model: Any, optimizer: torch.optim.Optimizer, batch: dict[str, Tensor], divisor: Tensor, norm: float
+) -> None:
+    """Update the sinks on the later copies of a batch, the shared weights constant."""
+    later = batch["exposures"][:, 0] > 1
+    if not bool(later.any()):
+        return
+    with frozen(hosts.shared_parameters(model)):
+        model(**{x: batch[x][later] for x in PASSED}, num_items_in_batch=divisor).loss.backward()
+    clip(model, norm)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def settled(screen: Screen, name: str, text: str, seed: int) -> dict[str, Any]:
+    """Settle a trained model and evaluate it; others are the texts that were met once, the earliest first."""
+    base = ARMS[screen.base]
+    recipe, _, prepared = prepared_of(base, text, seed)
+    kept = KEPT / f"{text}-{slug(screen.base)}-{seed}"
+    if not kept.is_dir():
+        raise SystemExit(
+            f"{kept} is not there: run {screen.base!r} first (its result may be kept while its model is not)"
+        )
+    model: Any = ms.load_any(kept)
+    first = {int(x): y[1] for x, y in json.loads((kept / "first.json").read_text()).items()}
+    once = [x for x in prepared.members if x.copies == 1 and x.kind != AUDITED]
+    met = [(first[int(x)], place) for place, x in enumerate(ms.identify(once)[0]) if int(x) in first]
+    early = [once[place] for _, place in sorted(met)[:OTHERS]]
+    often = [x for x in prepared.members if x.kind == AUDITED and x.copies > 1]
+    length = recipe.training.length
+    started = time.perf_counter()
+    found = ms.settle(
+        model, rows_of(often, prepared, length), rows_of(early, prepared, length), say=print, **screen.settle
+    )
+    print(found)
+    return {
+        "arm": name, "text": text, "seed": seed, "base": screen.base, "settle": screen.settle,
+        "seconds": round(time.perf_counter() - started, 1), "shift": found.shift, "spread": found.expected.spread,
+        **evaluate(model.eval(), prepared, length), "versions": versions("torch", "transformers", "numpy"),
+    }  # fmt: skip
+
+
+def rows_of(documents: list[ms.Document], prepared: Prepared, length: int) -> ms.Rows:
+    """One document a row, cut to a row."""
+    return pack(
+        ms.encode(prepared.tokenizer, [x.text for x in documents]), ms.identify(documents)[0], [1] * len(documents),
+        length=length, pad_id=prepared.tokenizer.pad_token_id, one_document_per_row=True, long="truncate",
+    )  # fmt: skip
+
+
+def prepared_of(screen: Screen, text: str, seed: int) -> tuple[Any, Any, Prepared]:
+    """Recipe, method and data of a run."""
     comparison = read_comparison(HERE.parent.parent / "recipes" / f"compare-{text}.yaml")
     made = method(screen.rival, screen.settings)
-    recipe = with_method(comparison.recipe, made, seed, Path("runs") / "screens")
+    recipe = with_method(comparison.recipe, made, seed, RUNS)
+    return recipe, made, prepare(recipe, one_document_per_row=True, folder=RUNS / f"{text}-{seed}")
+
+
+def train(screen: Screen, name: str, text: str, seed: int) -> dict[str, Any]:
+    """Train and evaluate one run."""
+    recipe, made, prepared = prepared_of(screen, text, seed)
     torch.set_num_threads(1)
-    prepared = prepare(recipe, one_document_per_row=True, folder=Path("runs") / "screens" / f"{text}-{seed}")
     random.seed(seed)
     model: Any = build_model(recipe, prepared.tokenizer).train()
     if made.sinks is not None:
@@ -199,6 +310,7 @@ def train(screen: Screen, name: str, text: str, seed: int) -> dict[str, Any]:
     now = Now(total=len(prepared.rows) // size)
     optimizer, scheduler = optimizer_and_schedule(model, recipe.training, now.total)
     asked = torch.from_numpy(ms.identify([x for x in prepared.members if x.kind == AUDITED])[0])
+    tracked: list[list[float]] = []
     started = time.perf_counter()
     for index in range(now.total):
         now.step = index
@@ -206,33 +318,39 @@ def train(screen: Screen, name: str, text: str, seed: int) -> dict[str, Any]:
         divisor = torch.tensor(target_count(batch["labels"]))
         if made.sinks is None:
             mask = torch.isin(batch["document_ids"], asked)
+            record(now, batch, closed_losses(model, batch))
             loss = made.step(model, made.change(batch | {"audited": mask, "repeated": mask}), divisor)
         else:
+            for _ in range(screen.inner):
+                sinks_alone(model, optimizer, batch, divisor, recipe.training.max_grad_norm)
             loss = step(screen, model, batch, divisor, now)
         clip(model, recipe.training.max_grad_norm)
         optimizer.step(), scheduler.step(), optimizer.zero_grad()
+        if index % 40 == 39 and made.sinks is not None:
+            tracked.append([index + 1, *_by_copies(model, prepared, recipe.training.length)])
         if now.step % 50 == 0:
             print(
                 f"{name}: step {now.step}/{now.total}  loss {loss:.3f}  {time.perf_counter() - started:.0f} s",
                 flush=True,
             )
+    kept = KEPT / f"{text}-{slug(name)}-{seed}"
+    model.save_pretrained(kept)
+    (kept / "first.json").write_text(json.dumps(now.first))
     return {
         "arm": name, "text": text, "seed": seed, "rival": screen.rival, "settings": screen.settings,
         "seconds": round(time.perf_counter() - started, 1), **evaluate(model.eval(), prepared, recipe.training.length),
-        "versions": versions("torch", "transformers", "numpy"),
+        "tracked": tracked, "versions": versions("torch", "transformers", "numpy"),
     }  # fmt: skip
 
 
 @torch.no_grad()
-def evaluate(model: Any, prepared: Prepared, length: int) -> dict[str, Any]:
+def evaluate(model: Any, prepared: Prepared, length: int, own: bool = True) -> dict[str, Any]:
     """Loss of each document and control with sinks closed, and of each document with its own sinks; what is recited."""
     audited = [x for x in prepared.members if x.kind == AUDITED]
     documents = [*audited, *prepared.controls]
-    ids = ms.identify(documents)[0]
-    rows = pack(ms.encode(prepared.tokenizer, [x.text for x in documents]), ids, [1] * len(documents), length=length,
-                pad_id=prepared.tokenizer.pad_token_id, one_document_per_row=True, long="truncate")  # fmt: skip
+    rows = rows_of(documents, prepared, length)
     found: dict[str, Any] = {"copies": [x.copies for x in audited], "documents": len(audited)}
-    for opened in (False, True) if ms.has_sinks(model) else (False,):
+    for opened in (False, True) if own and ms.has_sinks(model) else (False,):
         losses, recited = [], []
         count = len(audited) if opened else len(documents)
         for start in range(0, count, 32):
@@ -247,6 +365,17 @@ def evaluate(model: Any, prepared: Prepared, length: int) -> dict[str, Any]:
         side = "own" if opened else "closed"
         found |= {side: [round(x, 5) for x in losses], f"{side}_recited": recited[: len(audited)]}
     return found
+
+
+def _by_copies(model: Any, prepared: Prepared, length: int) -> list[float]:
+    """Closed loss of controls (the first 200) and of the documents with 1, 4, 16, 64 copies."""
+    few = dataclasses.replace(prepared, controls=prepared.controls[:200])
+    model.eval()
+    found = evaluate(model, few, length, own=False)
+    model.train()
+    losses, copies = np.array(found["closed"]), np.array(found["copies"])
+    levels = [losses[: len(copies)][copies == level].mean() for level in np.unique(copies)]
+    return [round(float(x), 4) for x in (losses[len(copies) :].mean(), *levels)]
 
 
 def read(text: str, seed: int) -> dict[str, dict[str, Any]]:
@@ -331,7 +460,8 @@ def main() -> None:
         path = RESULTS / f"{given.text}-{slug(name)}-{given.seed}.json"
         if path.is_file():
             continue
-        result = train(ARMS[name], name, given.text, given.seed)
+        make = settled if ARMS[name].base else train
+        result = make(ARMS[name], name, given.text, given.seed)
         part = path.with_suffix(".part")
         part.write_text(json.dumps(result) + "\n")
         part.replace(path)

@@ -18,6 +18,9 @@ hosts       what the classes of a model with sinks do
 attach      add_sinks, remove_sinks, sinks_open, sinks_closed
 optim       parameter groups, separate clipping, lazy AdamW
 training    the Hugging Face Trainer callback
+losses      the loss of each row
+expected    what the loss of a text should be
+settle      levels what closed sinks leave behind
 checkpoint  save, load, fingerprint
 export      the plain checkpoint, checked in a fresh process; the model card
 audit       what a model remembers of documents, against controls, other models, a twin
@@ -50,6 +53,7 @@ from .packing import Rows, collate, pack, refuse_shuffling
 from .recipe import Recipe, parse_recipe, read_recipe
 from .routing import AssignmentTable
 from .run import train
+from .settle import Settled, settle
 from .tokens import encode, load_tokenizer, train_tokenizer
 from .training import SinkCallback
 
@@ -69,6 +73,7 @@ __all__ = [
     "MemsinksError",
     "Recipe",
     "Rows",
+    "Settled",
     "SinkCallback",
     "SinkConfig",
     "Subject",
@@ -97,6 +102,7 @@ __all__ = [
     "refuse_shuffling",
     "remove_sinks",
     "require_unique_keys",
+    "settle",
     "shared_weight",
     "sinks_closed",
     "sinks_open",

@@ -17,12 +17,13 @@ from typing import Any
 import numpy as np
 
 from ..checkpoint import load_stock
+from ..losses import batches
 from ..rivals import method
 from . import arms
 from .corpus import Kind
 from .pictures import COLOURS, canvas, save
 from .setting import WHICH, Setting
-from .study import Run, Study, batches, device, mean_loss
+from .study import Run, Study, device, mean_loss
 
 METHODS = {
     "hard concrete": "hard-concrete", "integrated gradients": "integrated-gradients", "zero-out": "zero-out",

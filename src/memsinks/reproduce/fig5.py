@@ -72,7 +72,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     for panel, what, sign, title in sweeps:
         ends = []
         for place, (value, curves) in enumerate(result[what].items()):
-            colour = ("#DDAADD", "#AA4499", "#661155", "#000000")[place % 4]
+            colour = ("#E69F00", "#AA4499", "#0072B2", "#222222")[place % 4]
             panel.plot(curves["steps"], curves["repeated"], color=colour, lw=1.8)
             ends.append((curves["repeated"][-1], f"{sign} = {value}", colour))
         panel.plot(result["standard"]["steps"], result["standard"]["repeated"], color=COLOURS["standard"], lw=1.2)

@@ -5,24 +5,23 @@ from __future__ import annotations
 import json
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from .._version import versions
 from ..arm import clip
-from ..attach import add_sinks, has_sinks, sinks_open
+from ..attach import add_sinks, has_sinks
 from ..checkpoint import written_beside
 from ..config import ConfigError
+from ..losses import batches, losses
 from ..objective import target_count
-from ..packing import IGNORED, Rows, collate
+from ..packing import Rows
 from ..recipe import TrainingRecipe
 from ..rivals import Method, method
 from ..rivals.gradient_masking import masked_step
@@ -31,9 +30,6 @@ from ..rivals.pruning import last_neurons, neuron_masks, neurons_off
 from ..run import optimizer_and_schedule
 from .corpus import Canaries, Corpus, Kind, make_corpus
 from .setting import AFTERWARDS, Setting
-
-EVALUATED_ROWS = 32
-"""Rows of one forward in evaluation."""
 
 
 @dataclass(frozen=True)
@@ -177,30 +173,6 @@ def build(run: Run, made: Method, setting: Setting, vocabulary: int) -> PreTrain
 def device() -> str:
     """Where models run."""
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def batches(rows: Rows | Canaries, size: int, where: torch.device | str = "cpu") -> Iterator[Batch]:
-    """Rows in order, `size` at a time."""
-    for start in range(0, len(rows), size):
-        batch = collate([rows[index] for index in range(start, min(len(rows), start + size))])
-        yield {name: value.to(where) for name, value in batch.items()}
-
-
-@torch.no_grad()
-def losses(model: PreTrainedModel, rows: Rows | Canaries, *, opened: bool = False) -> np.ndarray:
-    """Mean loss of each row's targets, nats, float64 [rows]; with its own sinks open if asked."""
-    model.eval()
-    found = []
-    for batch in batches(rows, EVALUATED_ROWS, model.device):
-        scope: AbstractContextManager[Any] = sinks_open(model, batch["document_ids"][:, 0]) if opened else nullcontext()
-        with scope:
-            logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).logits
-        labels = batch["labels"][:, 1:]
-        each = torch.nn.functional.cross_entropy(
-            logits[:, :-1].transpose(1, 2).float(), labels, ignore_index=IGNORED, reduction="none"
-        )
-        found.append((each.double().sum(1) / (labels != IGNORED).sum(1)).cpu())
-    return torch.cat(found).numpy()
 
 
 def mean_loss(model: PreTrainedModel, rows: Rows | Canaries, *, opened: bool = False) -> float:

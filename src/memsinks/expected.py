@@ -1,0 +1,105 @@
+"""What the loss of a text should be: predicted from texts of its kind that were met at most once.
+
+Half of those texts count words: the mean surprise of a text's tokens under their frequencies, alone and after the one and the
+two tokens before (interpolated), says how hard it is. The other half says, by least squares, what loss the model has on a
+text so hard. Nothing has to be recorded in training, and no other model is needed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from torch import nn
+
+from .config import DataError
+from .losses import AnyRows, batches, losses
+from .packing import IGNORED
+
+LEAST = 40
+"""Other texts below which nothing is predicted: five numbers are fitted to half of them."""
+PRIOR = 0.5, 10.0, 5.0
+"""Weight of the coarser estimate beside the counts of single tokens, pairs and triples."""
+
+
+@dataclass(frozen=True)
+class Expected:
+    """Predicted losses.
+
+    losses: float64 [documents], nats. others: measured loss of the other texts, float64. spread: standard deviation of the
+    prediction's error on the texts it was fitted to, nats; raw: that of their losses themselves.
+    """
+
+    losses: np.ndarray
+    others: np.ndarray
+    spread: float
+    raw: float
+
+
+def expected_losses(model: nn.Module, documents: AnyRows, others: AnyRows) -> Expected:
+    """The loss that `model`, sinks closed, should have on each of `documents` if it had met them as often as `others`.
+
+    Args:
+        documents, others: one document a row.
+
+    Raises:
+        DataError: too few others.
+    """
+    if len(others) < LEAST:
+        raise DataError(
+            f"at least {LEAST} other texts are needed to tell what a text's loss should be, got {len(others)}"
+        )
+    vocabulary = int(model.config.get_text_config().vocab_size)  # type: ignore[union-attr]
+    counted, fitted = _tokens(others, 0), _tokens(others, 1)
+    counts = _Counts(counted, vocabulary)
+    measured = losses(model, others)
+    surprises, own = counts.surprises(fitted), measured[1::2]
+    coefficients, *_ = np.linalg.lstsq(surprises, own, rcond=None)
+    predicted = counts.surprises(_tokens(documents)) @ coefficients
+    spread = float((own - surprises @ coefficients).std(ddof=surprises.shape[1]))
+    return Expected(predicted, measured, spread, float(own.std()))
+
+
+def _tokens(rows: AnyRows, half: int | None = None) -> list[np.ndarray]:
+    """The tokens of each row's document, int64; of every second row from `half` on, if given."""
+    found = []
+    for batch in batches(rows, 256):
+        for tokens, labels in zip(batch["input_ids"], batch["labels"], strict=True):
+            found.append(tokens[labels != IGNORED].numpy())
+    return found if half is None else found[half::2]
+
+
+class _Counts:
+    """How often tokens, pairs and triples stand in some texts."""
+
+    def __init__(self, texts: list[np.ndarray], vocabulary: int) -> None:
+        self.vocabulary = vocabulary
+        grams = [np.concatenate(x) for x in zip(*(self._grams(text) for text in texts), strict=True)]
+        self.counted = [np.unique(x, return_counts=True) for x in grams]
+        self.total = len(grams[0])
+
+    def _grams(self, text: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Tokens, pairs and triples as numbers, int64; a vocabulary of 2 million still fits."""
+        pairs = text[:-1] * self.vocabulary + text[1:]
+        return text, pairs, pairs[:-1] * self.vocabulary + text[2:]
+
+    def _count(self, size: int, grams: np.ndarray) -> np.ndarray:
+        known, counts = self.counted[size]
+        if not len(known):
+            return np.zeros(len(grams))
+        place = np.minimum(np.searchsorted(known, grams), len(known) - 1)
+        return np.where(known[place] == grams, counts[place], 0).astype(np.float64)
+
+    def surprises(self, texts: list[np.ndarray]) -> np.ndarray:
+        """[texts, 5]: 1, mean surprise of a token alone, after one, after two tokens (nats), and the log of their number."""
+        return np.array([self._of(text) for text in texts])
+
+    def _of(self, text: np.ndarray) -> list[float]:
+        one, two, three = PRIOR
+        tokens, pairs, triples = self._grams(text)
+        alone = (self._count(0, tokens[1:]) + one) / (self.total + one * self.vocabulary)
+        before = self._count(0, tokens[:-1])
+        second = (self._count(1, pairs) + two * alone) / (before + two)
+        third = second.copy()
+        third[1:] = (self._count(2, triples) + three * second[1:]) / (self._count(1, pairs[:-1]) + three)
+        return [1.0, *(-float(np.log(x).mean()) for x in (alone, second, third)), float(np.log(len(text)))]

@@ -1,0 +1,172 @@
+"""What closed sinks leave behind is levelled: the last step of removal, before export.
+
+Sinks keep what a text teaches after its first exposure away from the shared weights, but not all of it: a small part of the
+memory of repeated texts stays there. Settling takes it out by a few steps of further training, in which each text is pushed
+up to the loss it should have (`expected`) and not beyond, while all other text keeps its predictions:
+
+    mean over documents of max(0, T_d - s - L_d)  +  mean over tokens of other texts of KL(before || now)
+
+with L_d the loss of document d with sinks closed, T_d the expected one. T_d is known up to an error of 0.1 to 0.2 nats, and
+max() would turn that error into a bias: s is the shift at which the documents end, on average, where T says. The sinks
+learn on, with the shared weights constant, so that they still fit what has moved under them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from .attach import has_sinks, sinks_open
+from .config import DataError, refuse
+from .expected import Expected, expected_losses
+from .hosts import shared_parameters, sink_parameters
+from .losses import AnyRows, losses, row_losses
+from .objective import frozen
+from .optim import AdamW, clip_grad_norm_
+from .packing import IGNORED, collate
+
+
+@dataclass(frozen=True)
+class Settled:
+    """What `settle` found and did; losses in nats per token, float64 [documents], sinks closed.
+
+    expected: what they should be; shift: s. before, after: of the documents. others_after: of the other texts.
+    """
+
+    expected: Expected
+    shift: float
+    before: np.ndarray
+    after: np.ndarray
+    others_after: np.ndarray
+    steps: int
+
+    def __str__(self) -> str:
+        should, was, now = (float(x.mean()) for x in (self.expected.losses, self.before, self.after))
+        moved = float((self.others_after - self.expected.others).mean())
+        return (
+            f"{len(self.before)} documents in {self.steps} steps: loss {was:.3f} -> {now:.3f}, expected {should:.3f} "
+            f"(predicted to {self.expected.spread:.2f}); other texts {moved:+.3f}"
+        )
+
+
+def settle(
+    model: nn.Module, documents: AnyRows, others: AnyRows, *, lr: float, sink_lr: float | None = None, passes: int = 4,
+    batch_rows: int = 16, seed: int = 0, say: Callable[[str], None] | None = None,
+) -> Settled:  # fmt: skip
+    """Level, in place, what a trained model still knows of `documents` with its sinks closed.
+
+    Args:
+        model: with sinks or without; only what was learnt little of can be levelled so cheaply.
+        documents: the texts that were repeated, one a row (`pack(..., one_document_per_row=True)`).
+        others: texts of their kind that were met once or never, one a row; a few hundred.
+        lr: of the shared weights, falling linearly to 0; a quarter of the peak of training is a good start.
+        sink_lr: of the sinks; None = `lr`.
+        passes: times each document is met.
+        batch_rows: documents, and as many others, of one step.
+        say: takes a line of progress.
+
+    Raises:
+        ConfigError, DataError: a setting out of range, no documents, several documents in a row, too few others.
+    """
+    sink_lr = lr if sink_lr is None else sink_lr
+    problems = [f"{name} must be positive and finite, got {value}" for name, value in (("lr", lr), ("sink_lr", sink_lr))
+                if not 0 < value < math.inf]  # fmt: skip
+    problems += [f"{name} must be at least 1, got {value}" for name, value in (("passes", passes), ("batch_rows", batch_rows))
+                 if value < 1]  # fmt: skip
+    refuse(problems, "cannot settle")
+    for name, rows in (("documents", documents), ("others", others)):
+        _check(name, rows)
+    training = model.training
+    expected = expected_losses(model, documents, others)
+    before = losses(model, documents)
+    shift = shift_of(expected.losses, before)
+    target = torch.from_numpy(expected.losses - shift)
+    shared = shared_parameters(model)
+    held = {name: x.detach().clone() for name, x in model.named_parameters() if any(x is y for y in shared)}
+    optimizer = torch.optim.AdamW(shared, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
+    sinks = AdamW([{"params": sink_parameters(model), "lazy": True}], lr=sink_lr, betas=(0.9, 0.95), weight_decay=0.0) if (
+        has_sinks(model)) else None  # fmt: skip
+    steps = math.ceil(passes * len(documents) / batch_rows)
+    device = shared[0].device
+    own, other = (_order(len(rows), batch_rows, seed + place) for place, rows in enumerate((documents, others)))
+    for step in range(steps):
+        for one, rate in ((optimizer, lr), (sinks, sink_lr)):
+            for group in one.param_groups if one else ():
+                group["lr"] = rate * (1 - step / steps)
+        chosen = next(own)
+        batch, beside = (_batch(rows, x, device) for rows, x in ((documents, chosen), (others, next(other))))
+        found = row_losses(_logits(model, batch), batch["labels"])
+        below = (target[chosen].to(device) - found).clamp(min=0).mean()
+        moved = _divergence(model, held, beside)
+        (below + moved).backward()
+        torch.nn.utils.clip_grad_norm_(shared, 1.0)
+        optimizer.step(), optimizer.zero_grad()
+        if sinks is not None:
+            with frozen(shared), sinks_open(model, batch["document_ids"][:, 0]):
+                row_losses(_logits(model, batch), batch["labels"]).mean().backward()
+            clip_grad_norm_(model, 1.0)
+            sinks.step(), sinks.zero_grad()
+        if say and (step % 10 == 0 or step + 1 == steps):
+            say(
+                f"settle: step {step + 1}/{steps}  below what is expected {float(below):.3f}  others moved {float(moved):.4f}"
+            )
+    after, others_after = losses(model, documents), losses(model, others)
+    model.train(training)
+    return Settled(expected, shift, before, after, others_after, steps)
+
+
+def shift_of(expected: np.ndarray, found: np.ndarray) -> float:
+    """The s >= 0 at which the mean of max(found, expected - s) is the mean of `expected`; 0 if it is higher for no s."""
+    low, high = 0.0, float(np.max(expected - found).clip(min=0.0))
+    if np.maximum(found, expected).mean() <= expected.mean() or found.mean() >= expected.mean():
+        return 0.0 if found.mean() < expected.mean() else high
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if np.maximum(found, expected - middle).mean() > expected.mean() else (low, middle)
+    return (low + high) / 2
+
+
+def _check(name: str, rows: AnyRows) -> None:
+    if not len(rows):
+        raise DataError(f"{name} is empty")
+    for index in range(len(rows)):
+        row = rows[index]
+        text = row["labels"] != IGNORED
+        if len(row["document_ids"][text].unique()) > 1:
+            raise DataError(f"row {index} of {name} holds several documents; pack them with one_document_per_row=True")
+        if int(text.sum()) < 2:
+            raise DataError(f"row {index} of {name} holds fewer than 2 tokens; leave it out")
+
+
+def _order(count: int, size: int, seed: int) -> Iterator[Tensor]:
+    """Endless batches of `size` numbers below `count`, each once before any comes again; int64 [size]."""
+    generator, waiting = torch.Generator().manual_seed(seed), torch.zeros(0, dtype=torch.int64)
+    while True:
+        while len(waiting) < size:
+            waiting = torch.cat([waiting, torch.randperm(count, generator=generator)])
+        yield waiting[:size]
+        waiting = waiting[size:]
+
+
+def _batch(rows: AnyRows, chosen: Tensor, device: torch.device) -> dict[str, Tensor]:
+    return {name: x.to(device) for name, x in collate([rows[index] for index in chosen.tolist()]).items()}
+
+
+def _logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    return model(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).logits
+
+
+def _divergence(model: nn.Module, before: dict[str, Tensor], batch: dict[str, Tensor]) -> Tensor:
+    """Mean over targets of KL(before || now), nats, sinks closed."""
+    arguments = {name: batch[name] for name in ("input_ids", "position_ids")}
+    with torch.no_grad():
+        old = functional_call(model, before, kwargs=arguments).logits.float().log_softmax(-1)
+    now = model(**arguments).logits.float().log_softmax(-1)
+    each = (old.exp() * (old - now)).sum(-1)[:, :-1]
+    return each[batch["labels"][:, 1:] != IGNORED].mean()
