@@ -43,8 +43,6 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 RUNS = Path("runs") / "screens"
 KEPT = RUNS / "models"
-OTHERS = 600
-"""Texts beside which a model is settled."""
 FLOOR = 1e-4
 """The least shared weight; the sinks divide by it."""
 PREFIX = CONTINUATION = 32
@@ -254,25 +252,17 @@ def sinks_alone(
 
 
 def settled(screen: Screen, name: str, text: str, seed: int) -> dict[str, Any]:
-    """Settle a trained model and evaluate it; others are the texts that were met once, the earliest first."""
-    base = ARMS[screen.base]
-    recipe, _, prepared = prepared_of(base, text, seed)
+    """Settle a trained model and evaluate it."""
+    recipe, _, prepared = prepared_of(ARMS[screen.base], text, seed)
     kept = KEPT / f"{text}-{slug(screen.base)}-{seed}"
     if not kept.is_dir():
         raise SystemExit(
             f"{kept} is not there: run {screen.base!r} first (its result may be kept while its model is not)"
         )
     model: Any = ms.load_any(kept)
-    first = {int(x): y[1] for x, y in json.loads((kept / "first.json").read_text()).items()}
-    once = [x for x in prepared.members if x.copies == 1 and x.kind != AUDITED]
-    met = [(first[int(x)], place) for place, x in enumerate(ms.identify(once)[0]) if int(x) in first]
-    early = [once[place] for _, place in sorted(met)[:OTHERS]]
-    often = [x for x in prepared.members if x.kind == AUDITED and x.copies > 1]
     length = recipe.training.length
     started = time.perf_counter()
-    found = ms.settle(
-        model, rows_of(often, prepared, length), rows_of(early, prepared, length), say=print, **screen.settle
-    )
+    found = ms.settle(model, *ms.repeated_and_once(prepared.rows), say=print, **screen.settle)
     print(found)
     return {
         "arm": name, "text": text, "seed": seed, "base": screen.base, "settle": screen.settle,
@@ -335,7 +325,6 @@ def train(screen: Screen, name: str, text: str, seed: int) -> dict[str, Any]:
             )
     kept = KEPT / f"{text}-{slug(name)}-{seed}"
     model.save_pretrained(kept)
-    (kept / "first.json").write_text(json.dumps(now.first))
     return {
         "arm": name, "text": text, "seed": seed, "rival": screen.rival, "settings": screen.settings,
         "seconds": round(time.perf_counter() - started, 1), **evaluate(model.eval(), prepared, recipe.training.length),

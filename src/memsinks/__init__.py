@@ -53,7 +53,7 @@ from .packing import Rows, collate, pack, refuse_shuffling
 from .recipe import Recipe, parse_recipe, read_recipe
 from .routing import AssignmentTable
 from .run import train
-from .settle import Settled, settle
+from .settle import Settled, repeated_and_once, settle
 from .tokens import encode, load_tokenizer, train_tokenizer
 from .training import SinkCallback
 
@@ -101,6 +101,7 @@ __all__ = [
     "read_recipe",
     "refuse_shuffling",
     "remove_sinks",
+    "repeated_and_once",
     "require_unique_keys",
     "settle",
     "shared_weight",

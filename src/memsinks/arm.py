@@ -39,6 +39,7 @@ from .rivals import Method, method
 from .rivals.method import Batch
 from .run import build_model, optimizer_and_schedule
 from .sections import differing
+from .settle import repeated_and_once, settle
 
 RUN, SETTINGS, STATE = "run.json", "settings.json", "state.pt"
 NO_MATTER = ("training.threads", "training.save_every", "training.keep")
@@ -137,6 +138,12 @@ def train(recipe: Recipe, arm: Arm, seed: int, folder: Path, steps: int | None =
     }  # fmt: skip
     if steps is None:
         _take_down(model, use_cache)
+        if made.settle is not None:
+            start = time.perf_counter()
+            facts["settled"] = str(
+                settle(model, *repeated_and_once(prepared.rows), seed=seed, say=print, **made.settle)
+            )
+            facts["seconds"] = round(facts["seconds"] + time.perf_counter() - start, 1)
         _save(folder, model.eval(), made, prepared, settings, facts)
         shutil.rmtree(part, ignore_errors=True)
     return facts

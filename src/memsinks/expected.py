@@ -65,7 +65,7 @@ def _tokens(rows: AnyRows, half: int | None = None) -> list[np.ndarray]:
     found = []
     for batch in batches(rows, 256):
         for tokens, labels in zip(batch["input_ids"], batch["labels"], strict=True):
-            found.append(tokens[labels != IGNORED].numpy())
+            found.append(tokens[: int((labels != IGNORED).nonzero()[-1]) + 1].numpy())
     return found if half is None else found[half::2]
 
 

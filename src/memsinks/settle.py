@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -25,11 +25,12 @@ from torch.func import functional_call
 from .attach import has_sinks, sinks_open
 from .config import DataError, refuse
 from .expected import Expected, expected_losses
-from .hosts import shared_parameters, sink_parameters
-from .losses import AnyRows, losses, row_losses
+from .hosts import is_sink, shared_parameters, sink_parameters
+from .identity import NO_SINKS
+from .losses import losses, row_losses
 from .objective import frozen
 from .optim import AdamW, clip_grad_norm_
-from .packing import IGNORED, collate
+from .packing import IGNORED, Rows, collate
 
 
 @dataclass(frozen=True)
@@ -55,17 +56,35 @@ class Settled:
         )
 
 
+OTHERS = 600
+"""Other texts that are used of those given."""
+
+
+def repeated_and_once(rows: Rows) -> tuple[Rows, Rows]:
+    """The training rows taken apart: texts that were repeated, texts that were met once; each once, in the order of their
+    first exposure, one segment a row. Text of id -1 and segments of one token are in neither."""
+    segments = rows.segments
+    again = np.unique(segments["document_id"][segments["exposure"] > 1])
+    first = segments[(segments["exposure"] == 1) & (segments["document_id"] != NO_SINKS) & (segments["size"] > 1)]
+    first["column"] = 0
+    repeated = np.isin(first["document_id"], again)
+    return tuple(  # type: ignore[return-value]
+        replace(rows, segments=chosen, first=np.arange(len(chosen) + 1))
+        for chosen in (first[repeated], first[~repeated])
+    )
+
+
 def settle(
-    model: nn.Module, documents: AnyRows, others: AnyRows, *, lr: float, sink_lr: float | None = None, passes: int = 4,
+    model: nn.Module, documents: Rows, others: Rows, *, lr: float, sink_lr: float | None = None, passes: int = 8,
     batch_rows: int = 16, seed: int = 0, say: Callable[[str], None] | None = None,
 ) -> Settled:  # fmt: skip
     """Level, in place, what a trained model still knows of `documents` with its sinks closed.
 
     Args:
         model: with sinks or without; only what was learnt little of can be levelled so cheaply.
-        documents: the texts that were repeated, one a row (`pack(..., one_document_per_row=True)`).
-        others: texts of their kind that were met once or never, one a row; a few hundred.
-        lr: of the shared weights, falling linearly to 0; a quarter of the peak of training is a good start.
+        documents: the texts that were repeated, one a row, see `repeated_and_once`.
+        others: texts of their kind that were met once (best early in training) or never, one a row; the first `OTHERS`.
+        lr: of the shared weights, falling linearly to 0; a tenth of the peak of training is a good start.
         sink_lr: of the sinks; None = `lr`.
         passes: times each document is met.
         batch_rows: documents, and as many others, of one step.
@@ -79,7 +98,16 @@ def settle(
                 if not 0 < value < math.inf]  # fmt: skip
     problems += [f"{name} must be at least 1, got {value}" for name, value in (("passes", passes), ("batch_rows", batch_rows))
                  if value < 1]  # fmt: skip
+    shared = [x for x in shared_parameters(model) if x.requires_grad]
+    small = sorted({str(x.dtype) for x in shared if x.dtype not in (torch.float32, torch.float64)})
+    problems += (
+        [f"weights are {', '.join(small)}, which would lose such small steps; load the model in float32"]
+        if small
+        else []
+    )
+    problems += ["every shared weight is frozen"] if not shared else []
     refuse(problems, "cannot settle")
+    others = others.select(slice(OTHERS))
     for name, rows in (("documents", documents), ("others", others)):
         _check(name, rows)
     training = model.training
@@ -87,14 +115,14 @@ def settle(
     before = losses(model, documents)
     shift = shift_of(expected.losses, before)
     target = torch.from_numpy(expected.losses - shift)
-    shared = shared_parameters(model)
-    held = {name: x.detach().clone() for name, x in model.named_parameters() if any(x is y for y in shared)}
+    held = {name: x.detach().clone() for name, x in model.named_parameters() if not is_sink(name)}
     optimizer = torch.optim.AdamW(shared, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
     sinks = AdamW([{"params": sink_parameters(model), "lazy": True}], lr=sink_lr, betas=(0.9, 0.95), weight_decay=0.0) if (
         has_sinks(model)) else None  # fmt: skip
     steps = math.ceil(passes * len(documents) / batch_rows)
     device = shared[0].device
     own, other = (_order(len(rows), batch_rows, seed + place) for place, rows in enumerate((documents, others)))
+    pushed = False
     for step in range(steps):
         for one, rate in ((optimizer, lr), (sinks, sink_lr)):
             for group in one.param_groups if one else ():
@@ -104,17 +132,21 @@ def settle(
         found = row_losses(_logits(model, batch), batch["labels"])
         below = (target[chosen].to(device) - found).clamp(min=0).mean()
         moved = _divergence(model, held, beside)
-        (below + moved).backward()
-        torch.nn.utils.clip_grad_norm_(shared, 1.0)
-        optimizer.step(), optimizer.zero_grad()
+        pushed = pushed or below.item() > 0
+        if pushed:  # before, all there is of a gradient is rounding, which AdamW would make a step of
+            (below + moved).backward()
+            torch.nn.utils.clip_grad_norm_(shared, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
         if sinks is not None:
             with frozen(shared), sinks_open(model, batch["document_ids"][:, 0]):
                 row_losses(_logits(model, batch), batch["labels"]).mean().backward()
             clip_grad_norm_(model, 1.0)
-            sinks.step(), sinks.zero_grad()
+            sinks.step()
+            sinks.zero_grad()
         if say and (step % 10 == 0 or step + 1 == steps):
             say(
-                f"settle: step {step + 1}/{steps}  below what is expected {float(below):.3f}  others moved {float(moved):.4f}"
+                f"settle: step {step + 1}/{steps}  below what is expected {below.item():.3f}  others moved {moved.item():.4f}"
             )
     after, others_after = losses(model, documents), losses(model, others)
     model.train(training)
@@ -132,16 +164,17 @@ def shift_of(expected: np.ndarray, found: np.ndarray) -> float:
     return (low + high) / 2
 
 
-def _check(name: str, rows: AnyRows) -> None:
+def _check(name: str, rows: Rows) -> None:
     if not len(rows):
-        raise DataError(f"{name} is empty")
-    for index in range(len(rows)):
-        row = rows[index]
-        text = row["labels"] != IGNORED
-        if len(row["document_ids"][text].unique()) > 1:
-            raise DataError(f"row {index} of {name} holds several documents; pack them with one_document_per_row=True")
-        if int(text.sum()) < 2:
-            raise DataError(f"row {index} of {name} holds fewer than 2 tokens; leave it out")
+        raise DataError(f"{name} is empty: no text was {'repeated' if name == 'documents' else 'met once'}")
+    several = np.flatnonzero(np.diff(rows.first) != 1)
+    if len(several):
+        raise DataError(
+            f"row {several[0]} of {name} does not hold one document; take rows apart with repeated_and_once(rows)"
+        )
+    short = np.flatnonzero(rows.segments["size"] < 2)
+    if len(short):
+        raise DataError(f"row {short[0]} of {name} holds one token; leave it out")
 
 
 def _order(count: int, size: int, seed: int) -> Iterator[Tensor]:
@@ -154,7 +187,7 @@ def _order(count: int, size: int, seed: int) -> Iterator[Tensor]:
         waiting = waiting[size:]
 
 
-def _batch(rows: AnyRows, chosen: Tensor, device: torch.device) -> dict[str, Tensor]:
+def _batch(rows: Rows, chosen: Tensor, device: torch.device) -> dict[str, Tensor]:
     return {name: x.to(device) for name, x in collate([rows[index] for index in chosen.tolist()]).items()}
 
 

@@ -6,16 +6,19 @@ ordinary training: what differs is what the model learns, and nothing else.
 
 from __future__ import annotations
 
-from .method import Batch, Method, without
+from .method import Batch, Method, settling, without
 
 
-def cap(*, copies: int = 1) -> Method:
-    """Learn from the first `copies` exposures of each document and from no later one; 1 = deduplication."""
+def cap(*, copies: int = 1, settle_lr: float = 0.0, settle_passes: int = 8) -> Method:
+    """Learn from the first `copies` exposures of each document and from no later one; 1 = deduplication.
+
+    With `settle_lr` what is left is levelled, as in our own arm.
+    """
 
     def change(batch: Batch) -> Batch:
         return without(batch, batch["exposures"] > copies)
 
-    return Method(change=change)
+    return Method(change=change, settle=settling(settle_lr, settle_passes))
 
 
 def twin() -> Method:

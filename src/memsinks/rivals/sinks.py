@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..config import SinkConfig
 from ..routing import splitmix64
-from .method import Batch, Method, unchanged
+from .method import Batch, Method, settling, unchanged
 
 
 def published(
@@ -38,12 +38,15 @@ def _fresh_ids(batch: Batch) -> Tensor:
     return mixed.where(batch["document_ids"] >= 0, batch["document_ids"])
 
 
-def gated(*, sink_lr_factor: float = 3.0, width: int = 0, **settings: Any) -> Method:
+def gated(
+    *, sink_lr_factor: float = 3.0, width: int = 0, settle_lr: float = 0.0, settle_passes: int = 8, **settings: Any
+) -> Method:
     """Ours: a text's sinks open from its second exposure on, and what it teaches the shared weights decays (docs/method.md).
 
-    `settings` are those of `SinkConfig`; ``shared="none"`` is the exact mode.
+    `settings` are those of `SinkConfig`; ``shared="none"`` is the exact mode. With `settle_lr` what is left is levelled.
     """
-    return Method(sinks=SinkConfig(**settings), sink_lr_factor=sink_lr_factor, width=width)
+    return Method(sinks=SinkConfig(**settings), sink_lr_factor=sink_lr_factor, width=width,
+                  settle=settling(settle_lr, settle_passes))  # fmt: skip
 
 
 def untied(*, neurons: int, active: int, sink_lr_factor: float = 1.0, width: int = 0) -> Method:

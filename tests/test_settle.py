@@ -1,0 +1,240 @@
+"""Expected losses against plain formulas; settling brings repeated texts to them and leaves the rest alone."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from test_compare import written
+from tiny import VOCABULARY, sink_llama, tiny_llama
+from torch import Tensor
+
+import memsinks as ms
+from memsinks.compare import compare, read_comparison
+from memsinks.config import ConfigError, DataError
+from memsinks.expected import LEAST, expected_losses
+from memsinks.hosts import is_sink
+from memsinks.losses import losses
+from memsinks.settle import shift_of
+
+LENGTH, REPEATED, ONCE, COPIES = 16, 6, 60, 8
+LR = 3e-3
+
+
+def text(number: int) -> np.ndarray:
+    """A sentence of the language that the tiny model learns: most tokens follow from the one before."""
+    draw = np.random.default_rng(number)
+    tokens = [int(draw.integers(1, VOCABULARY))]
+    while len(tokens) < 12 + number % 4:
+        sure = draw.random() < 0.7
+        tokens.append(tokens[-1] * 5 % (VOCABULARY - 1) + 1 if sure else int(draw.integers(1, VOCABULARY)))
+    return np.array(tokens, np.int32)
+
+
+def corpus(length: int = LENGTH) -> ms.Rows:
+    """The first texts `COPIES` times, the others once, in a shuffled order."""
+    order = np.array([*range(REPEATED)] * COPIES + [*range(REPEATED, REPEATED + ONCE)])
+    np.random.default_rng(0).shuffle(order)
+    return ms.pack([text(x) for x in order], order + 100, ms.exposures(order), length=length, pad_id=0)
+
+
+def trained(decay: float | None = None, epochs: int = 3) -> torch.nn.Module:
+    """A model that knows the repeated texts; with sinks if `decay` is given, with sinks closed it knows part of them."""
+    rows = corpus()
+    model = tiny_llama(torch.float32) if decay is None else sink_llama(torch.float32, shared_decay=decay)
+    optimizer = ms.AdamW(model.parameters() if decay is None else ms.param_groups(model, LR), lr=LR)
+    for step in range(epochs * len(rows) // 9):
+        batch = ms.collate([rows[(step * 9 + row) % len(rows)] for row in range(9)])
+        if decay is None:
+            batch = {name: batch[name] for name in ("input_ids", "labels", "position_ids")}
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model
+
+
+@pytest.fixture(scope="module")
+def learnt() -> torch.nn.Module:
+    return trained(decay=0.0)
+
+
+def plain_surprises(counted: list[np.ndarray], one: np.ndarray) -> list[float]:
+    """The formula of `expected`, one token after the other."""
+    alone: Counter[int] = Counter()
+    pairs: Counter[tuple[int, int]] = Counter()
+    triples: Counter[tuple[int, int, int]] = Counter()
+    for other in counted:
+        given = other.tolist()
+        alone.update(given)
+        pairs.update(itertools.pairwise(given))
+        triples.update(zip(given, given[1:], given[2:], strict=False))
+    total, tokens, sums = sum(alone.values()), one.tolist(), [0.0, 0.0, 0.0]
+    for place in range(1, len(tokens)):
+        token, before = tokens[place], tokens[place - 1]
+        first = (alone[token] + 0.5) / (total + 0.5 * VOCABULARY)
+        second = (pairs[before, token] + 10 * first) / (alone[before] + 10)
+        third = second
+        if place > 1:
+            two = tokens[place - 2]
+            third = (triples[two, before, token] + 5 * second) / (pairs[two, before] + 5)
+        sums = [x - math.log(y) for x, y in zip(sums, (first, second, third), strict=True)]
+    return [1.0, *(x / (len(tokens) - 1) for x in sums), math.log(len(tokens))]
+
+
+def test_expected_losses_are_the_fit_of_the_plain_formula(learnt) -> None:
+    repeated, once = ms.repeated_and_once(corpus())
+    found = expected_losses(learnt, repeated, once)
+
+    def texts(rows: ms.Rows) -> list[np.ndarray]:
+        return [rows.documents[x["document"]][: x["size"]] for x in rows.segments]
+
+    counted, fitted = texts(once)[0::2], texts(once)[1::2]
+    measured = losses(learnt, once)
+    features = np.array([plain_surprises(counted, x) for x in fitted])
+    coefficients, *_ = np.linalg.lstsq(features, measured[1::2], rcond=None)
+    own = np.array([plain_surprises(counted, x) for x in texts(repeated)])
+    np.testing.assert_allclose(found.losses, own @ coefficients, rtol=1e-9)
+    np.testing.assert_array_equal(found.others, measured)
+    assert found.spread < found.raw
+
+
+@pytest.mark.parametrize("length", [LENGTH, 3 * LENGTH])
+def test_training_rows_are_taken_apart(length) -> None:
+    rows = corpus(length)
+    repeated, once = ms.repeated_and_once(rows)
+    assert (len(repeated), len(once)) == (REPEATED, ONCE)
+    assert set(repeated.segments["document_id"]) == set(range(100, 100 + REPEATED))
+    for part in (repeated, once):
+        place = [rows.segments["document"].tolist().index(x) for x in part.segments["document"]]
+        assert place == sorted(place), "not in the order of the first exposure"
+        for row, segment in zip((part[index] for index in range(len(part))), part.segments, strict=True):
+            own = text(int(segment["document_id"]) - 100)
+            assert row["input_ids"][: len(own)].tolist() == own.tolist()
+            assert row["position_ids"][: len(own)].tolist() == list(range(len(own)))
+            assert int((row["labels"] != -100).sum()) == len(own) - 1
+
+
+def test_text_without_sinks_and_single_tokens_are_left_out() -> None:
+    rows = ms.pack(
+        [np.array([1, 2]), np.array([3]), np.array([4, 5]), np.array([6, 7])],
+        [7, 8, -1, 9],
+        [1, 1, 1, 1],
+        length=8,
+        pad_id=0,
+    )
+    repeated, once = ms.repeated_and_once(rows)
+    assert len(repeated) == 0 and once.segments["document_id"].tolist() == [7, 9]
+
+
+@given(st.lists(st.tuples(st.floats(0, 5), st.floats(0, 5)), min_size=1, max_size=30))
+def test_the_shift_makes_the_mean_what_is_expected(pairs) -> None:
+    expected, found = (np.array(x) for x in zip(*pairs, strict=True))
+    shift = shift_of(expected, found)
+    assert shift >= 0
+    ends = np.maximum(found, expected - shift).mean()
+    assert ends == pytest.approx(max(expected.mean(), found.mean()), abs=1e-9)
+
+
+def test_settling_levels_the_documents_and_keeps_the_rest(learnt) -> None:
+    model = copy.deepcopy(learnt).train()
+    repeated, once = ms.repeated_and_once(corpus())
+    own = losses(model, repeated, opened=True).mean()
+    model.train()
+    lines: list[str] = []
+    done = ms.settle(model, repeated, once, lr=LR / 5, sink_lr=LR, passes=40, batch_rows=4, say=lines.append)
+    assert model.training and done.steps == 60 and "step 60/60" in lines[-1]
+    short = done.expected.losses.mean() - done.before.mean()
+    assert short > 0.3, "nothing to level: the test means nothing"
+    left = done.expected.losses.mean() + (done.others_after - done.expected.others).mean() - done.after.mean()
+    assert abs(left) < short / 3
+    assert abs((done.others_after - done.expected.others).mean()) < short / 3
+    np.testing.assert_array_equal(done.after, losses(model, repeated))
+    assert losses(model, repeated, opened=True).mean() < own + 0.1
+    assert f"{REPEATED} documents in 60 steps" in str(done)
+
+
+def test_settling_repeats_its_bits_and_keeps_the_random_state(learnt) -> None:
+    state = torch.get_rng_state()
+    models = [copy.deepcopy(learnt) for _ in range(2)]
+    for model in models:
+        ms.settle(model, *ms.repeated_and_once(corpus()), lr=1e-3, passes=2)
+    assert torch.equal(state, torch.get_rng_state())
+    for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_where_nothing_is_known_too_well_no_shared_weight_moves(learnt) -> None:
+    model = copy.deepcopy(learnt)
+    _, once = ms.repeated_and_once(corpus())
+    chosen = next(
+        one for one in (once.select(slice(x, x + 1)) for x in range(len(once)))
+        if losses(model, one)[0] > expected_losses(model, one, once).losses[0]
+    )  # fmt: skip
+    done = ms.settle(model, chosen, once, lr=1e-3, passes=16)
+    assert done.steps == 1 and done.after[0] == done.before[0]
+    for (name, x), y in zip(model.named_parameters(), learnt.parameters(), strict=True):
+        assert is_sink(name) or torch.equal(x, y)
+
+
+def test_a_model_without_sinks_is_settled_too() -> None:
+    model = trained()
+    done = ms.settle(model, *ms.repeated_and_once(corpus()), lr=LR / 5, passes=20)
+    assert done.after.mean() > done.before.mean()
+
+
+def short(rows: ms.Rows) -> ms.Rows:
+    return rows.select(slice(LEAST - 1))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "words"),
+    [
+        ({"lr": 0.0}, ConfigError, "lr must be positive and finite, got 0.0"),
+        ({"sink_lr": float("nan")}, ConfigError, "sink_lr must be positive"),
+        ({"passes": 0}, ConfigError, "passes must be at least 1, got 0"),
+        ({"documents": lambda rows: rows.select(slice(0))}, DataError, "no text was repeated"),
+        ({"others": short}, DataError, f"at least {LEAST} other texts are needed .* got {LEAST - 1}"),
+        ({"documents": lambda _: corpus(48)}, DataError, "row 0 of documents does not hold one document"),
+        ({"dtype": torch.bfloat16}, ConfigError, "weights are torch.bfloat16"),
+        ({"frozen": True}, ConfigError, "every shared weight is frozen"),
+    ],
+)
+def test_bad_input_is_refused_and_nothing_moves(learnt, changes, error, words) -> None:
+    model = copy.deepcopy(learnt).to(changes.pop("dtype", torch.float32))
+    if changes.pop("frozen", False):
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(is_sink(name))
+    before: dict[str, Tensor] = {name: x.clone() for name, x in model.state_dict().items()}
+    sides = dict(zip(("documents", "others"), ms.repeated_and_once(corpus()), strict=True))
+    for name, change in ((x, changes.pop(x, None)) for x in ("documents", "others")):
+        sides[name] = change(sides[name]) if change else sides[name]
+    with pytest.raises(error, match=words):
+        ms.settle(model, **sides, **({"lr": 1e-3} | changes))
+    for name, x in model.state_dict().items():
+        assert torch.equal(x, before[name])
+
+
+def test_an_arm_of_a_comparison_settles(tmp_path) -> None:
+    """The settled arm begins like the other and ends elsewhere; what settling did stands in its facts."""
+    ours = {"rival": "gated", "neurons": 64, "active": 16, "block_size": 8}
+    arms = {"standard": {"rival": "standard"}, "ours": ours, "settled": ours | {"settle_lr": 1e-3, "settle_passes": 2},
+            "cap": {"rival": "cap", "copies": 2, "settle_lr": 1e-3}}  # fmt: skip
+    data = {"synthetic": {"stories": 60, "people_per_level": 2, "canaries_per_level": 0, "held_out_stories": 8,
+                          "near_copies": 0, "copies": [0, 1]}, "repeat": {"documents": 9, "copies": [1, 4, 8]},
+            "long": "truncate"}  # fmt: skip
+    path = written(tmp_path, arms=arms, data=data, seeds=[0], roles={"audited": "ours", "against": "standard"})
+    comparison = read_comparison(path)
+    compare(comparison, audits=False)
+    facts = {arm.name: comparison.finished(arm, 0) for arm in comparison.arms}
+    assert facts["ours"]["curve"] == facts["settled"]["curve"] and "settled" not in facts["ours"]
+    assert "documents in" in facts["settled"]["settled"] and "documents in" in facts["cap"]["settled"]
+    models = {arm.name: ms.load_any(comparison.folder(arm, 0) / "model") for arm in comparison.arms}
+    same = zip(models["ours"].parameters(), models["settled"].parameters(), strict=True)
+    assert not any(torch.equal(x, y) for x, y in same if x.dim() > 1)
