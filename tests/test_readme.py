@@ -68,6 +68,18 @@ def test_the_rows_snippet_runs(prepared: dict[str, Any], tmp_path: Path) -> None
     assert int(found["rows"].exposures.max()) == 40
 
 
+def test_the_settle_snippet_runs(prepared: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    model = AutoModelForCausalLM.from_config(prepared["config"])
+    ms.add_sinks(model, ms.SinkConfig(neurons=64, active=32))
+    texts = [f"The {name} saw number {number}." for name in ("cat", "dog") for number in range(30)]
+    ids = [ms.document_id(text) for text in texts]
+    order = [*range(60), 0, 1, 0, 1]
+    tokens, own = ms.encode(prepared["tokenizer"], texts), [ids[x] for x in order]
+    rows = ms.pack([tokens[x] for x in order], own, ms.exposures(own), length=64, pad_id=0)
+    exec(snippet("settle"), {"model": model, "ms": ms, "rows": rows})
+    assert "2 documents in 1 steps" in capsys.readouterr().out
+
+
 def test_the_audit_snippet_runs(prepared: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     model = AutoModelForCausalLM.from_config(prepared["config"])
     ms.add_sinks(model, ms.SinkConfig(neurons=64, active=32))

@@ -105,6 +105,22 @@ def test_expected_losses_are_the_fit_of_the_plain_formula(learnt) -> None:
     assert found.spread < found.raw
 
 
+def test_unseen_texts_say_what_a_text_never_met_should_have(learnt) -> None:
+    repeated, once = ms.repeated_and_once(corpus())
+    texts = [text(x) for x in range(1000, 1000 + LEAST)]
+    unseen = ms.pack(texts, range(LEAST), [1] * LEAST, length=LENGTH, pad_id=0, one_document_per_row=True)
+    found = expected_losses(learnt, repeated, once, unseen)
+    counted, own = ([rows.documents[x["document"]][: x["size"]] for x in rows.segments] for rows in (once, repeated))
+    features = np.array([plain_surprises(counted, x) for x in texts])
+    coefficients, *_ = np.linalg.lstsq(features, losses(learnt, unseen), rcond=None)
+    expected = np.array([plain_surprises(counted, x) for x in own]) @ coefficients
+    np.testing.assert_allclose(found.losses, expected, rtol=1e-9)
+    done = ms.settle(copy.deepcopy(learnt), repeated, once, unseen, lr=1e-3, passes=1)
+    np.testing.assert_array_equal(done.expected.losses, found.losses)
+    with pytest.raises(DataError, match=f"at least {LEAST} unseen texts"):
+        ms.settle(learnt, repeated, once, unseen.select(slice(3)), lr=1e-3)
+
+
 @pytest.mark.parametrize("length", [LENGTH, 3 * LENGTH])
 def test_training_rows_are_taken_apart(length) -> None:
     rows = corpus(length)
@@ -131,6 +147,14 @@ def test_text_without_sinks_and_single_tokens_are_left_out() -> None:
     )
     repeated, once = ms.repeated_and_once(rows)
     assert len(repeated) == 0 and once.segments["document_id"].tolist() == [7, 9]
+
+
+def test_near_copies_and_sources_count_as_repeated() -> None:
+    """A near copy has an id of its own and the next exposure; texts of one source share an id."""
+    texts = [np.array(x) for x in ([1, 2], [1, 3], [4, 5], [6, 7], [6, 7])]
+    rows = ms.pack(texts, [7, 8, 9, 9, 9], [1, 2, 1, 1, 2], length=8, pad_id=0)
+    repeated, once = ms.repeated_and_once(rows)
+    assert repeated.segments["document"].tolist() == [1, 2, 3] and once.segments["document"].tolist() == [0]
 
 
 @given(st.lists(st.tuples(st.floats(0, 5), st.floats(0, 5)), min_size=1, max_size=30))

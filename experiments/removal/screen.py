@@ -34,7 +34,7 @@ from memsinks.compare import read_comparison
 from memsinks.losses import row_losses
 from memsinks.objective import frozen, target_count
 from memsinks.packing import IGNORED, pack
-from memsinks.prepared import AUDITED, Prepared, prepare
+from memsinks.prepared import AUDITED, Prepared, choose_documents, prepare
 from memsinks.rivals import method
 from memsinks.rivals.method import plain_step, without
 from memsinks.run import build_model, optimizer_and_schedule, stock_arguments
@@ -147,6 +147,7 @@ WIDE = {"neurons": 4096, "active": 128}
 SETTLE = {"lr": 2e-4, "passes": 8}
 ARMS |= {
     "pool 4096, a=.5, settled": Screen(base="pool 4096, a=.5", settle=SETTLE),
+    "pool 4096, a=.5, settled, unseen": Screen(base="pool 4096, a=.5", settle=SETTLE | {"unseen": 400}),
     "pool 4096, a=0, settled": Screen(base="pool 4096, a=0", settle=SETTLE),
     "cap-8, settled": Screen(base="cap-8", settle=SETTLE),
     "cap-4, settled": Screen(base="cap-4", settle=SETTLE),
@@ -262,13 +263,23 @@ def settled(screen: Screen, name: str, text: str, seed: int) -> dict[str, Any]:
     model: Any = ms.load_any(kept)
     length = recipe.training.length
     started = time.perf_counter()
-    found = ms.settle(model, *ms.repeated_and_once(prepared.rows), say=print, **screen.settle)
+    settings = dict(screen.settle)
+    unseen = unseen_texts(recipe, prepared, settings.pop("unseen")) if "unseen" in settings else None
+    found = ms.settle(model, *ms.repeated_and_once(prepared.rows), unseen, say=print, **settings)
     print(found)
     return {
         "arm": name, "text": text, "seed": seed, "base": screen.base, "settle": screen.settle,
         "seconds": round(time.perf_counter() - started, 1), "shift": found.shift, "spread": found.expected.spread,
         **evaluate(model.eval(), prepared, length), "versions": versions("torch", "transformers", "numpy"),
     }  # fmt: skip
+
+
+def unseen_texts(recipe: Any, prepared: Prepared, count: int) -> ms.Rows:
+    """Texts of the file that are neither trained on nor controls, one a row."""
+    known = {x.text for x in [*prepared.members, *prepared.controls]}
+    data = dataclasses.replace(recipe.data, limit=recipe.data.limit + count)
+    found = [x for x in choose_documents(data, recipe.training.seed) if x.text not in known]
+    return rows_of(found[:count], prepared, recipe.training.length)
 
 
 def rows_of(documents: list[ms.Document], prepared: Prepared, length: int) -> ms.Rows:

@@ -1,8 +1,8 @@
 """What the loss of a text should be: predicted from texts of its kind that were met at most once.
 
-Half of those texts count words: the mean surprise of a text's tokens under their frequencies, alone and after the one and the
-two tokens before (interpolated), says how hard it is. The other half says, by least squares, what loss the model has on a
-text so hard. Nothing has to be recorded in training, and no other model is needed.
+Some of those texts count words: the mean surprise of a text's tokens under their frequencies, alone and after the one and the
+two tokens before (interpolated), says how hard it is. Others say, by least squares, what loss the model has on a text so hard.
+Nothing has to be recorded in training, and no other model is needed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .losses import AnyRows, batches, losses
 from .packing import IGNORED
 
 LEAST = 40
-"""Other texts below which nothing is predicted: five numbers are fitted to half of them."""
+"""Texts below which nothing is predicted: five numbers are fitted to half of them or more."""
 PRIOR = 0.5, 10.0, 5.0
 """Weight of the coarser estimate beside the counts of single tokens, pairs and triples."""
 
@@ -36,37 +36,43 @@ class Expected:
     raw: float
 
 
-def expected_losses(model: nn.Module, documents: AnyRows, others: AnyRows) -> Expected:
-    """The loss that `model`, sinks closed, should have on each of `documents` if it had met them as often as `others`.
+def expected_losses(model: nn.Module, documents: AnyRows, others: AnyRows, unseen: AnyRows | None = None) -> Expected:
+    """The loss that `model`, sinks closed, should have on each of `documents`.
 
     Args:
-        documents, others: one document a row.
+        documents, others: one document a row; others were met once.
+        unseen: texts that were never met. With them, others count words, and the losses are those of texts never met;
+            without, one half of the others counts words, and the losses are those of the other half.
 
     Raises:
-        DataError: too few others.
+        DataError: too few others or unseen texts.
     """
-    if len(others) < LEAST:
-        raise DataError(
-            f"at least {LEAST} other texts are needed to tell what a text's loss should be, got {len(others)}"
-        )
+    for name, rows in (("other", others), ("unseen", unseen)):
+        if rows is not None and len(rows) < LEAST:
+            raise DataError(
+                f"at least {LEAST} {name} texts are needed to tell what a text's loss should be, got {len(rows)}"
+            )
     vocabulary = int(model.config.get_text_config().vocab_size)  # type: ignore[union-attr]
-    counted, fitted = _tokens(others, 0), _tokens(others, 1)
-    counts = _Counts(counted, vocabulary)
     measured = losses(model, others)
-    surprises, own = counts.surprises(fitted), measured[1::2]
+    if unseen is None:
+        counted, fitted, own = _tokens(others)[0::2], _tokens(others)[1::2], measured[1::2]
+    else:
+        counted, fitted, own = _tokens(others), _tokens(unseen), losses(model, unseen)
+    counts = _Counts(counted, vocabulary)
+    surprises = counts.surprises(fitted)
     coefficients, *_ = np.linalg.lstsq(surprises, own, rcond=None)
     predicted = counts.surprises(_tokens(documents)) @ coefficients
     spread = float((own - surprises @ coefficients).std(ddof=surprises.shape[1]))
     return Expected(predicted, measured, spread, float(own.std()))
 
 
-def _tokens(rows: AnyRows, half: int | None = None) -> list[np.ndarray]:
-    """The tokens of each row's document, int64; of every second row from `half` on, if given."""
+def _tokens(rows: AnyRows) -> list[np.ndarray]:
+    """The tokens of each row's document, int64."""
     found = []
     for batch in batches(rows, 256):
         for tokens, labels in zip(batch["input_ids"], batch["labels"], strict=True):
             found.append(tokens[: int((labels != IGNORED).nonzero()[-1]) + 1].numpy())
-    return found if half is None else found[half::2]
+    return found
 
 
 class _Counts:

@@ -63,11 +63,14 @@ OTHERS = 600
 def repeated_and_once(rows: Rows) -> tuple[Rows, Rows]:
     """The training rows taken apart: texts that were repeated, texts that were met once; each once, in the order of their
     first exposure, one segment a row. Text of id -1 and segments of one token are in neither."""
-    segments = rows.segments
-    again = np.unique(segments["document_id"][segments["exposure"] > 1])
-    first = segments[(segments["exposure"] == 1) & (segments["document_id"] != NO_SINKS) & (segments["size"] > 1)]
+    segments = rows.segments[(rows.segments["document_id"] != NO_SINKS) & (rows.segments["size"] > 1)]
+    ids, place = np.unique(segments["document_id"], return_inverse=True)
+    least, most = np.full(len(ids), np.iinfo(np.int64).max), np.zeros(len(ids), np.int64)
+    np.minimum.at(least, place, segments["exposure"])
+    np.maximum.at(most, place, segments["exposure"])
+    met_first = segments["exposure"] == least[place]
+    first, repeated = segments[met_first], (most > 1)[place][met_first]
     first["column"] = 0
-    repeated = np.isin(first["document_id"], again)
     return tuple(  # type: ignore[return-value]
         replace(rows, segments=chosen, first=np.arange(len(chosen) + 1))
         for chosen in (first[repeated], first[~repeated])
@@ -75,15 +78,17 @@ def repeated_and_once(rows: Rows) -> tuple[Rows, Rows]:
 
 
 def settle(
-    model: nn.Module, documents: Rows, others: Rows, *, lr: float, sink_lr: float | None = None, passes: int = 8,
-    batch_rows: int = 16, seed: int = 0, say: Callable[[str], None] | None = None,
+    model: nn.Module, documents: Rows, others: Rows, unseen: Rows | None = None, *, lr: float, sink_lr: float | None = None,
+    passes: int = 8, batch_rows: int = 16, seed: int = 0, say: Callable[[str], None] | None = None,
 ) -> Settled:  # fmt: skip
     """Level, in place, what a trained model still knows of `documents` with its sinks closed.
 
     Args:
         model: with sinks or without; only what was learnt little of can be levelled so cheaply.
         documents: the texts that were repeated, one a row, see `repeated_and_once`.
-        others: texts of their kind that were met once (best early in training) or never, one a row; the first `OTHERS`.
+        others: texts of their kind that were met once, best early in training, one a row; the first `OTHERS` are used.
+        unseen: texts of their kind that were never met, one a row (`pack(..., one_document_per_row=True)`): the documents
+            end as if never met. None = as if met once, as the others.
         lr: of the shared weights, falling linearly to 0; a tenth of the peak of training is a good start.
         sink_lr: of the sinks; None = `lr`.
         passes: times each document is met.
@@ -108,10 +113,11 @@ def settle(
     problems += ["every shared weight is frozen"] if not shared else []
     refuse(problems, "cannot settle")
     others = others.select(slice(OTHERS))
-    for name, rows in (("documents", documents), ("others", others)):
-        _check(name, rows)
+    for name, rows in (("documents", documents), ("others", others), ("unseen", unseen)):
+        if rows is not None:
+            _check(name, rows)
     training = model.training
-    expected = expected_losses(model, documents, others)
+    expected = expected_losses(model, documents, others, unseen)
     before = losses(model, documents)
     shift = shift_of(expected.losses, before)
     target = torch.from_numpy(expected.losses - shift)
@@ -166,7 +172,8 @@ def shift_of(expected: np.ndarray, found: np.ndarray) -> float:
 
 def _check(name: str, rows: Rows) -> None:
     if not len(rows):
-        raise DataError(f"{name} is empty: no text was {'repeated' if name == 'documents' else 'met once'}")
+        why = {"documents": "no text was repeated", "others": "no text was met once", "unseen": "leave it out"}[name]
+        raise DataError(f"{name} is empty: {why}")
     several = np.flatnonzero(np.diff(rows.first) != 1)
     if len(several):
         raise DataError(
