@@ -403,14 +403,15 @@ def summary(run: dict[str, Any], runs: dict[str, dict[str, Any]]) -> dict[str, f
         return values[:members][often], values[members:]
 
     own, controls = parts(run)
-    standard, dedup, twin = (parts(runs[name]) for name in ("standard", "dedup", "twin"))
+    standard, dedup = (parts(runs[name]) for name in ("standard", "dedup"))
+    twin = parts(runs["twin"]) if "twin" in runs else None
     gap = controls.mean() - own.mean()
     most = copies == copies.max()
     return {
         "held out": controls.mean(), "price": controls.mean() - standard[1].mean(),
         "gap": gap, "closed": 1 - gap / (standard[1].mean() - standard[0].mean()),
         "over seen once": (own - dedup[0]).mean() - (controls - dedup[1]).mean(),
-        "auc": auc(-own, -controls), "reference auc": auc(twin[0] - own, twin[1] - controls),
+        "auc": auc(-own, -controls), "reference auc": auc(twin[0] - own, twin[1] - controls) if twin else None,
         "own": np.array(run["own"])[most].mean() if "own" in run else None,
         "recited own": np.array(run["own_recited"])[most].mean() if "own" in run else None,
         "recited own all": np.array(run["own_recited"])[often].mean() if "own" in run else None,
@@ -419,15 +420,16 @@ def summary(run: dict[str, Any], runs: dict[str, dict[str, Any]]) -> dict[str, f
 
 
 def table(text: str) -> str:
-    """Means over seeds of all finished arms."""
-    seeds = [seed for seed in range(9) if {"standard", "dedup", "twin"} <= read(text, seed).keys()]
+    """Means over seeds of all finished arms; the attack with a twin over the seeds that have one."""
+    seeds = [seed for seed in range(9) if {"standard", "dedup"} <= read(text, seed).keys()]
     by_seed = {seed: read(text, seed) for seed in seeds}
     lines = []
     for name in ARMS:
         found = [summary(runs[name], runs) for runs in by_seed.values() if name in runs]
         if not found:
             continue
-        mean = {key: (np.mean([x[key] for x in found]) if found[0][key] is not None else None) for key in found[0]}
+        known = {key: [x[key] for x in found if x[key] is not None] for key in found[0]}
+        mean = {key: float(np.mean(values)) if values else None for key, values in known.items()}
 
         def show(key: str, form: str, mean: dict[str, Any] = mean) -> str:
             return "-" if mean[key] is None else format(mean[key], form)
