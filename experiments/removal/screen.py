@@ -78,8 +78,6 @@ class Screen:
     base: str = ""
     """Trains nothing: settles the model of this arm."""
     settle: dict[str, Any] = field(default_factory=dict)
-    keep: str = ""
-    """Later copies teach no shared weight whose name holds one of these words (separated by spaces)."""
 
 
 def by_count(exponent: float) -> Rule:
@@ -87,12 +85,11 @@ def by_count(exponent: float) -> Rule:
     return lambda model, batch, now: batch["exposures"][:, 0].double().pow(-exponent)
 
 
-def until(share: float, inner: Rule, fade: float = 0.0) -> Rule:
-    """`inner` up to a share of the training, then over `fade` of it linearly to nothing, for texts met before."""
+def until(share: float, inner: Rule) -> Rule:
+    """`inner` up to a share of the training, then nothing, for texts met before."""
 
     def rule(model: Any, batch: dict[str, Tensor], now: Now) -> Tensor:
-        done = now.step / now.total
-        left = 1.0 if done < share else max(0.0, 1 - (done - share) / fade) if fade else 0.0
+        left = 1.0 if now.step < share * now.total else 0.0
         weight = inner(model, batch, now) * left
         return torch.where(batch["exposures"][:, 0] > 1, weight.clamp(min=FLOOR), 1.0)
 
@@ -124,60 +121,27 @@ def by_level(strength: float, least: float, most: float = 1.0, margin: float = 0
     return rule
 
 
-def then(share: float, first: Rule, second: Rule) -> Rule:
-    """`first` up to a share of the training, then `second`."""
-
-    def rule(model: Any, batch: dict[str, Tensor], now: Now) -> Tensor:
-        after = second(model, batch, now)
-        return first(model, batch, now) if now.step < share * now.total else after
-
-    return rule
-
-
-ARMS: dict[str, Screen] = {
+WIDE = {"neurons": 4096, "active": 128}
+HALF = WIDE | {"shared_decay": 0.5}
+SETTLE = {"lr": 2e-4, "passes": 8}
+ARMS = {
     "standard": Screen("standard"),
     "twin": Screen("twin"),
     "dedup": Screen("cap", {"copies": 1}),
-    "cap-2": Screen("cap", {"copies": 2}),
-    "cap-4": Screen("cap", {"copies": 4}),
-    "cap-8": Screen("cap", {"copies": 8}),
     "default": Screen(settings={"neurons": 512, "active": 128}),
-}
-WIDE = {"neurons": 4096, "active": 128}
-SETTLE = {"lr": 2e-4, "passes": 8}
-ARMS |= {
+    "pool 4096": Screen(settings=WIDE),
+    "pool 4096, a=.5": Screen(settings=HALF),
+    "pool 4096, a=0": Screen(settings=WIDE | {"shared_decay": 0.0}),
+    "cap-8": Screen("cap", {"copies": 8}),
+    "pool 4096, a=0 until .6": Screen(settings=WIDE, rule=until(0.6, by_count(0.0))),
+    "pool 4096, a=.5 until .8": Screen(settings=WIDE, rule=until(0.8, by_count(0.5))),
+    "two passes, level 2, -1 to 1": Screen(settings=WIDE, rule=by_level(2.0, -1.0), two_passes=True),
+    "pool 4096, a=0, lr x10": Screen(settings=WIDE | {"shared_decay": 0.0, "sink_lr_factor": 10.0}),
+    "pool 4096, a=.5, inner 1": Screen(settings=HALF, inner=1),
     "pool 4096, a=.5, settled": Screen(base="pool 4096, a=.5", settle=SETTLE),
     "pool 4096, a=.5, settled, unseen": Screen(base="pool 4096, a=.5", settle=SETTLE | {"unseen": 400}),
     "pool 4096, a=0, settled": Screen(base="pool 4096, a=0", settle=SETTLE),
     "cap-8, settled": Screen(base="cap-8", settle=SETTLE),
-    "cap-4, settled": Screen(base="cap-4", settle=SETTLE),
-    "pool 4096, a=.5, settled, lr 5e-4, 4 passes": Screen(base="pool 4096, a=.5", settle={"lr": 5e-4, "passes": 4}),
-    "pool 4096": Screen(settings=WIDE),
-    "pool 4096, a=.5": Screen(settings=WIDE | {"shared_decay": 0.5}),
-    "pool 4096, a=0": Screen(settings=WIDE | {"shared_decay": 0.0}),
-    "pool 4096, a=.5 until .6": Screen(settings=WIDE, rule=until(0.6, by_count(0.5))),
-    "pool 4096, a=0 until .6": Screen(settings=WIDE, rule=until(0.6, by_count(0.0))),
-    "pool 4096, a=0 until .4": Screen(settings=WIDE, rule=until(0.4, by_count(0.0))),
-    "pool 4096, a=1 until .8": Screen(settings=WIDE, rule=until(0.8, by_count(1.0))),
-    "pool 4096, a=.5 until .8": Screen(settings=WIDE, rule=until(0.8, by_count(0.5))),
-    "pool 4096, a=.5 fading from .2": Screen(settings=WIDE, rule=until(0.2, by_count(0.5), 0.8)),
-    "pool 4096, a=0, no MLP": Screen(settings=WIDE | {"shared_decay": 0.0}, keep=".mlp."),
-    "pool 4096, a=0, no attention": Screen(settings=WIDE | {"shared_decay": 0.0}, keep=".self_attn."),
-    "pool 4096, a=.5, no MLP": Screen(settings=WIDE | {"shared_decay": 0.5}, keep=".mlp."),
-    "pool 4096, a=.5, inner 1": Screen(settings=WIDE | {"shared_decay": 0.5}, inner=1),
-    "pool 4096, a=1, inner 1": Screen(settings=WIDE, inner=1),
-    "pool 4096, a=.5, inner 3": Screen(settings=WIDE | {"shared_decay": 0.5}, inner=3),
-    "pool 4096, a=.5, lr x10": Screen(settings=WIDE | {"shared_decay": 0.5, "sink_lr_factor": 10.0}),
-    "pool 4096, a=1": Screen(settings=WIDE),
-    "pool 4096, a=0, lr x10": Screen(settings=WIDE | {"shared_decay": 0.0, "sink_lr_factor": 10.0}),
-    "two passes, a=1": Screen(settings=WIDE, rule=by_count(1.0), two_passes=True),
-    "two passes, level 2, 0 to 1": Screen(settings=WIDE, rule=by_level(2.0, 0.0), two_passes=True),
-    "two passes, level 2, -1 to 1": Screen(settings=WIDE, rule=by_level(2.0, -1.0), two_passes=True),
-    "two passes, a=.5, from .8 level 2, -1 to 1": Screen(
-        settings=WIDE, rule=then(0.8, by_count(0.5), by_level(2.0, -1.0)), two_passes=True
-    ),
-    "pool 4096, level 2, 0 to 1": Screen(settings=WIDE, rule=by_level(2.0, 0.0)),
-    "pool 4096, level 2, -1 to 1": Screen(settings=WIDE, rule=by_level(2.0, -1.0)),
 }
 
 
@@ -191,38 +155,11 @@ def closed_losses(model: Any, batch: dict[str, Tensor]) -> Tensor:
     return row_losses(logits, batch["labels"])
 
 
-def record(now: Now, batch: dict[str, Tensor], losses: Tensor) -> None:
-    """Keep the loss of each text that is met for the first time."""
-    for document, count, loss in zip(
-        batch["document_ids"][:, 0].tolist(), batch["exposures"][:, 0].tolist(), losses.tolist(), strict=True
-    ):
-        if count == 1:
-            now.first[document] = (loss, now.step)
-
-
 def step(screen: Screen, model: Any, batch: dict[str, Tensor], divisor: Tensor, now: Now) -> float:
     """Gradients of one step; the shared weights' by the rule of the screen."""
     later = batch["exposures"] > 1
-    if screen.keep:
-        kept = [
-            x
-            for name, x in model.named_parameters()
-            if not hosts.is_sink(name) and any(y in name for y in screen.keep.split())
-        ]
-        loss = 0.0
-        for rows, parameters in ((~later[:, 0], []), (later[:, 0], kept)):
-            part = {name: value[rows] for name, value in batch.items()}
-            if bool(rows.any()):
-                with frozen(parameters):
-                    out = model(**{x: part[x] for x in PASSED}, num_items_in_batch=divisor)
-                out.loss.backward()
-                loss += out.loss.item()
-        return loss
     if screen.rule is None:
-        out = model(**{x: batch[x] for x in PASSED}, num_items_in_batch=divisor)
-        out.loss.backward()
-        record(now, batch, row_losses(out.logits.detach(), batch["labels"]))
-        return out.loss.item()
+        return plain_step(model, batch, divisor)
     weight = screen.rule(model, batch, now)[:, None].expand_as(batch["exposures"])
     if not screen.two_passes:
         hosts.shared_weight = lambda *_: weight  # type: ignore[assignment]
@@ -319,7 +256,6 @@ def train(screen: Screen, name: str, text: str, seed: int) -> dict[str, Any]:
         divisor = torch.tensor(target_count(batch["labels"]))
         if made.sinks is None:
             mask = torch.isin(batch["document_ids"], asked)
-            record(now, batch, closed_losses(model, batch))
             loss = made.step(model, made.change(batch | {"audited": mask, "repeated": mask}), divisor)
         else:
             for _ in range(screen.inner):
@@ -394,7 +330,7 @@ def slug(name: str) -> str:
 
 
 def summary(run: dict[str, Any], runs: dict[str, dict[str, Any]]) -> dict[str, float | None]:
-    """The figures of a run, over the documents with 2 copies or more, beside standard, dedup and twin of its seed."""
+    """The figures of a run, over the documents with 2 copies or more, beside standard and twin of its seed."""
     copies = np.array(run["copies"])
     often, members = copies > 1, len(copies)
 
@@ -403,24 +339,40 @@ def summary(run: dict[str, Any], runs: dict[str, dict[str, Any]]) -> dict[str, f
         return values[:members][often], values[members:]
 
     own, controls = parts(run)
-    standard, dedup = (parts(runs[name]) for name in ("standard", "dedup"))
+    standard = parts(runs["standard"])
     twin = parts(runs["twin"]) if "twin" in runs else None
     gap = controls.mean() - own.mean()
     most = copies == copies.max()
     return {
-        "held out": controls.mean(), "price": controls.mean() - standard[1].mean(),
+        "price": controls.mean() - standard[1].mean(),
         "gap": gap, "closed": 1 - gap / (standard[1].mean() - standard[0].mean()),
-        "over seen once": (own - dedup[0]).mean() - (controls - dedup[1]).mean(),
         "auc": auc(-own, -controls), "reference auc": auc(twin[0] - own, twin[1] - controls) if twin else None,
         "own": np.array(run["own"])[most].mean() if "own" in run else None,
-        "recited own": np.array(run["own_recited"])[most].mean() if "own" in run else None,
-        "recited own all": np.array(run["own_recited"])[often].mean() if "own" in run else None,
+        "recited": np.array(run["own_recited" if "own" in run else "closed_recited"])[most].mean(),
         "seconds": run["seconds"],
     }  # fmt: skip
 
 
+def over_seen_once(name: str, by_seed: dict[int, dict[str, dict[str, Any]]]) -> str:
+    """How much higher documents with 2 copies or more lie than in the model that met each once, less the same for controls: mean
+    over the documents of all seeds and its 90% interval (normal), which lies within the margin where both are equivalent."""
+    differences, errors = [], []
+    for runs in by_seed.values():
+        if name in runs and name != "dedup":
+            count = runs[name]["documents"]
+            difference = np.array(runs[name]["closed"]) - np.array(runs["dedup"]["closed"])
+            often = np.array(runs[name]["copies"]) > 1
+            differences.append(difference[:count][often] - difference[count:].mean())
+            errors.append(difference[count:].var(ddof=1) / len(difference[count:]))
+    if not differences:
+        return "-"
+    each = np.concatenate(differences)
+    half = 1.645 * np.sqrt(each.var(ddof=1) / len(each) + sum(errors) / len(errors) ** 2)
+    return f"{each.mean():+.3f} ({each.mean() - half:+.3f} to {each.mean() + half:+.3f})"
+
+
 def table(text: str) -> str:
-    """Means over seeds of all finished arms; the attack with a twin over the seeds that have one."""
+    """Means over seeds of all finished arms, ± half the range; the attack with a twin over the seeds that have one."""
     seeds = [seed for seed in range(9) if {"standard", "dedup"} <= read(text, seed).keys()]
     by_seed = {seed: read(text, seed) for seed in seeds}
     lines = []
@@ -428,19 +380,30 @@ def table(text: str) -> str:
         found = [summary(runs[name], runs) for runs in by_seed.values() if name in runs]
         if not found:
             continue
-        known = {key: [x[key] for x in found if x[key] is not None] for key in found[0]}
-        mean = {key: float(np.mean(values)) if values else None for key, values in known.items()}
 
-        def show(key: str, form: str, mean: dict[str, Any] = mean) -> str:
-            return "-" if mean[key] is None else format(mean[key], form)
+        def show(key: str, form: str, found: list[dict[str, float | None]] = found) -> str:
+            values = [x for one in found if (x := one[key]) is not None]
+            if not values:
+                return "-"
+            spread = f" ± {(max(values) - min(values)) / 2:{form.replace('+', '')}}" if len(values) > 1 else ""
+            return f"{sum(values) / len(values):{form}}{spread}"
 
-        lines.append([
-            name, str(len(found)), show("closed", ".1%"), show("price", "+.3f"), show("held out", ".3f"), show("gap", "+.3f"),
-            show("over seen once", "+.3f"), show("auc", ".3f"), show("reference auc", ".3f"), show("own", ".2f"),
-            show("recited own", ".0%"), show("seconds", ".0f"),
-        ])  # fmt: skip
-    head = ["arm", "seeds", "gap closed", "price", "held-out", "gap", "over seen once", "AUC", "reference AUC", "own sinks",
-            "recited", "seconds"]  # fmt: skip
+        shown = [show("closed", ".1%"), show("price", "+.3f"), show("gap", "+.3f"), over_seen_once(name, by_seed)]
+        shown += [show("auc", ".3f"), show("reference auc", ".3f"), show("own", ".2f"), show("recited", ".0%")]
+        lines.append([name, str(len(found)), *shown, show("seconds", ".0f")])
+    head = [
+        "arm",
+        "seeds",
+        "gap closed",
+        "price",
+        "gap",
+        "over seen once",
+        "AUC",
+        "reference AUC",
+        "own sinks",
+        "recited",
+        "seconds",
+    ]
     return "\n".join("| " + " | ".join(x) + " |" for x in [head, ["---"] * len(head), *lines])
 
 
