@@ -77,12 +77,12 @@ def draw(result: dict[str, Any], path: Path) -> None:
             ends.append((curves["repeated"][-1], f"{sign} = {value}", colour))
         panel.plot(result["standard"]["steps"], result["standard"]["repeated"], color=COLOURS["standard"], lw=1.2)
         ends.append((result["standard"]["repeated"][-1], "standard", COLOURS["standard"]))
-        panel.set(
-            xlabel="step",
-            ylabel="loss of repeated stories (nats)",
-            title=title,
-            xlim=(0, result["standard"]["steps"][-1]),
-        )
+        steps = result["standard"]["steps"]
+        first = len(steps) // 3  # before, all curves are one
+        shown = [y for c in (*result[what].values(), result["standard"]) for y in c["repeated"][first:]]
+        room = 0.05 * (max(shown) - min(shown))
+        panel.set(xlabel="step", ylabel="loss of repeated stories (nats)", title=title, xlim=(steps[first], steps[-1]),
+                  ylim=(min(shown) - room, max(shown) + room))  # fmt: skip
         label_ends(panel, ends)
     panel = axes[0, 1]
     for entry in result["size"]:
