@@ -7,9 +7,8 @@ import json
 import math
 
 import pytest
+import test_compare
 import torch
-import yaml
-from test_compare import SMALL
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from memsinks.cli import main
@@ -316,7 +315,7 @@ def test_wrong_ids_come_as_often_as_asked() -> None:
 # Arms of a comparison
 
 ARMS = {
-    "standard": {"rival": "standard"}, "ours": SMALL["arms"]["ours"],
+    "standard": {"rival": "standard"}, "ours": test_compare.SMALL["arms"]["ours"],
     "gradients": {"rival": "integrated-gradients", "after": "standard", "fractions": [0.1, 0.9], "steps": 2},
     "npo": {"rival": "npo", "after": "standard", "steps": [0, 3], "lr": 0.003},
 }  # fmt: skip
@@ -324,10 +323,7 @@ ROLES = {"audited": "ours", "against": "standard"}
 
 
 def written(folder, **changes):
-    values = copy.deepcopy(SMALL) | {"output": str(folder / "out"), "arms": ARMS, "roles": ROLES} | changes
-    path = folder / "compare.yaml"
-    path.write_text(yaml.safe_dump(values, sort_keys=False))
-    return path
+    return test_compare.written(folder, **({"arms": ARMS, "roles": ROLES} | changes))
 
 
 @pytest.fixture(scope="module")

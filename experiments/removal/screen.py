@@ -31,7 +31,7 @@ from memsinks._version import versions
 from memsinks.arm import clip, with_method
 from memsinks.audit.membership import auc
 from memsinks.compare import read_comparison
-from memsinks.losses import row_losses
+from memsinks.losses import batches, row_losses
 from memsinks.objective import frozen, target_count
 from memsinks.packing import IGNORED, pack
 from memsinks.prepared import AUDITED, Prepared, choose_documents, prepare
@@ -289,15 +289,13 @@ def evaluate(model: Any, prepared: Prepared, length: int, own: bool = True) -> d
     for opened in (False, True) if own and ms.has_sinks(model) else (False,):
         losses, recited = [], []
         count = len(audited) if opened else len(documents)
-        for start in range(0, count, 32):
-            batch = ms.collate([rows[index] for index in range(start, min(count, start + 32))])
+        for batch in batches(rows.select(slice(count)), 32):
             with ms.sinks_open(model, batch["document_ids"][:, 0]) if opened else nullcontext():
-                logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).logits[:, :-1]
-            labels = batch["labels"][:, 1:]
-            each = cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
-            losses += (each.double().sum(1) / (labels != IGNORED).sum(1)).tolist()
-            part = slice(PREFIX - 1, PREFIX - 1 + CONTINUATION)
-            recited += (logits[:, part].argmax(-1) == labels[:, part]).all(1).int().tolist()
+                logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).logits
+            losses += row_losses(logits, batch["labels"]).tolist()
+            part = slice(PREFIX, PREFIX + CONTINUATION)
+            hit = logits[:, PREFIX - 1 : PREFIX - 1 + CONTINUATION].argmax(-1) == batch["labels"][:, part]
+            recited += hit.all(1).int().tolist()
         side = "own" if opened else "closed"
         found |= {side: [round(x, 5) for x in losses], f"{side}_recited": recited[: len(audited)]}
     return found

@@ -16,9 +16,9 @@ from .checkpoint import load_stock, written_beside
 from .config import CheckpointError
 from .documents import Document, write_documents
 from .identity import identify
-from .packing import collate, pack
+from .losses import batches
+from .packing import Rows, pack
 from .prepared import AUDITED, Prepared, prepare
-from .rivals.method import Batch
 from .tokens import encode
 
 if TYPE_CHECKING:
@@ -75,9 +75,10 @@ def edit_arm(comparison: Comparison, arm: Arm, seed: int, steps: int | None = No
     audited = [x for x in prepared.members if x.kind == AUDITED and x.copies > 1]
     others = [x for x in prepared.members if x.kind != AUDITED][: len(audited)]
     size = recipe.training.batch_rows
-    forget, retain = (_batches(side, prepared, recipe.training.length, size) for side in (audited, others))
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    forget, retain = ([{x: y.to(device) for x, y in batch.items()} for batch in side] for side in (forget, retain))
+    forget, retain = (
+        list(batches(_rows(side, prepared, recipe.training.length), size, device)) for side in (audited, others)
+    )
     model = load_stock(comparison.folder(base, seed) / "model").to(device).eval()  # type: ignore[arg-type]
     facts["parameters"] = finished["parameters"]
     facts["threads"] = torch.get_num_threads()
@@ -97,14 +98,10 @@ def edit_arm(comparison: Comparison, arm: Arm, seed: int, steps: int | None = No
     return facts
 
 
-def _batches(documents: Sequence[Document], prepared: Prepared, length: int, size: int) -> list[Batch]:
+def _rows(documents: Sequence[Document], prepared: Prepared, length: int) -> Rows:
     """One document a row, cut to a row, once each."""
     tokens = [x[:length] for x in encode(prepared.tokenizer, [document.text for document in documents])]
-    rows = pack(
+    return pack(
         tokens, identify(documents)[0], np.ones(len(tokens), np.int64), length=length,
         pad_id=int(prepared.tokenizer.pad_token_id), one_document_per_row=True,  # type: ignore[arg-type]
     )  # fmt: skip
-    return [
-        collate([rows[index] for index in range(start, min(len(rows), start + size))])
-        for start in range(0, len(rows), size)
-    ]

@@ -16,12 +16,17 @@ from .config import FORMAT_VERSION, ConfigError, SinkConfig
 
 def unknown_keys(given: Iterable[Any], where: str, known: Iterable[str]) -> list[str]:
     """A sentence with the nearest known name for each key that is not known."""
+    return unknown_names(given, f"key {where}." if where else "key ", known)
+
+
+def unknown_names(given: Iterable[Any], what: str, known: Iterable[str]) -> list[str]:
+    """A sentence with the nearest known name for each name that is not known; `what` stands before it."""
     known, problems = list(known), []
     for name in given:
         if name not in known:
             near = difflib.get_close_matches(str(name), known, 1)
             hint = f"; did you mean {near[0]}?" if near else f"; known are {', '.join(known)}"
-            problems.append(f"unknown key {where}{'.' if where else ''}{name}{hint}")
+            problems.append(f"unknown {what}{name}{hint}")
     return problems
 
 

@@ -162,8 +162,10 @@ def settle(
 def shift_of(expected: np.ndarray, found: np.ndarray) -> float:
     """The s >= 0 at which the mean of max(found, expected - s) is the mean of `expected`; 0 if it is higher for no s."""
     low, high = 0.0, float(np.max(expected - found).clip(min=0.0))
-    if np.maximum(found, expected).mean() <= expected.mean() or found.mean() >= expected.mean():
-        return 0.0 if found.mean() < expected.mean() else high
+    if found.mean() >= expected.mean():
+        return high
+    if np.maximum(found, expected).mean() <= expected.mean():
+        return 0.0
     for _ in range(60):
         middle = (low + high) / 2
         low, high = (middle, high) if np.maximum(found, expected - middle).mean() > expected.mean() else (low, middle)

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from ..config import ConfigError, DataError
-from ..sections import unknown_keys
+from ..sections import unknown_names
 from . import arms, fig2, fig3, fig4, fig5, fig7, theory
 from .pictures import COLOURS
 from .setting import SCALES, WHICH, Setting, scale
@@ -35,9 +35,9 @@ FIGURES: dict[str, ModuleType] = {
 
 def chosen_figures(names: Sequence[str]) -> list[str]:
     """The names of the figures, "all" written out; ConfigError for an unknown one or none."""
-    problems = unknown_keys([name for name in names if name != "all"], "figure", FIGURES)
+    problems = unknown_names([name for name in names if name != "all"], "figure ", FIGURES)
     if problems or not names:
-        text = problems[0].replace("unknown key figure.", "unknown figure ") if problems else "no figure was named"
+        text = problems[0] if problems else "no figure was named"
         raise ConfigError(f"{text}; figures are {', '.join(FIGURES)}, all")
     return list(FIGURES) if "all" in names else list(dict.fromkeys(names))
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..config import ConfigError
-from ..sections import unknown_keys
+from ..sections import unknown_names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +127,7 @@ SCALES = {
 
 def scale(name: str) -> Setting:
     """The setting of a name; ConfigError for an unknown one."""
-    problems = unknown_keys([name], "scale", SCALES)
+    problems = unknown_names([name], "scale ", SCALES)
     if problems:
-        raise ConfigError(problems[0].replace("unknown key scale.", "unknown scale "))
+        raise ConfigError(problems[0])
     return SCALES[name]

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..config import ConfigError
-from ..sections import unknown_keys
+from ..sections import unknown_keys, unknown_names
 from . import after
 from .caps import cap, twin
 from .goldfish import goldfish
@@ -48,9 +48,9 @@ def method(name: str, settings: Mapping[str, Any]) -> Method:
     Raises:
         ConfigError: an unknown name or setting (with the nearest known one), a missing or impossible one.
     """
-    problems = unknown_keys([name], "rival", RIVALS)
+    problems = unknown_names([name], "rival ", RIVALS)
     if problems:
-        raise ConfigError(problems[0].replace("unknown key rival.", "unknown rival "))
+        raise ConfigError(problems[0])
     function = RIVALS[name]
     known = inspect.signature(function).parameters
     open_ended = any(x.kind is inspect.Parameter.VAR_KEYWORD for x in known.values())
