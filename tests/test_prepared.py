@@ -99,6 +99,27 @@ def test_a_folder_gives_the_rows_that_memory_gives_and_is_made_once(corpus, tmp_
     assert len(other.rows) > len(again.rows)  # how rows are cut is not part of the folder
 
 
+@pytest.mark.parametrize("long", ["fill", "split", "truncate"])
+def test_unseen_texts_are_rows_of_their_own(corpus, tmp_path, long) -> None:
+    recipe = recipe_of(corpus, tmp_path, data={"unseen": 4, "long": long}, length=16)
+    memory = prepare(recipe)
+    texts = [json.loads(line)["text"] for line in corpus[0].read_text().splitlines()[24:28]]
+    pieces = [
+        tokens[start : start + 16].tolist()
+        for tokens in encode(memory.tokenizer, texts)
+        for start in range(0, 1 if long == "truncate" else len(tokens), 16)
+    ]
+    for found in (memory, prepare(recipe, folder=tmp_path / "data"), prepare(recipe, folder=tmp_path / "data")):
+        assert found.unseen is not None
+        rows = [found.unseen[index] for index in range(len(found.unseen))]
+        sizes = [int((row["labels"] != -100).sum()) + 1 for row in rows]
+        assert [row["input_ids"][:size].tolist() for row, size in zip(rows, sizes, strict=True)] == [
+            piece for piece in pieces if len(piece) > 1
+        ]
+    assert not {document_id(x) for x in texts} & set(memory.rows.document_ids.ravel().tolist())
+    assert prepare(recipe_of(corpus, tmp_path)).unseen is None
+
+
 def test_rows_do_not_hold_what_lies_on_disk(corpus, tmp_path) -> None:
     """In memory a document costs as much whether it is short or long."""
     longer = tmp_path / "long.jsonl"

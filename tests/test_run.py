@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -134,6 +135,40 @@ def test_an_interrupted_run_resumes_to_identical_figures(tiny_run, tiny_recipe, 
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before
 
 
+SETTLED = {"data": {"synthetic": {"stories": 80, "people_per_level": 4, "canaries_per_level": 2, "held_out_stories": 6,
+                                  "copies": [0, 1, 8]}},
+           "training": {"save_every": 11, "log_every": 11}, "settle": {"lr": 1e-3, "passes": 2}}  # fmt: skip
+
+
+def test_a_run_settles_at_its_end_and_resumes_what_was_interrupted_there(
+    tiny_recipe, tmp_path, monkeypatch, capsys
+) -> None:
+    plain, whole, cut = (
+        parse_recipe(tiny_recipe(tmp_path / name, **(SETTLED | more)))
+        for name, more in (("plain", {"settle": None}), ("whole", {}), ("cut", {}))
+    )
+    train(plain)
+    train(whole, label="   ")
+    out = capsys.readouterr().out
+    assert "   settle: step 1/" in out and "   settled: " in out
+    facts = json.loads((tmp_path / "whole/run.json").read_text())
+    assert "documents in" in facts["settled"] and "expected" in facts["settled"]
+    assert metrics(tmp_path / "plain") == metrics(tmp_path / "whole")
+    assert metrics(tmp_path / "whole")[-1]["step"] == 22  # a checkpoint at the very end
+    assert not same_weights(tmp_path / "plain", tmp_path / "whole")
+
+    def interrupted(*args, **kwargs) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "settle", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(cut)
+    monkeypatch.undo()
+    assert not (tmp_path / "cut/model").exists()
+    train(cut, resume=True)
+    assert same_weights(tmp_path / "cut", tmp_path / "whole")
+
+
 def test_a_run_interrupted_before_its_first_checkpoint_starts_again(tiny_run, tiny_recipe, tmp_path, capsys) -> None:
     recipe = parse_recipe(tiny_recipe(tmp_path / "run"))
     output = tmp_path / "run"
@@ -198,20 +233,43 @@ def test_bf16_and_exact_mode_run(tiny_recipe, tmp_path) -> None:
 def test_documents_are_held_out_and_repeated_by_the_seed(tmp_path) -> None:
     path = write_jsonl(tmp_path / "d.jsonl", 30)
     data = DataRecipe(path=str(path), key_field="id", held_out=5, repeat=RepeatRecipe(documents=7, copies=[2, 4, 16]))
-    documents = choose_documents(data, seed=0)
+    documents, _ = choose_documents(data, seed=0)
     copies = sorted(document.copies for document in documents)
     assert copies == [0] * 5 + [1] * 18 + [2] * 3 + [4] * 2 + [16] * 2
     assert [document.key for document in documents] == [f"d{index}" for index in range(30)]
-    assert choose_documents(data, seed=0) == documents
-    assert choose_documents(data, seed=1) != documents
-    assert len(choose_documents(DataRecipe(path=str(path), limit=8), seed=0)) == 8
+    assert choose_documents(data, seed=0)[0] == documents
+    assert choose_documents(data, seed=1)[0] != documents
+    assert len(choose_documents(DataRecipe(path=str(path), limit=8), seed=0)[0]) == 8
+
+
+def test_unseen_documents_are_the_next_ones_and_change_nothing_else(tmp_path) -> None:
+    path = write_jsonl(tmp_path / "d.jsonl", 30)
+    data = DataRecipe(path=str(path), key_field="id", limit=20, held_out=5, repeat=RepeatRecipe(documents=7, copies=4))
+    chosen, none = choose_documents(data, seed=0)
+    assert none == []
+    for limit in (20, None):
+        more = dataclasses.replace(data, limit=limit, unseen=10)
+        for seed in (0, 1):
+            documents, unseen = choose_documents(more, seed=seed)
+            assert [document.key for document in unseen] == [f"d{index}" for index in range(20, 30)]
+            assert {document.copies for document in unseen} == {0}
+            assert (documents == chosen) == (seed == 0)
+    with pytest.raises(ConfigError, match=r"data\.unseen \(30\) leaves none of 30 documents"):
+        choose_documents(dataclasses.replace(data, limit=None, unseen=30), seed=0)
+
+
+def test_a_text_that_is_also_trained_on_is_not_unseen(tmp_path) -> None:
+    path = tmp_path / "d.jsonl"
+    path.write_text("".join(json.dumps({"text": f"text {n % 8}"}) + "\n" for n in range(10)))
+    _, unseen = choose_documents(DataRecipe(path=str(path), unseen=4), seed=0)
+    assert [document.text for document in unseen] == ["text 6", "text 7"]
 
 
 def test_copies_of_the_file_are_kept(tmp_path) -> None:
     path = tmp_path / "d.jsonl"
     path.write_text("".join(json.dumps({"text": f"text {n}", "n": n}) + "\n" for n in (0, 1, 3)))
     data = DataRecipe(path=str(path), copies_field="n", held_out=1)
-    documents = choose_documents(data, seed=0)
+    documents, _ = choose_documents(data, seed=0)
     assert documents[0].copies == 0
     assert sorted(document.copies for document in documents[1:])[0] == 0
     with pytest.raises(ConfigError, match=r"held_out \(2\).*leave none of 2 documents"):
@@ -221,7 +279,7 @@ def test_copies_of_the_file_are_kept(tmp_path) -> None:
 def test_the_path_may_come_from_the_environment(tmp_path, monkeypatch) -> None:
     write_jsonl(tmp_path / "d.jsonl", 3)
     monkeypatch.setenv("CORPUS_FOLDER", str(tmp_path))
-    assert len(choose_documents(DataRecipe(path="$CORPUS_FOLDER/d.jsonl"), seed=0)) == 3
+    assert len(choose_documents(DataRecipe(path="$CORPUS_FOLDER/d.jsonl"), seed=0)[0]) == 3
     monkeypatch.delenv("CORPUS_FOLDER")
     with pytest.raises(ConfigError, match=r"\$CORPUS_FOLDER/d\.jsonl.*not set"):
         choose_documents(DataRecipe(path="$CORPUS_FOLDER/d.jsonl"), seed=0)
@@ -285,6 +343,9 @@ def test_equal_repetition_of_everything_warns(tiny_recipe, tmp_path) -> None:
 # Bad input
 
 
+FEW = {"stories": 8, "people_per_level": 2, "near_copies": 0, "canaries_per_level": 0, "copies": [0, 1, 16]}
+
+
 @pytest.mark.parametrize(
     ("sections", "error", "part"),
     [({"data": {"synthetic": {"stories": -1}}}, ConfigError, "stories must be an int"),
@@ -294,8 +355,10 @@ def test_equal_repetition_of_everything_warns(tiny_recipe, tmp_path) -> None:
      ({"model": {"config": {"max_position_embeddings": 64}}}, ConfigError, "context ends at 64 tokens"),
      ({"model": {"config": {"hidden_size": "wide"}}}, ConfigError, "model.config gives no model"),
      ({"model": {"config": {"num_attention_heads": 3}}}, ConfigError, "model.config gives no model"),
-     ({"sinks": {"layers": [5]}}, ConfigError, "layer 5")],
-    ids=["corpus", "rows", "tokenizer", "vocabulary", "context", "type", "heads", "layer"],
+     ({"sinks": {"layers": [5]}}, ConfigError, "layer 5"),
+     ({"settle": {}, "data": {"synthetic": {"stories": 60, "copies": [0, 1]}}}, DataError, "no text was repeated"),
+     ({"settle": {}, "data": {"synthetic": FEW}}, DataError, "at least 40 other texts are needed")],
+    ids=["corpus", "rows", "tokenizer", "vocabulary", "context", "type", "heads", "layer", "no repeats", "few others"],
 )  # fmt: skip
 def test_bad_input_is_refused_before_anything_is_written(tiny_recipe, tmp_path, sections, error, part) -> None:
     values = tiny_recipe(tmp_path / "run", **{name: value for name, value in sections.items() if name != "model"})
@@ -354,7 +417,7 @@ def test_a_text_that_is_also_trained_on_is_never_held_out(tmp_path) -> None:
     lines += [{"text": f"another text, number {number}"} for number in range(10)]
     path = tmp_path / "corpus.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    documents = choose_documents(DataRecipe(path=str(path), held_out=5), seed=0)
+    documents, _ = choose_documents(DataRecipe(path=str(path), held_out=5), seed=0)
     held_out = {document.text for document in documents if not document.copies}
     assert len(held_out) == 5
     assert not held_out & {document.text for document in documents if document.copies}

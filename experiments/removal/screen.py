@@ -34,9 +34,10 @@ from memsinks.compare import read_comparison
 from memsinks.losses import batches, row_losses
 from memsinks.objective import frozen, target_count
 from memsinks.packing import IGNORED, pack
-from memsinks.prepared import AUDITED, Prepared, choose_documents, prepare
+from memsinks.prepared import AUDITED, Prepared, prepare
 from memsinks.rivals import method
 from memsinks.rivals.method import plain_step, without
+from memsinks.routing import splitmix64
 from memsinks.run import build_model, optimizer_and_schedule, stock_arguments
 
 HERE = Path(__file__).parent
@@ -61,7 +62,7 @@ class Now:
 
 
 Rule = Callable[[Any, dict[str, Tensor], Now], Tensor]
-"""(model, batch, now) -> shared weight of each row, float64 [rows]."""
+"""(model, batch, now) -> shared weight of each row, float64 [rows], or of each target, float64 [rows, length]."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,12 @@ class Screen:
     """Shared weights learn with sinks closed, the sinks in a pass of their own on what the closed model leaves."""
     inner: int = 0
     """Updates of the sinks alone, on the later copies of a step, before the step."""
+    content: int = 0
+    """Sinks are opened by the last so many tokens instead of the document; 0 = by the document."""
+    lazy: bool = True
+    """Sink blocks without gradient do not move; False = they do, by their moments."""
+    epochs: int = 0
+    """Every document equally often, so many times, instead of some of them repeated; 0 = as the recipe has it."""
     base: str = ""
     """Trains nothing: settles the model of this arm."""
     settle: dict[str, Any] = field(default_factory=dict)
@@ -94,6 +101,43 @@ def until(share: float, inner: Rule) -> Rule:
         return torch.where(batch["exposures"][:, 0] > 1, weight.clamp(min=FLOOR), 1.0)
 
     return rule
+
+
+def of_goldfish(every: int) -> Rule:
+    """c^-.5, but of later copies one target in `every`, always the same ones, teaches the sinks only."""
+
+    def rule(model: Any, batch: dict[str, Tensor], now: Now) -> Tensor:
+        weight = batch["exposures"].double().pow(-0.5)
+        dropped = (content_ids(batch, 4) % every == 0) & (batch["exposures"] > 1)
+        return torch.where(dropped, FLOOR, weight)
+
+    return rule
+
+
+def of_hard(threshold: float) -> Rule:
+    """1 for targets of later copies that the closed model still finds hard (loss above `threshold`), nothing for others."""
+
+    def rule(model: Any, batch: dict[str, Tensor], now: Now) -> Tensor:
+        training = model.training
+        model.eval()
+        with torch.no_grad():
+            logits = model(**{name: batch[name] for name in ("input_ids", "position_ids")}).logits
+        model.train(training)
+        each = torch.zeros(batch["labels"].shape, dtype=torch.float64)
+        labels = batch["labels"][:, 1:]
+        each[:, :-1] = cross_entropy(logits[:, :-1].transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
+        return torch.where((each < threshold) & (batch["exposures"] > 1), FLOOR, 1.0).double()
+
+    return rule
+
+
+def content_ids(batch: dict[str, Tensor], last: int) -> Tensor:
+    """An id for each position from its `last` tokens, its own included; int64 [rows, length], -1 at padding."""
+    ids = torch.zeros_like(batch["input_ids"])
+    for back in range(last):
+        shifted = torch.nn.functional.pad(batch["input_ids"], (back, 0), value=-1)[:, : ids.shape[1]]
+        ids = splitmix64(ids ^ splitmix64(shifted))
+    return torch.where(batch["document_ids"] >= 0, ids & (2**63 - 1), batch["document_ids"])
 
 
 def by_level(strength: float, least: float, most: float = 1.0, margin: float = 0.0) -> Rule:
@@ -124,6 +168,7 @@ def by_level(strength: float, least: float, most: float = 1.0, margin: float = 0
 WIDE = {"neurons": 4096, "active": 128}
 HALF = WIDE | {"shared_decay": 0.5}
 SETTLE = {"lr": 2e-4, "passes": 8}
+EPOCHS = {"lr": 2e-4, "passes": 1, "unseen": True}
 ARMS = {
     "standard": Screen("standard"),
     "twin": Screen("twin"),
@@ -138,10 +183,42 @@ ARMS = {
     "two passes, level 2, -1 to 1": Screen(settings=WIDE, rule=by_level(2.0, -1.0), two_passes=True),
     "pool 4096, a=0, lr x10": Screen(settings=WIDE | {"shared_decay": 0.0, "sink_lr_factor": 10.0}),
     "pool 4096, a=.5, inner 1": Screen(settings=HALF, inner=1),
+    "pool 4096, a=.5, block 8": Screen(settings=HALF | {"block_size": 8}),
+    "pool 4096, a=.5, block 128": Screen(settings=HALF | {"block_size": 128}),
+    "pool 4096, a=.5, open 64": Screen(settings=HALF | {"active": 64}),
+    "pool 4096, a=.5, open 256": Screen(settings=HALF | {"active": 256}),
+    "pool 16384, a=.5": Screen(settings=HALF | {"neurons": 16384}),
+    "pool 4096, a=.5, sinks lr x6": Screen(settings=HALF | {"sink_lr_factor": 6.0}),
+    "pool 4096, a=.5, one routing": Screen(settings=HALF | {"per_layer": False}),
+    "pool 4096, a=.5, first half": Screen(settings=HALF | {"layers": [0, 1]}),
+    "pool 4096, a=.5, second half": Screen(settings=HALF | {"layers": [2, 3]}),
+    "pool 4096, a=.5, sinks lr x1": Screen(settings=HALF | {"sink_lr_factor": 1.0}),
+    "pool 4096, a=.5, dense AdamW": Screen(settings=HALF, lazy=False),
+    "pool 4096, a=.5, goldfish": Screen(settings=HALF, rule=of_goldfish(4)),
+    "pool 4096, hard tokens": Screen(settings=HALF, rule=of_hard(3.0)),
+    "pool 1024, a=.5, content": Screen(settings=HALF | {"neurons": 1024}, content=3),
+    "4 epochs, standard": Screen("standard", epochs=4),
+    "4 epochs, a=0": Screen(settings=WIDE | {"shared_decay": 0.0}, epochs=4),
+    "4 epochs, a=.5": Screen(settings=HALF, epochs=4),
+    "4 epochs, exact": Screen(settings=WIDE | {"shared": "none"}, epochs=4),
+    "4 epochs, settled": Screen(base="4 epochs, standard", settle=EPOCHS, epochs=4),
+    "4 epochs, a=0, settled": Screen(base="4 epochs, a=0", settle=EPOCHS, epochs=4),
+    "pool 4096, a=.25": Screen(settings=WIDE | {"shared_decay": 0.25}),
     "pool 4096, a=.5, settled": Screen(base="pool 4096, a=.5", settle=SETTLE),
-    "pool 4096, a=.5, settled, unseen": Screen(base="pool 4096, a=.5", settle=SETTLE | {"unseen": 400}),
+    "pool 4096, a=.5, settled, unseen": Screen(base="pool 4096, a=.5", settle=SETTLE | {"unseen": True}),
     "pool 4096, a=0, settled": Screen(base="pool 4096, a=0", settle=SETTLE),
+    "pool 4096, a=.5, inner 1, settled, unseen": Screen(
+        base="pool 4096, a=.5, inner 1", settle=SETTLE | {"unseen": True}
+    ),
+    "pool 4096, a=0, settled, unseen": Screen(base="pool 4096, a=0", settle=SETTLE | {"unseen": True}),
+    "pool 4096, a=.25, settled, unseen": Screen(base="pool 4096, a=.25", settle=SETTLE | {"unseen": True}),
     "cap-8, settled": Screen(base="cap-8", settle=SETTLE),
+    "pool 4096, a=.5, settled, unseen, sinks x1": Screen(
+        base="pool 4096, a=.5", settle=SETTLE | {"unseen": True, "sink_lr": 2e-4}
+    ),
+    "pool 4096, a=.5, settled, unseen, sinks x30": Screen(
+        base="pool 4096, a=.5", settle=SETTLE | {"unseen": True, "sink_lr": 6e-3}
+    ),
 }
 
 
@@ -160,7 +237,8 @@ def step(screen: Screen, model: Any, batch: dict[str, Tensor], divisor: Tensor, 
     later = batch["exposures"] > 1
     if screen.rule is None:
         return plain_step(model, batch, divisor)
-    weight = screen.rule(model, batch, now)[:, None].expand_as(batch["exposures"])
+    weight = screen.rule(model, batch, now)
+    weight = weight if weight.dim() == 2 else weight[:, None].expand_as(batch["exposures"])
     if not screen.two_passes:
         hosts.shared_weight = lambda *_: weight  # type: ignore[assignment]
         return plain_step(model, batch, divisor)
@@ -201,22 +279,18 @@ def settled(screen: Screen, name: str, text: str, seed: int) -> dict[str, Any]:
     length = recipe.training.length
     started = time.perf_counter()
     settings = dict(screen.settle)
-    unseen = unseen_texts(recipe, prepared, settings.pop("unseen")) if "unseen" in settings else None
-    found = ms.settle(model, *ms.repeated_and_once(prepared.rows), unseen, say=print, **settings)
+    unseen = prepared.unseen if settings.pop("unseen", False) else None
+    repeated, others = ms.repeated_and_once(prepared.rows)
+    if screen.epochs:
+        assert unseen is not None
+        others, unseen = (unseen.select(x) for x in (slice(0, None, 2), slice(1, None, 2)))
+    found = ms.settle(model, repeated, others, unseen, say=print, **settings)
     print(found)
     return {
         "arm": name, "text": text, "seed": seed, "base": screen.base, "settle": screen.settle,
         "seconds": round(time.perf_counter() - started, 1), "shift": found.shift, "spread": found.expected.spread,
-        **evaluate(model.eval(), prepared, length), "versions": versions("torch", "transformers", "numpy"),
+        **evaluate(model.eval(), prepared, length, screen), "versions": versions("torch", "transformers", "numpy"),
     }  # fmt: skip
-
-
-def unseen_texts(recipe: Any, prepared: Prepared, count: int) -> ms.Rows:
-    """Texts of the file that are neither trained on nor controls, one a row."""
-    known = {x.text for x in [*prepared.members, *prepared.controls]}
-    data = dataclasses.replace(recipe.data, limit=recipe.data.limit + count)
-    found = [x for x in choose_documents(data, recipe.training.seed) if x.text not in known]
-    return rows_of(found[:count], prepared, recipe.training.length)
 
 
 def rows_of(documents: list[ms.Document], prepared: Prepared, length: int) -> ms.Rows:
@@ -232,7 +306,13 @@ def prepared_of(screen: Screen, text: str, seed: int) -> tuple[Any, Any, Prepare
     comparison = read_comparison(HERE.parent.parent / "recipes" / f"compare-{text}.yaml")
     made = method(screen.rival, screen.settings)
     recipe = with_method(comparison.recipe, made, seed, RUNS)
-    return recipe, made, prepare(recipe, one_document_per_row=True, folder=RUNS / f"{text}-{seed}")
+    folder = RUNS / f"{text}-{seed}"
+    if screen.epochs:
+        assert recipe.data.repeat is not None
+        data = dataclasses.replace(recipe.data, repeat=dataclasses.replace(recipe.data.repeat, copies=1))
+        training = dataclasses.replace(recipe.training, epochs=screen.epochs)
+        recipe, folder = dataclasses.replace(recipe, data=data, training=training), RUNS / f"{text}-{seed}-epochs"
+    return recipe, made, prepare(recipe, one_document_per_row=True, folder=folder)
 
 
 def train(screen: Screen, name: str, text: str, seed: int) -> dict[str, Any]:
@@ -247,6 +327,8 @@ def train(screen: Screen, name: str, text: str, seed: int) -> dict[str, Any]:
     size = recipe.training.batch_rows
     now = Now(total=len(prepared.rows) // size)
     optimizer, scheduler = optimizer_and_schedule(model, recipe.training, now.total)
+    for group in optimizer.param_groups:
+        group["lazy"] = group.get("lazy", False) and screen.lazy
     asked = torch.from_numpy(ms.identify([x for x in prepared.members if x.kind == AUDITED])[0])
     tracked: list[list[float]] = []
     started = time.perf_counter()
@@ -260,11 +342,13 @@ def train(screen: Screen, name: str, text: str, seed: int) -> dict[str, Any]:
         else:
             for _ in range(screen.inner):
                 sinks_alone(model, optimizer, batch, divisor, recipe.training.max_grad_norm)
+            if screen.content:
+                batch["document_ids"] = content_ids(batch, screen.content)
             loss = step(screen, model, batch, divisor, now)
         clip(model, recipe.training.max_grad_norm)
         optimizer.step(), scheduler.step(), optimizer.zero_grad()
         if index % 40 == 39 and made.sinks is not None:
-            tracked.append([index + 1, *_by_copies(model, prepared, recipe.training.length)])
+            tracked.append([index + 1, *_by_copies(model, prepared, recipe.training.length, screen)])
         if now.step % 50 == 0:
             print(
                 f"{name}: step {now.step}/{now.total}  loss {loss:.3f}  {time.perf_counter() - started:.0f} s",
@@ -274,23 +358,24 @@ def train(screen: Screen, name: str, text: str, seed: int) -> dict[str, Any]:
     model.save_pretrained(kept)
     return {
         "arm": name, "text": text, "seed": seed, "rival": screen.rival, "settings": screen.settings,
-        "seconds": round(time.perf_counter() - started, 1), **evaluate(model.eval(), prepared, recipe.training.length),
+        "seconds": round(time.perf_counter() - started, 1), **evaluate(model.eval(), prepared, recipe.training.length, screen),
         "tracked": tracked, "versions": versions("torch", "transformers", "numpy"),
     }  # fmt: skip
 
 
 @torch.no_grad()
-def evaluate(model: Any, prepared: Prepared, length: int, own: bool = True) -> dict[str, Any]:
+def evaluate(model: Any, prepared: Prepared, length: int, screen: Screen, own: bool = True) -> dict[str, Any]:
     """Loss of each document and control with sinks closed, and of each document with its own sinks; what is recited."""
     audited = [x for x in prepared.members if x.kind == AUDITED]
     documents = [*audited, *prepared.controls]
     rows = rows_of(documents, prepared, length)
-    found: dict[str, Any] = {"copies": [x.copies for x in audited], "documents": len(audited)}
+    found: dict[str, Any] = {"copies": [x.copies * max(1, screen.epochs) for x in audited], "documents": len(audited)}
     for opened in (False, True) if own and ms.has_sinks(model) else (False,):
         losses, recited = [], []
         count = len(audited) if opened else len(documents)
         for batch in batches(rows.select(slice(count)), 32):
-            with ms.sinks_open(model, batch["document_ids"][:, 0]) if opened else nullcontext():
+            ids = content_ids(batch, screen.content) if screen.content else batch["document_ids"][:, 0]
+            with ms.sinks_open(model, ids) if opened else nullcontext():
                 logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).logits
             losses += row_losses(logits, batch["labels"]).tolist()
             part = slice(PREFIX, PREFIX + CONTINUATION)
@@ -301,11 +386,11 @@ def evaluate(model: Any, prepared: Prepared, length: int, own: bool = True) -> d
     return found
 
 
-def _by_copies(model: Any, prepared: Prepared, length: int) -> list[float]:
+def _by_copies(model: Any, prepared: Prepared, length: int, screen: Screen) -> list[float]:
     """Closed loss of controls (the first 200) and of the documents with 1, 4, 16, 64 copies."""
     few = dataclasses.replace(prepared, controls=prepared.controls[:200])
     model.eval()
-    found = evaluate(model, few, length, own=False)
+    found = evaluate(model, few, length, screen, own=False)
     model.train()
     losses, copies = np.array(found["closed"]), np.array(found["copies"])
     levels = [losses[: len(copies)][copies == level].mean() for level in np.unique(copies)]
@@ -337,8 +422,9 @@ def summary(run: dict[str, Any], runs: dict[str, dict[str, Any]]) -> dict[str, f
         return values[:members][often], values[members:]
 
     own, controls = parts(run)
-    standard = parts(runs["standard"])
-    twin = parts(runs["twin"]) if "twin" in runs else None
+    epochs = ARMS[run["arm"]].epochs
+    standard = parts(runs[f"{epochs} epochs, standard" if epochs else "standard"])
+    twin = parts(runs["twin"]) if "twin" in runs and not epochs else None
     gap = controls.mean() - own.mean()
     most = copies == copies.max()
     return {
@@ -356,7 +442,7 @@ def over_seen_once(name: str, by_seed: dict[int, dict[str, dict[str, Any]]]) -> 
     over the documents of all seeds and its 90% interval (normal), which lies within the margin where both are equivalent."""
     differences, errors = [], []
     for runs in by_seed.values():
-        if name in runs and name != "dedup":
+        if name in runs and name != "dedup" and not ARMS[name].epochs:
             count = runs[name]["documents"]
             difference = np.array(runs[name]["closed"]) - np.array(runs["dedup"]["closed"])
             often = np.array(runs[name]["copies"]) > 1

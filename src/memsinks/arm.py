@@ -39,7 +39,7 @@ from .rivals import Method, method
 from .rivals.method import Batch
 from .run import build_model, optimizer_and_schedule
 from .sections import differing
-from .settle import repeated_and_once, settle
+from .settle import settle, settling_texts
 
 RUN, SETTINGS, STATE = "run.json", "settings.json", "state.pt"
 NO_MATTER = ("training.threads", "training.save_every", "training.keep")
@@ -95,6 +95,7 @@ def train(recipe: Recipe, arm: Arm, seed: int, folder: Path, steps: int | None =
     data = folder.parent / "data"
     in_memory = steps is not None and recipe.data.background is None and not data.exists()
     prepared = prepare(recipe, one_document_per_row=True, folder=None if in_memory else data)
+    texts = settling_texts(prepared.rows, prepared.unseen) if made.settle is not None else None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     random.seed(seed)
     model: Any = _build(recipe, made, seed, prepared.tokenizer).to(device)  # type: ignore[arg-type]
@@ -138,11 +139,10 @@ def train(recipe: Recipe, arm: Arm, seed: int, folder: Path, steps: int | None =
     }  # fmt: skip
     if steps is None:
         _take_down(model, use_cache)
-        if made.settle is not None:
+        if made.settle is not None and texts is not None:
             start = time.perf_counter()
-            facts["settled"] = str(
-                settle(model, *repeated_and_once(prepared.rows), seed=seed, say=print, **made.settle)
-            )
+            found = settle(model, *texts, seed=seed, say=print, **made.settle)
+            facts["settled"] = str(found)
             facts["seconds"] = round(facts["seconds"] + time.perf_counter() - start, 1)
         _save(folder, model.eval(), made, prepared, settings, facts)
         shutil.rmtree(part, ignore_errors=True)

@@ -47,11 +47,7 @@ def expected_losses(model: nn.Module, documents: AnyRows, others: AnyRows, unsee
     Raises:
         DataError: too few others or unseen texts.
     """
-    for name, rows in (("other", others), ("unseen", unseen)):
-        if rows is not None and len(rows) < LEAST:
-            raise DataError(
-                f"at least {LEAST} {name} texts are needed to tell what a text's loss should be, got {len(rows)}"
-            )
+    require_enough(others, unseen)
     vocabulary = int(model.config.get_text_config().vocab_size)  # type: ignore[union-attr]
     measured = losses(model, others)
     if unseen is None:
@@ -64,6 +60,15 @@ def expected_losses(model: nn.Module, documents: AnyRows, others: AnyRows, unsee
     predicted = counts.surprises(_tokens(documents)) @ coefficients
     spread = float((own - surprises @ coefficients).std(ddof=surprises.shape[1]))
     return Expected(predicted, measured, spread, float(own.std()))
+
+
+def require_enough(others: AnyRows, unseen: AnyRows | None) -> None:
+    """DataError if nothing can be predicted from so few texts."""
+    for name, rows in (("other", others), ("unseen", unseen)):
+        if rows is not None and len(rows) < LEAST:
+            raise DataError(
+                f"at least {LEAST} {name} texts are needed to tell what a text's loss should be, got {len(rows)}"
+            )
 
 
 def _tokens(rows: AnyRows) -> list[np.ndarray]:

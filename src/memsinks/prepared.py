@@ -2,7 +2,8 @@
 
 folder/tokens.bin       int32, the tokens of every document once, members first, then the background
 folder/index.npz        offsets, document ids, groups and copies, int64
-folder/members.jsonl    the documents of data.path that are trained on; folder/controls.jsonl the held-out ones
+folder/members.jsonl    the documents of data.path that are trained on; folder/controls.jsonl the held-out ones;
+                        folder/unseen.jsonl those set aside for settling
 folder/tokenizer/       the tokenizer
 folder/data.json        the settings it was made from, counts, SHA-256 of tokens.bin
 
@@ -58,6 +59,7 @@ class Corpus:
         ids, groups, copies: int64 [documents].
         members: the documents of ``data.path`` that are trained on.
         controls: those held out.
+        unseen: those set aside for settling.
     """
 
     tokens: Sequence[np.ndarray]
@@ -66,6 +68,7 @@ class Corpus:
     copies: np.ndarray
     members: list[Document]
     controls: list[Document]
+    unseen: list[Document]
     tokenizer: PreTrainedTokenizerBase
 
 
@@ -73,12 +76,14 @@ class Corpus:
 class Prepared:
     """The corpus of a run: training rows, the documents in them, the held-out documents, the tokenizer.
 
-    `members` are those of ``data.path``; a background is in the rows only.
+    `members` are those of ``data.path``; a background is in the rows only. `unseen`: rows of the texts set aside for
+    settling, one text (or piece) a row; None if there are none.
     """
 
     rows: Rows
     members: list[Document]
     controls: list[Document]
+    unseen: Rows | None
     tokenizer: PreTrainedTokenizerBase
 
 
@@ -118,11 +123,27 @@ def prepare(recipe: Recipe, one_document_per_row: bool = False, folder: Path | N
     )
     if len(rows) < training.batch_rows:
         raise DataError(f"the corpus fills {len(rows)} rows, one step needs {training.batch_rows}; lower batch_rows")
-    return Prepared(rows, found.members, found.controls, found.tokenizer)
+    return Prepared(rows, found.members, found.controls, _unseen_rows(found, recipe), found.tokenizer)
 
 
-def choose_documents(data: DataRecipe, seed: int) -> list[Document]:
-    """Read the documents and give each its number of copies; held-out documents get 0."""
+def _unseen_rows(found: Corpus, recipe: Recipe) -> Rows | None:
+    if not found.unseen:
+        return None
+    rows = pack(
+        encode(found.tokenizer, [x.text for x in found.unseen]), identify(found.unseen)[0], [1] * len(found.unseen),
+        length=recipe.training.length, pad_id=int(found.tokenizer.pad_token_id), one_document_per_row=True,  # type: ignore
+        long="split" if recipe.data.long == "fill" else recipe.data.long,
+    )  # fmt: skip
+    longer = rows.segments[rows.segments["size"] > 1]
+    return replace(rows, segments=longer, first=np.arange(len(longer) + 1))
+
+
+def choose_documents(data: DataRecipe, seed: int) -> tuple[list[Document], list[Document]]:
+    """Read the documents and give each its number of copies, held-out documents 0; and those set aside as unseen.
+
+    Which are set aside hangs neither on the seed nor on anything else, and without them the others are chosen the same way.
+    """
+    unseen: list[Document] = []
     if data.path is None:
         documents = corpus(**data.synthetic)
     else:
@@ -133,7 +154,13 @@ def choose_documents(data: DataRecipe, seed: int) -> list[Document]:
         )  # fmt: skip
         if data.cut_characters is not None:
             found = cut_documents(found, data.cut_characters)
-        documents = list(itertools.islice(found, data.limit))
+        documents = list(itertools.islice(found, None if data.limit is None else data.limit + data.unseen))
+        trained = len(documents) - data.unseen
+        if data.unseen and trained < 1:
+            raise ConfigError(f"data.unseen ({data.unseen}) leaves none of {len(documents)} documents; lower it")
+        documents, unseen = documents[:trained], documents[trained:]
+        known = {document.text for document in documents}
+        unseen = [replace(document, copies=0) for document in unseen if document.text not in known]
     if data.unique_keys:
         require_unique_keys(documents)
     rng = random.Random(seed)
@@ -157,13 +184,13 @@ def choose_documents(data: DataRecipe, seed: int) -> list[Document]:
         copies = data.repeat.copies if isinstance(data.repeat.copies, list) else [data.repeat.copies]
         for place, index in enumerate(rest[:repeated]):
             documents[index] = replace(documents[index], copies=copies[place % len(copies)], kind=AUDITED)
-    return documents
+    return documents, unseen
 
 
 def _read(recipe: Recipe, file: Path | None = None) -> Corpus:
     """The corpus from its sources; its tokens are written to `file` as they come, or kept in memory."""
     data, seed = recipe.data, recipe.training.seed
-    documents = choose_documents(data, seed)
+    documents, unseen = choose_documents(data, seed)
     members = [document for document in documents if document.copies > 0]
     controls = [document for document in documents if document.copies == 0]
     tokenizer = load_tokenizer_of(recipe, members)
@@ -183,7 +210,7 @@ def _read(recipe: Recipe, file: Path | None = None) -> Corpus:
     copies = np.array([document.copies for document in members], np.int64)
     return Corpus(
         kept, np.r_[member_ids, background], np.r_[member_groups, background], np.r_[copies, np.ones_like(background)],
-        members, controls, tokenizer,
+        members, controls, unseen, tokenizer,
     )  # fmt: skip
 
 
@@ -260,7 +287,8 @@ def _stored(recipe: Recipe, folder: Path) -> Corpus:
     index = np.load(folder / "index.npz")
     return Corpus(
         StoredTokens(folder / "tokens.bin", index["offsets"]), index["ids"], index["groups"], index["copies"],
-        _documents(folder / "members.jsonl"), _documents(folder / "controls.jsonl"), load_tokenizer(folder / "tokenizer"),
+        _documents(folder / "members.jsonl"), _documents(folder / "controls.jsonl"), _documents(folder / "unseen.jsonl"),
+        load_tokenizer(folder / "tokenizer"),
     )  # fmt: skip
 
 
@@ -270,6 +298,7 @@ def _write(recipe: Recipe, part: Path) -> None:
     np.savez(part / "index.npz", offsets=found.tokens.offsets, ids=found.ids, groups=found.groups, copies=found.copies)
     write_documents(part / "members.jsonl", found.members)
     write_documents(part / "controls.jsonl", found.controls)
+    write_documents(part / "unseen.jsonl", found.unseen)
     found.tokenizer.save_pretrained(part / "tokenizer")
     facts = {
         "settings": _settings(recipe), "members": len(found.members), "controls": len(found.controls),

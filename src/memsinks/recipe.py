@@ -70,6 +70,8 @@ class DataRecipe:
         identity: what gives a document its id: its ``content``, ``key`` or ``source``.
         unique_keys: refuse documents without a key and two documents with the same key.
         held_out: so many documents, chosen by the seed, are never trained on; they are evaluated and are the controls.
+        unseen: so many documents, those read after the `limit` (without one, the last), are never trained on and no
+            controls; they say to `settle` what loss a text should have that was never met.
         repeat: repeat some documents.
         background: fill the corpus up with other text, each document of which is met once an epoch and has the id of its
             content.
@@ -91,6 +93,7 @@ class DataRecipe:
     identity: Literal["content", "key", "source"] = "content"
     unique_keys: bool = False
     held_out: int = 0
+    unseen: int = 0
     repeat: RepeatRecipe | None = None
     background: BackgroundRecipe | None = None
     one_document_per_row: bool | None = None
@@ -165,14 +168,30 @@ class TrainingRecipe:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SettleRecipe:
+    """How what closed sinks leave behind is levelled after training, see `settle`.
+
+    Args:
+        lr: peak learning rate of the shared weights; None = a tenth of ``training.lr``.
+        sink_lr: that of the sinks; None = as in `settle`.
+        passes: times each repeated document is met.
+    """
+
+    lr: float | None = None
+    sink_lr: float | None = None
+    passes: int = 8
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Everything one run needs. `sinks` None trains an ordinary model."""
+    """Everything one run needs. `sinks` None trains an ordinary model, `settle` None leaves behind what sinks leave."""
 
     output: str
     model: ModelRecipe
     data: DataRecipe = field(default_factory=DataRecipe)
     tokenizer: TokenizerRecipe = field(default_factory=lambda: TokenizerRecipe(vocab_size=1024))
     sinks: SinkConfig | None = None
+    settle: SettleRecipe | None = None
     training: TrainingRecipe = field(default_factory=TrainingRecipe)
 
     def __post_init__(self) -> None:
@@ -211,6 +230,13 @@ class Recipe:
         for name in ("lr", "sink_lr_factor"):
             if not 0 < getattr(training, name) < float("inf"):
                 problems.append(f"training.{name} must be positive, got {getattr(training, name)}")
+        if self.settle is not None:
+            if self.settle.passes < 1:
+                problems.append(f"settle.passes must be at least 1, got {self.settle.passes}")
+            for name in ("lr", "sink_lr"):
+                given = getattr(self.settle, name)
+                if given is not None and not 0 < given < float("inf"):
+                    problems.append(f"settle.{name} must be positive, got {given}")
         for name in ("min_lr_ratio", "warmup"):
             if not 0 <= getattr(training, name) <= 1:
                 problems.append(f"training.{name} must lie in [0, 1], got {getattr(training, name)}")
@@ -222,8 +248,15 @@ class Recipe:
             problems.append(f"training.betas must be two numbers in [0, 1), got {training.betas}")
         if data.background is not None and data.background.tokens < 1:
             problems.append(f"data.background.tokens must be at least 1, got {data.background.tokens}")
-        if data.held_out < 0:
-            problems.append(f"data.held_out must be at least 0, got {data.held_out}")
+        for name in ("held_out", "unseen"):
+            if getattr(data, name) < 0:
+                problems.append(f"data.{name} must be at least 0, got {getattr(data, name)}")
+        if self.settle is not None and data.background is not None and not data.unseen:
+            problems.append(
+                "settle needs data.unseen beside data.background: texts met once are then of another kind than the documents"
+            )
+        if data.unseen and data.path is None:
+            problems.append("data.unseen is for documents of data.path; the built-in corpus has none to spare")
         for name in ("limit", "cut_characters"):
             if getattr(data, name) is not None and getattr(data, name) < 1:
                 problems.append(f"data.{name} must be at least 1, got {getattr(data, name)}")

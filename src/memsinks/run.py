@@ -6,11 +6,12 @@ output/metrics.jsonl     a line each log_every steps
 output/members.jsonl     every document trained on, with its copies; output/controls.jsonl the held-out ones
 output/data/             the tokens, where there is a background; see `prepared`
 output/checkpoints/      what training resumes from
-output/model/            the final model with its sinks and tokenizer
+output/model/            the final model with its sinks and tokenizer, settled if the recipe says so
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -26,14 +27,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 from ._version import versions
 from .attach import add_sinks, has_sinks
-from .checkpoint import load_stock
+from .checkpoint import load_any, load_stock
 from .config import CheckpointError, ConfigError
 from .documents import texts_hash, write_documents
 from .optim import AdamW, param_groups
 from .packing import collate
 from .prepared import Prepared, prepare
-from .recipe import Recipe, TrainingRecipe
+from .recipe import Recipe, TrainingRecipe, read_recipe
 from .sections import differing
+from .settle import settle, settling_texts
 from .training import ProgressCallback, SinkCallback
 
 
@@ -96,6 +98,7 @@ def train(recipe: Recipe, *, resume: bool = False, label: str = "") -> Path:
         torch.set_num_threads(recipe.training.threads)
     transformers.utils.logging.disable_progress_bar()
     prepared = prepare(recipe, folder=output / "data" if recipe.data.background else None)
+    texts = settling_texts(prepared.rows, prepared.unseen) if recipe.settle is not None else None
     model = build_model(recipe, prepared.tokenizer)
     started = time.time()
     trainer = _trainer(recipe, model, prepared, output, label)
@@ -107,12 +110,27 @@ def train(recipe: Recipe, *, resume: bool = False, label: str = "") -> Path:
     else:
         _check_corpus(recipe, prepared, output)
     (output / "metrics.jsonl").touch()
-    _cut_metrics(output / "metrics.jsonl", int(checkpoint.name.split("-")[1]) if checkpoint else 0)
-    trainer.args.resume_from_checkpoint = str(checkpoint) if checkpoint else None
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    done = int(checkpoint.name.split("-")[1]) if checkpoint else 0
+    _cut_metrics(output / "metrics.jsonl", done)
+    if checkpoint is not None and done >= trainer.args.max_steps:  # the Trainer would take one step more
+        model = load_any(checkpoint).to(trainer.args.device)  # type: ignore[arg-type]
+    else:
+        trainer.args.resume_from_checkpoint = str(checkpoint) if checkpoint else None
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    facts = _run_facts(output)
+    if recipe.settle is not None and texts is not None:
+        chosen = dataclasses.asdict(recipe.settle)
+        lr = chosen.pop("lr") or recipe.training.lr / 10
+
+        def say(line: str) -> None:
+            print(label + line, flush=True)
+
+        found = settle(model, *texts, lr=lr, seed=recipe.training.seed, say=say, **chosen)
+        say(f"settled: {found}")
+        facts["settled"] = str(found)
     model.save_pretrained(final)
     prepared.tokenizer.save_pretrained(final)
-    facts = _run_facts(output) | {"seconds": round(time.time() - started, 1)}
+    facts |= {"seconds": round(time.time() - started, 1)}
     (output / "run.json").write_text(json.dumps(facts, indent=2) + "\n")
     return final
 
@@ -127,7 +145,7 @@ def _check_output(recipe: Recipe, output: Path, resume: bool) -> None:
         path = output / "recipe.yaml"
         if not path.is_file():
             raise CheckpointError(f"{output} holds no run to resume (recipe.yaml is missing); start without resume")
-        before, now = yaml.safe_load(path.read_text()), yaml.safe_load(yaml.safe_dump(recipe.to_dict()))
+        before, now = (yaml.safe_load(yaml.safe_dump(x.to_dict())) for x in (read_recipe(path), recipe))
         if before != now:
             raise CheckpointError(
                 f"{path} differs from this recipe in {', '.join(differing(before, now))}; resume with the same recipe and "

@@ -24,7 +24,7 @@ from torch.func import functional_call
 
 from .attach import has_sinks, sinks_open
 from .config import DataError, refuse
-from .expected import Expected, expected_losses
+from .expected import Expected, expected_losses, require_enough
 from .hosts import is_sink, shared_parameters, sink_parameters
 from .identity import NO_SINKS
 from .losses import losses, row_losses
@@ -56,6 +56,7 @@ class Settled:
         )
 
 
+SINK_LR_FACTOR = 5.0
 OTHERS = 600
 """Other texts that are used of those given."""
 
@@ -90,7 +91,7 @@ def settle(
         unseen: texts of their kind that were never met, one a row (`pack(..., one_document_per_row=True)`): the documents
             end as if never met. None = as if met once, as the others.
         lr: of the shared weights, falling linearly to 0; a tenth of the peak of training is a good start.
-        sink_lr: of the sinks; None = `lr`.
+        sink_lr: of the sinks; None = `SINK_LR_FACTOR` times `lr`.
         passes: times each document is met.
         batch_rows: documents, and as many others, of one step.
         say: takes a line of progress.
@@ -98,7 +99,7 @@ def settle(
     Raises:
         ConfigError, DataError: a setting out of range, no documents, several documents in a row, too few others.
     """
-    sink_lr = lr if sink_lr is None else sink_lr
+    sink_lr = SINK_LR_FACTOR * lr if sink_lr is None else sink_lr
     problems = [f"{name} must be positive and finite, got {value}" for name, value in (("lr", lr), ("sink_lr", sink_lr))
                 if not 0 < value < math.inf]  # fmt: skip
     problems += [f"{name} must be at least 1, got {value}" for name, value in (("passes", passes), ("batch_rows", batch_rows))
@@ -113,9 +114,7 @@ def settle(
     problems += ["every shared weight is frozen"] if not shared else []
     refuse(problems, "cannot settle")
     others = others.select(slice(OTHERS))
-    for name, rows in (("documents", documents), ("others", others), ("unseen", unseen)):
-        if rows is not None:
-            _check(name, rows)
+    _check_texts(documents, others, unseen)
     training = model.training
     expected = expected_losses(model, documents, others, unseen)
     before = losses(model, documents)
@@ -172,10 +171,25 @@ def shift_of(expected: np.ndarray, found: np.ndarray) -> float:
     return (low + high) / 2
 
 
+def settling_texts(rows: Rows, unseen: Rows | None = None) -> tuple[Rows, Rows, Rows | None]:
+    """Documents, others and unseen texts for `settle` from the training rows; DataError for what it would refuse, so that it
+    is said before hours of training."""
+    documents, others = repeated_and_once(rows)
+    _check_texts(documents, others, unseen)
+    return documents, others, unseen
+
+
+def _check_texts(documents: Rows, others: Rows, unseen: Rows | None) -> None:
+    for name, rows in (("documents", documents), ("others", others), ("unseen", unseen)):
+        if rows is not None:
+            _check(name, rows)
+    require_enough(others, unseen)
+
+
 def _check(name: str, rows: Rows) -> None:
     if not len(rows):
-        why = {"documents": "no text was repeated", "others": "no text was met once", "unseen": "leave it out"}[name]
-        raise DataError(f"{name} is empty: {why}")
+        why = {"documents": "no text was repeated", "others": "no text was met once", "unseen": "give None"}[name]
+        raise DataError(f"{name} is empty: {why}, so there is nothing to settle")
     several = np.flatnonzero(np.diff(rows.first) != 1)
     if len(several):
         raise DataError(

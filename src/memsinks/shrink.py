@@ -10,6 +10,7 @@ from typing import Any
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .config import ConfigError, refuse
+from .expected import LEAST
 
 HEAD = 32
 """Least width of an attention head."""
@@ -31,7 +32,7 @@ def shrink(values: Mapping[str, Any], scale: Fraction) -> dict[str, Any]:
 
     - times f: documents seen once, tokens of the background;
     - times the root of f: model and MLP width, layers, heads, sinks (pool, open, block), extra widths of arms, vocabulary,
-      repeated documents, their copies, held-out documents (so the share of repeated text stays);
+      repeated documents, their copies, held-out and unseen documents (so the share of repeated text stays);
     - times the fourth root of f: tokens per row; rows per step times its cube, so that the number of steps stays where rows
       are full;
     - the learning rate is divided by what the model's width was multiplied by (the rule of muP for AdamW, arXiv 2203.03466).
@@ -121,6 +122,8 @@ def _smaller_data(data: dict[str, Any], scale: float, root: float, problems: lis
     if limit is None and data.get("path"):
         raise ConfigError("data.limit is missing, so the number of documents cannot be made smaller")
     fewer = round(held_out * root)
+    if data.get("unseen"):
+        data["unseen"] = max(LEAST, round(data["unseen"] * root))
     if held_out and not fewer:
         problems.append(f"data.held_out {held_out} becomes 0")
     if repeat:
