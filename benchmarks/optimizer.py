@@ -65,7 +65,7 @@ def times() -> list[dict]:
 def losses(lazy: bool) -> dict[str, float]:
     recipe = ms.parse_recipe({
         "output": "unused", "data": {"synthetic": {"stories": 900, "people_per_level": 8, "people_once": 150}},
-        "tokenizer": {"vocab_size": 1024}, "sinks": {"neurons": 512, "active": 128},
+        "tokenizer": {"vocab_size": 1024}, "sinks": {"neurons": 512, "active": 128, "shared_decay": 1.0},
         "model": {"config": {
             "model_type": "llama", "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4,
             "num_attention_heads": 4, "num_key_value_heads": 4, "tie_word_embeddings": True,

@@ -1,8 +1,8 @@
-"""Sinks with the Hugging Face Trainer: one callback, an optimizer with groups, a sequential sampler."""
+"""Sinks with the Hugging Face Trainer: sinks learn first, one callback, an optimizer with groups, a sequential sampler."""
 
 import sys
 
-from transformers import AutoModelForCausalLM, GPT2Config, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, GPT2Config, TrainingArguments
 
 import memsinks as ms
 from memsinks.synthetic import corpus
@@ -27,7 +27,7 @@ model = AutoModelForCausalLM.from_config(
 )  # fmt: skip
 ms.add_sinks(model, ms.SinkConfig(neurons=256, active=64))
 
-trainer = Trainer(
+trainer = ms.SinkTrainer(
     model,
     TrainingArguments(
         target, per_device_train_batch_size=8, max_steps=len(rows) // 8, report_to=[], save_steps=50, logging_steps=10,
@@ -40,5 +40,6 @@ trainer = Trainer(
     callbacks=[ms.SinkCallback()],
 )  # fmt: skip
 trainer.train()
+print(ms.settle(model, *ms.settling_texts(rows), lr=3e-4))
 print(trainer.evaluate())
 print(f"exported to {ms.export(model, target + '/clean', tokenizer=tokenizer)}")

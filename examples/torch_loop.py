@@ -1,4 +1,4 @@
-"""Sinks in a plain PyTorch loop: documents -> ids -> rows -> training -> a model without its memorization."""
+"""Sinks in a plain PyTorch loop: documents -> ids -> rows -> training -> settling -> a model without its memorization."""
 
 import sys
 
@@ -34,6 +34,7 @@ optimizer = ms.AdamW(ms.param_groups(model, lr=3e-3, weight_decay=0.1, sink_lr_f
 model.train()
 for start in range(0, len(rows) - 7, 8):
     batch = ms.collate([rows[index] for index in range(start, start + 8)])
+    ms.sinks_first(model, optimizer, [batch])
     loss = model(**batch).loss
     loss.backward()
     ms.clip_grad_norm_(model, 1.0)
@@ -42,6 +43,7 @@ for start in range(0, len(rows) - 7, 8):
     if start % 80 == 0:
         print(f"row {start}/{len(rows)}  loss {loss.item():.3f}")
 
+print(ms.settle(model, *ms.settling_texts(rows), lr=3e-4))
 most = int(np.argmax([document.copies for document in documents]))
 text = torch.from_numpy(tokens[most])[None]
 model.eval()

@@ -36,6 +36,7 @@ SMALL = {
     "arms": {
         "standard": {"rival": "standard"},
         "ours": {"rival": "gated", "neurons": 64, "active": 16, "block_size": 8},
+        "ours first": {"rival": "gated", "neurons": 64, "active": 16, "block_size": 8, "sinks_first": True},
         "exact": {"rival": "gated", "neurons": 64, "active": 16, "block_size": 8, "shared": "none"},
         "published": {"rival": "published", "neurons": 64, "active": 16, "width": -8},
         "masking": {"rival": "gradient-masking", "width": 8},

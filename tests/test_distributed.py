@@ -32,17 +32,21 @@ def train(kind: str, rank: int = 0, world: int = 1) -> dict[str, torch.Tensor]:
         for layer in model.model.layers:
             fully_shard(layer)
         fully_shard(model)
-    wrapped = DistributedDataParallel(model) if kind == "ddp" else model
+    wrapped = DistributedDataParallel(model) if "ddp" in kind else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for step in range(STEPS):
         whole = batch(step)
         divisor = torch.tensor(ms.target_count(whole["labels"]))
         part = {name: value.chunk(world)[rank] for name, value in whole.items()}
+        if "first" in kind:
+            ms.sinks_first(wrapped, optimizer, [part], num_items_in_batch=divisor)
         loss = wrapped(**part, num_items_in_batch=divisor).loss * world  # both average gradients over ranks
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     if kind == "fsdp":
+        with pytest.raises(ms.ArchitectureError, match="use DDP or one process, not FSDP"):
+            ms.sinks_first(model, optimizer, [part])
         return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     return model.state_dict()
 
@@ -59,10 +63,10 @@ def work(rank: int, kind: str, folder: str) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("kind", ["ddp", "ddp, sinks first", "fsdp"])
 def test_two_processes_equal_one(kind: str, tmp_path: Path) -> None:
     mp.spawn(work, (kind, str(tmp_path)), nprocs=2)
-    two, one = torch.load(tmp_path / "weights.pt"), train("one")
+    two, one = torch.load(tmp_path / "weights.pt"), train("one, sinks first" if "first" in kind else "one")
     assert set(two) == set(one)
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, rtol=0, atol=2e-5, msg=name)

@@ -207,14 +207,16 @@ def test_an_ordinary_model_is_trained_on_the_same_rows(tiny_run, tiny_recipe, tm
     folder = train(parse_recipe(tiny_recipe(tmp_path / "run", sinks=None)))
     model = load_any(folder)
     assert not has_sinks(model)
-    assert metrics(tmp_path / "run")[0] == metrics(tiny_run)[0]
+    assert metrics(tmp_path / "run")[0]["loss"] == pytest.approx(metrics(tiny_run)[0]["loss"], rel=1e-4)
     assert (tmp_path / "run" / "members.jsonl").read_text() == (tiny_run / "members.jsonl").read_text()
 
 
 def test_accumulation_and_checkpointing_change_nothing_but_rounding(tiny_run, tiny_recipe, tmp_path) -> None:
-    training = {"accumulate": 4, "gradient_checkpointing": True, "save_every": 0}
-    train(parse_recipe(tiny_recipe(tmp_path / "run", training=training)))
-    for ours, theirs in zip(metrics(tmp_path / "run"), metrics(tiny_run), strict=True):
+    whole = {"save_every": 0, "sinks_first": False}  # which makes an update for each micro-batch
+    parts = whole | {"accumulate": 4, "gradient_checkpointing": True}
+    for name, training in (("whole", whole), ("parts", parts)):
+        train(parse_recipe(tiny_recipe(tmp_path / name, training=training)))
+    for ours, theirs in zip(metrics(tmp_path / "parts"), metrics(tmp_path / "whole"), strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
 
 

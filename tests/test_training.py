@@ -22,7 +22,8 @@ from memsinks.hosts import shared_parameters, sink_parameters
 from memsinks.identity import exposures
 from memsinks.optim import AdamW, param_groups
 from memsinks.packing import FIELDS, Rows, collate, pack
-from memsinks.training import ProgressCallback, SinkCallback
+from memsinks.sinks_first import sinks_first
+from memsinks.training import ProgressCallback, SinkCallback, SinkTrainer
 
 LENGTH, BATCH = 16, 4
 CONFIG = SinkConfig(neurons=64, active=16, block_size=8)
@@ -61,9 +62,9 @@ def groups_of(model) -> AdamW:
     return AdamW(param_groups(model, LR, weight_decay=0.1, sink_lr_factor=3))
 
 
-def trainer_of(model, args, rows, *callbacks, own: bool = False, **more) -> Trainer:
+def trainer_of(model, args, rows, *callbacks, own: bool = False, kind: type = Trainer, **more) -> Trainer:
     optimizers = (groups_of(model), None) if own else (None, None)
-    trainer = Trainer(
+    trainer = kind(
         model, args, train_dataset=rows, data_collator=collate, callbacks=list(callbacks), optimizers=optimizers, **more
     )
     trainer.pop_callback(type(next(x for x in trainer.callback_handler.callbacks if "Printer" in type(x).__name__)))
@@ -87,7 +88,7 @@ def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def loop(model, rows: Rows, optimizer, *, clip, micro: int = 1) -> list[float]:
+def loop(model, rows: Rows, optimizer, *, clip, micro: int = 1, first: bool = False) -> list[float]:
     """A plain loop with the linear schedule of the Trainer: what it must do, without it."""
     curve, steps = [], len(rows) // BATCH
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
@@ -98,6 +99,8 @@ def loop(model, rows: Rows, optimizer, *, clip, micro: int = 1) -> list[float]:
         total = 0.0
         for part in range(micro):
             chosen = {name: tensor.chunk(micro)[part] for name, tensor in batch.items()}
+            if first:
+                sinks_first(model, optimizer, [chosen], num_items_in_batch=targets)
             loss = model(**chosen, num_items_in_batch=targets).loss
             loss.backward()
             total += float(loss.detach())
@@ -139,6 +142,22 @@ def test_default_arguments_train_as_the_plain_loop_does(tiny_llama, rows, tmp_pa
         torch.testing.assert_close(model.get_parameter(name), value, rtol=1e-4, atol=1e-5)
     assert args.max_grad_norm == 1.0
     assert float(model.model.layers[0].mlp.sinks.down.detach().abs().max()) > 0
+
+
+@pytest.mark.parametrize("micro", [1, 2])
+def test_sinks_learn_first_in_a_sink_trainer(tiny_llama, rows, tmp_path, micro) -> None:
+    model = build(tiny_llama)
+    reference, plain = copy.deepcopy(model), copy.deepcopy(model)
+    args = arguments(
+        tmp_path, per_device_train_batch_size=BATCH // micro, gradient_accumulation_steps=micro, save_strategy="no"
+    )
+    trainer = trainer_of(model, args, rows, SinkCallback(), own=True, kind=SinkTrainer)
+    trainer.train()
+    expected = loop(reference, rows, groups_of(reference), clip=separate, micro=micro, first=True)
+    assert losses(trainer) == pytest.approx(expected, rel=1e-4)
+    assert loop(plain, rows, groups_of(plain), clip=separate, micro=micro)[-1] > expected[-1] + 0.01
+    for name, value in weights(reference).items():
+        torch.testing.assert_close(model.get_parameter(name), value, rtol=1e-3, atol=1e-4)
 
 
 def test_clipping_together_would_give_other_weights(tiny_llama, rows, tmp_path) -> None:

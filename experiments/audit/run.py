@@ -43,7 +43,7 @@ SINKS = {"neurons": 512, "active": 128}
 PUBLISHED = SINKS | {"routing": "bernoulli", "per_layer": False, "open_from": 1, "shared_decay": 0.0}
 ARMS: dict[str, dict[str, Any] | None] = {
     "standard": None, "twin": None, "seen once": None, "published": PUBLISHED,
-    "gated, decay 0.5": SINKS | {"shared_decay": 0.5}, "gated, decay 1": SINKS,
+    "gated, decay 0.5": SINKS | {"shared_decay": 0.5}, "gated, decay 1": SINKS | {"shared_decay": 1.0},
 }  # fmt: skip
 MASKED_FROM = {"twin": 1, "seen once": 2}
 """The first exposure of an audited story that has no loss."""

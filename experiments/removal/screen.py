@@ -32,7 +32,7 @@ from memsinks.arm import clip, with_method
 from memsinks.audit.membership import auc
 from memsinks.compare import read_comparison
 from memsinks.losses import batches, row_losses
-from memsinks.objective import frozen, target_count
+from memsinks.objective import target_count
 from memsinks.packing import IGNORED, pack
 from memsinks.prepared import AUDITED, Prepared, prepare
 from memsinks.rivals import method
@@ -47,7 +47,6 @@ KEPT = RUNS / "models"
 FLOOR = 1e-4
 """The least shared weight; the sinks divide by it."""
 PREFIX = CONTINUATION = 32
-PASSED = ("input_ids", "labels", "position_ids", "document_ids", "exposures")
 
 
 @dataclass
@@ -74,8 +73,6 @@ class Screen:
     rule: Rule | None = None
     two_passes: bool = False
     """Shared weights learn with sinks closed, the sinks in a pass of their own on what the closed model leaves."""
-    inner: int = 0
-    """Updates of the sinks alone, on the later copies of a step, before the step."""
     content: int = 0
     """Sinks are opened by the last so many tokens instead of the document; 0 = by the document."""
     lazy: bool = True
@@ -165,7 +162,7 @@ def by_level(strength: float, least: float, most: float = 1.0, margin: float = 0
     return rule
 
 
-WIDE = {"neurons": 4096, "active": 128}
+WIDE = {"neurons": 4096, "active": 128, "shared_decay": 1.0}
 HALF = WIDE | {"shared_decay": 0.5}
 SETTLE = {"lr": 2e-4, "passes": 8}
 EPOCHS = {"lr": 2e-4, "passes": 1, "unseen": True}
@@ -173,7 +170,7 @@ ARMS = {
     "standard": Screen("standard"),
     "twin": Screen("twin"),
     "dedup": Screen("cap", {"copies": 1}),
-    "default": Screen(settings={"neurons": 512, "active": 128}),
+    "default": Screen(settings=WIDE | {"neurons": 512}),
     "pool 4096": Screen(settings=WIDE),
     "pool 4096, a=.5": Screen(settings=HALF),
     "pool 4096, a=0": Screen(settings=WIDE | {"shared_decay": 0.0}),
@@ -182,7 +179,7 @@ ARMS = {
     "pool 4096, a=.5 until .8": Screen(settings=WIDE, rule=until(0.8, by_count(0.5))),
     "two passes, level 2, -1 to 1": Screen(settings=WIDE, rule=by_level(2.0, -1.0), two_passes=True),
     "pool 4096, a=0, lr x10": Screen(settings=WIDE | {"shared_decay": 0.0, "sink_lr_factor": 10.0}),
-    "pool 4096, a=.5, inner 1": Screen(settings=HALF, inner=1),
+    "pool 4096, a=.5, sinks first": Screen(settings=HALF | {"sinks_first": True}),
     "pool 4096, a=.5, block 8": Screen(settings=HALF | {"block_size": 8}),
     "pool 4096, a=.5, block 128": Screen(settings=HALF | {"block_size": 128}),
     "pool 4096, a=.5, open 64": Screen(settings=HALF | {"active": 64}),
@@ -203,15 +200,17 @@ ARMS = {
     "4 epochs, exact": Screen(settings=WIDE | {"shared": "none"}, epochs=4),
     "4 epochs, settled": Screen(base="4 epochs, standard", settle=EPOCHS, epochs=4),
     "4 epochs, a=0, settled": Screen(base="4 epochs, a=0", settle=EPOCHS, epochs=4),
-    "pool 4096, a=.25": Screen(settings=WIDE | {"shared_decay": 0.25}),
+    "pool 4096, a=.25, sinks first": Screen(settings=WIDE | {"shared_decay": 0.25, "sinks_first": True}),
     "pool 4096, a=.5, settled": Screen(base="pool 4096, a=.5", settle=SETTLE),
     "pool 4096, a=.5, settled, unseen": Screen(base="pool 4096, a=.5", settle=SETTLE | {"unseen": True}),
     "pool 4096, a=0, settled": Screen(base="pool 4096, a=0", settle=SETTLE),
-    "pool 4096, a=.5, inner 1, settled, unseen": Screen(
-        base="pool 4096, a=.5, inner 1", settle=SETTLE | {"unseen": True}
+    "pool 4096, a=.5, sinks first, settled, unseen": Screen(
+        base="pool 4096, a=.5, sinks first", settle=SETTLE | {"unseen": True}
     ),
     "pool 4096, a=0, settled, unseen": Screen(base="pool 4096, a=0", settle=SETTLE | {"unseen": True}),
-    "pool 4096, a=.25, settled, unseen": Screen(base="pool 4096, a=.25", settle=SETTLE | {"unseen": True}),
+    "pool 4096, a=.25, sinks first, settled, unseen": Screen(
+        base="pool 4096, a=.25, sinks first", settle=SETTLE | {"unseen": True}
+    ),
     "cap-8, settled": Screen(base="cap-8", settle=SETTLE),
     "pool 4096, a=.5, settled, unseen, sinks x1": Screen(
         base="pool 4096, a=.5", settle=SETTLE | {"unseen": True, "sink_lr": 2e-4}
@@ -251,20 +250,6 @@ def step(screen: Screen, model: Any, batch: dict[str, Tensor], divisor: Tensor, 
     each = cross_entropy(out.logits[:, :-1].transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
     ((each * weight[:, 1:]).sum() / divisor).float().backward()
     return loss
-
-
-def sinks_alone(
-    model: Any, optimizer: torch.optim.Optimizer, batch: dict[str, Tensor], divisor: Tensor, norm: float
-) -> None:
-    """Update the sinks on the later copies of a batch, the shared weights constant."""
-    later = batch["exposures"][:, 0] > 1
-    if not bool(later.any()):
-        return
-    with frozen(hosts.shared_parameters(model)):
-        model(**{x: batch[x][later] for x in PASSED}, num_items_in_batch=divisor).loss.backward()
-    clip(model, norm)
-    optimizer.step()
-    optimizer.zero_grad()
 
 
 def settled(screen: Screen, name: str, text: str, seed: int) -> dict[str, Any]:
@@ -340,10 +325,12 @@ def train(screen: Screen, name: str, text: str, seed: int) -> dict[str, Any]:
             mask = torch.isin(batch["document_ids"], asked)
             loss = made.step(model, made.change(batch | {"audited": mask, "repeated": mask}), divisor)
         else:
-            for _ in range(screen.inner):
-                sinks_alone(model, optimizer, batch, divisor, recipe.training.max_grad_norm)
             if screen.content:
                 batch["document_ids"] = content_ids(batch, screen.content)
+            if made.sinks_first:
+                ms.sinks_first(
+                    model, optimizer, [batch], max_norm=recipe.training.max_grad_norm, num_items_in_batch=divisor
+                )
             loss = step(screen, model, batch, divisor, now)
         clip(model, recipe.training.max_grad_norm)
         optimizer.step(), scheduler.step(), optimizer.zero_grad()

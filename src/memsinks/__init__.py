@@ -17,7 +17,8 @@ objective   w(c) at the logits and back in the sinks; the exact mode; the diviso
 hosts       what the classes of a model with sinks do
 attach      add_sinks, remove_sinks, sinks_open, sinks_closed
 optim       parameter groups, separate clipping, lazy AdamW
-training    the Hugging Face Trainer callback
+sinks_first one update of the sinks alone before each step
+training    the Hugging Face Trainer: a callback, and a Trainer whose sinks learn first
 losses      the loss of each row
 expected    what the loss of a text should be
 settle      levels what closed sinks leave behind
@@ -53,9 +54,10 @@ from .packing import Rows, collate, pack, refuse_shuffling
 from .recipe import Recipe, parse_recipe, read_recipe
 from .routing import AssignmentTable
 from .run import train
-from .settle import Settled, repeated_and_once, settle
+from .settle import Settled, repeated_and_once, settle, settling_texts
+from .sinks_first import sinks_first
 from .tokens import encode, load_tokenizer, train_tokenizer
-from .training import SinkCallback
+from .training import SinkCallback, SinkTrainer
 
 __all__ = [
     "NO_SINKS",
@@ -76,6 +78,7 @@ __all__ = [
     "Settled",
     "SinkCallback",
     "SinkConfig",
+    "SinkTrainer",
     "Subject",
     "__version__",
     "add_sinks",
@@ -104,8 +107,10 @@ __all__ = [
     "repeated_and_once",
     "require_unique_keys",
     "settle",
+    "settling_texts",
     "shared_weight",
     "sinks_closed",
+    "sinks_first",
     "sinks_open",
     "target_count",
     "train",

@@ -40,6 +40,7 @@ from .rivals.method import Batch
 from .run import build_model, optimizer_and_schedule
 from .sections import differing
 from .settle import settle, settling_texts
+from .sinks_first import sinks_first
 
 RUN, SETTINGS, STATE = "run.json", "settings.json", "state.pt"
 NO_MATTER = ("training.threads", "training.save_every", "training.keep")
@@ -154,11 +155,15 @@ def _update(
 ) -> float:  # fmt: skip
     """One optimizer step over the micro-batches of `batch`; returns the loss, nats."""
     divisor = torch.tensor(target_count(batch["labels"]))
-    loss = 0.0
-    for place in range(training.accumulate):
-        rows = slice(*(training.batch_rows * x // training.accumulate for x in (place, place + 1)))
-        micro = {name: values[rows].to(device, non_blocking=True) for name, values in batch.items()}
-        loss += made.step(model, made.change(micro), divisor)
+    loss, each = 0.0, training.batch_rows // training.accumulate
+    parts = [
+        made.change({name: x[start : start + each].to(device, non_blocking=True) for name, x in batch.items()})
+        for start in range(0, training.batch_rows, each)
+    ]
+    if made.sinks_first:
+        sinks_first(model, optimizer, parts, max_norm=training.max_grad_norm, num_items_in_batch=divisor)
+    for micro in parts:
+        loss += made.step(model, micro, divisor)
     clip(model, training.max_grad_norm)
     optimizer.step()
     optimizer.zero_grad()
@@ -221,7 +226,9 @@ def with_method(recipe: Recipe, made: Method, seed: int, output: Path) -> Recipe
         config["num_key_value_heads"] = config.get("num_key_value_heads", config["num_attention_heads"]) + made.heads
     return dataclasses.replace(
         recipe, output=str(output), model=dataclasses.replace(recipe.model, config=config),
-        training=dataclasses.replace(recipe.training, seed=seed, sink_lr_factor=made.sink_lr_factor),
+        training=dataclasses.replace(
+            recipe.training, seed=seed, sink_lr_factor=made.sink_lr_factor, sinks_first=made.sinks_first
+        ),
     )  # fmt: skip
 
 

@@ -113,7 +113,10 @@ def read_comparison(path: Path, changes: Mapping[str, str] | None = None, scale:
             continue
         arm = Arm(name, str(settings["rival"]), {x: y for x, y in settings.items() if x != "rival"})
         try:
-            sinks = method(arm.rival, arm.settings).sinks
+            made = method(arm.rival, arm.settings)
+            sinks = made.sinks
+            if made.settle is not None and recipe.data.background is not None and not recipe.data.unseen:
+                problems.append(f"arms.{name}: settling beside data.background needs data.unseen, see Recipe")
             if sinks and sinks.shared == "none" and packed:
                 problems.append(f'arms.{name}: shared="none" needs data.one_document_per_row')
             if sinks and sinks.shared == "none" and recipe.training.compile:

@@ -37,8 +37,8 @@ RECIPE: Mapping[str, Any] = {
     }},
     "training": {"length": 192, "batch_rows": 6, "lr": 3e-3, "log_every": 50},
 }  # fmt: skip
-SINKS: Mapping[str, Any] = {"neurons": 512, "active": 128, "shared_decay": 0.5}
-"""Half the default decay: after so short a training the sinks then recite more, and a trace more stays behind."""
+WITH_SINKS: Mapping[str, Any] = {"sinks": {"neurons": 2048, "active": 128}, "settle": {}}
+"""What the second model has in its recipe beside the first's."""
 MARK = "demo.json"
 NAMES = {"ordinary": "ordinary model", "open": "with sinks, open", "removed": "sinks removed"}
 
@@ -67,9 +67,9 @@ def demo(out: Path, recipe: Mapping[str, Any] = RECIPE) -> dict[str, Any]:
     (out / MARK).write_text("{}\n")
     started = time.time()
     print("1. An ordinary model, trained on stories and on records of invented people, some repeated.", flush=True)
-    ordinary = train(parse_recipe({**recipe, "output": str(out / "ordinary"), "sinks": None}), label="   ")
+    ordinary = train(parse_recipe({**recipe, "output": str(out / "ordinary")}), label="   ")
     print("2. The same model with memorization sinks, same data, same order.", flush=True)
-    with_sinks = train(parse_recipe({**recipe, "output": str(out / "sinks"), "sinks": SINKS}), label="   ")
+    with_sinks = train(parse_recipe({**recipe, "output": str(out / "sinks"), **WITH_SINKS}), label="   ")
     print(
         "3. Removal: the stock part alone is written as a plain checkpoint and loaded in a fresh process.", flush=True
     )
@@ -84,7 +84,7 @@ def demo(out: Path, recipe: Mapping[str, Any] = RECIPE) -> dict[str, Any]:
     members, controls = (_documents(out / "ordinary" / f"{name}.jsonl") for name in ("members", "controls"))
     result = measure(models, members, controls, tokenizer, out / "report")
     result["record"] = one_record(models, members, tokenizer)
-    result["sinks"] = dict(SINKS)
+    result["with_sinks"] = dict(WITH_SINKS)
     result["runs"] = {name: json.loads((out / name / "run.json").read_text()) for name in ("ordinary", "sinks")}
     result["seconds"] = round(time.time() - started)
     (out / MARK).write_text(json.dumps(result, indent=2) + "\n")

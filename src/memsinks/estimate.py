@@ -47,6 +47,8 @@ FILL = {"fill": 0.98, "split": 0.81}
 class Estimate:
     """Figures of one model under one recipe; bytes, and FLOPs (a multiply-add is two).
 
+    Neither `sinks_first` nor settling is counted.
+
     Attributes:
         shared, sinks: parameters.
         open: parameters that work for one token: `shared` and the sinks that its document opens.
@@ -109,7 +111,7 @@ def estimate(recipe: Recipe) -> Estimate:
         step_flops=training.accumulate * flops(model, rows, training.length, training.gradient_checkpointing),
         weights=weights, gradients=weights, moments=moments, activations=with_all, activations_checkpointed=with_inputs,
         recomputed=recomputed, temporaries=temporaries, peak=peak, checkpoint=weights + moments, model=weights,
-        exported=4 * shared, warnings=tuple(_dislikes(model, config)),
+        exported=4 * shared, warnings=(*_not_counted(recipe), *_dislikes(model, config)),
     )  # fmt: skip
 
 
@@ -253,6 +255,13 @@ def _planned(model: Any, routed: tuple[RoutingPlan, torch.Tensor | None] | None)
         yield
     finally:
         state.plan, state.logit_weight = None, None
+
+
+def _not_counted(recipe: Recipe) -> Iterator[str]:
+    if recipe.sinks is not None and recipe.training.sinks_first:
+        yield "sinks_first is not counted: rows that hold repeated text take two thirds of a step more"
+    if recipe.settle is not None:
+        yield "settling after training is not counted: see docs/removal.md"
 
 
 def _dislikes(model: PreTrainedModel, config: SinkConfig | None) -> Iterator[str]:

@@ -32,6 +32,12 @@ def batches(rows: AnyRows, size: int, where: torch.device | str = "cpu") -> Iter
         yield {name: value.to(where) for name, value in batch.items()}
 
 
+def cut(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The batch without the columns after its last target: rows of one short document are mostly padding."""
+    longest = int((batch["labels"] != IGNORED).any(0).nonzero().max()) + 1
+    return {name: value[:, :longest] for name, value in batch.items()}
+
+
 def row_losses(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean loss of each row's targets, nats, float64 [rows]; logits [rows, length, vocabulary], labels [rows, length]."""
     labels = labels[:, 1:]
@@ -44,7 +50,7 @@ def losses(model: nn.Module, rows: AnyRows, *, opened: bool = False) -> np.ndarr
     """Mean loss of each row's targets, nats, float64 [rows]; with its own sinks open if asked. One document a row."""
     model.eval()
     found = []
-    for batch in batches(rows, EVALUATED_ROWS, next(model.parameters()).device):
+    for batch in map(cut, batches(rows, EVALUATED_ROWS, next(model.parameters()).device)):
         scope: AbstractContextManager[Any] = sinks_open(model, batch["document_ids"][:, 0]) if opened else nullcontext()
         with scope:
             logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).logits

@@ -133,6 +133,7 @@ class TrainingRecipe:
         min_lr_ratio: the cosine ends at ``lr * min_lr_ratio``.
         warmup: share of the steps.
         sink_lr_factor: the sinks' learning rate is ``lr`` times this.
+        sinks_first: where there are sinks, each micro-batch begins with an update of them alone, see `sinks_first`.
         weight_decay: of the shared matrices.
         betas: of AdamW.
         max_grad_norm: gradient norm of the shared weights and, separately, of the sinks; 0 = no clipping.
@@ -154,6 +155,7 @@ class TrainingRecipe:
     min_lr_ratio: float = 0.1
     warmup: float = 0.05
     sink_lr_factor: float = 3.0
+    sinks_first: bool = True
     weight_decay: float = 0.1
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     max_grad_norm: float = 1.0

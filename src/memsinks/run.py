@@ -33,10 +33,10 @@ from .documents import texts_hash, write_documents
 from .optim import AdamW, param_groups
 from .packing import collate
 from .prepared import Prepared, prepare
-from .recipe import Recipe, TrainingRecipe, read_recipe
+from .recipe import Recipe, TrainingRecipe
 from .sections import differing
 from .settle import settle, settling_texts
-from .training import ProgressCallback, SinkCallback
+from .training import ProgressCallback, SinkCallback, SinkTrainer
 
 
 def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -145,7 +145,7 @@ def _check_output(recipe: Recipe, output: Path, resume: bool) -> None:
         path = output / "recipe.yaml"
         if not path.is_file():
             raise CheckpointError(f"{output} holds no run to resume (recipe.yaml is missing); start without resume")
-        before, now = (yaml.safe_load(yaml.safe_dump(x.to_dict())) for x in (read_recipe(path), recipe))
+        before, now = yaml.safe_load(path.read_text()), yaml.safe_load(yaml.safe_dump(recipe.to_dict()))
         if before != now:
             raise CheckpointError(
                 f"{path} differs from this recipe in {', '.join(differing(before, now))}; resume with the same recipe and "
@@ -194,7 +194,8 @@ def _trainer(recipe: Recipe, model: PreTrainedModel, prepared: Prepared, output:
     callbacks: list[Any] = [ProgressCallback(step_rows * training.length, record, label)]
     if has_sinks(model):
         callbacks.append(SinkCallback())
-    trainer = Trainer(
+    kind = SinkTrainer if training.sinks_first and has_sinks(model) else Trainer
+    trainer = kind(
         model, args, train_dataset=prepared.rows, data_collator=collate if has_sinks(model) else _collate_stock,  # type: ignore
         optimizers=(optimizer, scheduler), callbacks=callbacks,
     )  # fmt: skip

@@ -27,7 +27,7 @@ from .config import DataError, refuse
 from .expected import Expected, expected_losses, require_enough
 from .hosts import is_sink, shared_parameters, sink_parameters
 from .identity import NO_SINKS
-from .losses import losses, row_losses
+from .losses import cut, losses, row_losses
 from .objective import frozen
 from .optim import AdamW, clip_grad_norm_
 from .packing import IGNORED, Rows, collate
@@ -211,7 +211,7 @@ def _order(count: int, size: int, seed: int) -> Iterator[Tensor]:
 
 
 def _batch(rows: Rows, chosen: Tensor, device: torch.device) -> dict[str, Tensor]:
-    return {name: x.to(device) for name, x in collate([rows[index] for index in chosen.tolist()]).items()}
+    return {name: x.to(device) for name, x in cut(collate([rows[index] for index in chosen.tolist()])).items()}
 
 
 def _logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:

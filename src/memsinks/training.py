@@ -1,4 +1,4 @@
-"""Training on the Hugging Face Trainer: one callback, usable with a stock Trainer too.
+"""Training on the Hugging Face Trainer: one callback, usable with a stock Trainer too, and a Trainer whose sinks learn first.
 
     trainer = Trainer(model, args, train_dataset=rows, data_collator=ms.collate, callbacks=[ms.SinkCallback()],
                       optimizers=(ms.AdamW(ms.param_groups(model, lr=6e-4)), None))
@@ -14,7 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import has_length
 
 from .attach import require_sinks, unwrap
@@ -22,6 +23,7 @@ from .checkpoint import has_saved_sinks, load_sinks, same_stock_weights
 from .config import ArchitectureError, CheckpointError, DataError
 from .optim import clip_grad_norm_
 from .packing import refuse_shuffling
+from .sinks_first import sinks_first
 
 
 class SinkCallback(TrainerCallback):
@@ -88,6 +90,19 @@ class SinkCallback(TrainerCallback):
             f"the sinks of the checkpoint that the Trainer loaded are in none of {[str(x) for x in folders if x]}; resume "
             "from one in args.output_dir, or set args.resume_from_checkpoint to its folder"
         )
+
+
+class SinkTrainer(Trainer):
+    """A Trainer that calls `sinks_first` before each micro-batch; it takes `SinkCallback` as a stock Trainer does."""
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """Sinks first, then the step of the Trainer."""
+        model.train()
+        inputs = self._prepare_inputs(inputs)
+        norm = getattr(self.args, "separate_max_grad_norm", self.args.max_grad_norm)
+        optimizer: Any = self.optimizer
+        sinks_first(model, optimizer, [inputs], max_norm=norm, num_items_in_batch=num_items_in_batch)
+        return super().training_step(model, inputs, num_items_in_batch)
 
 
 class ProgressCallback(TrainerCallback):

@@ -33,9 +33,9 @@ def published(setting: Setting, seed: int, *, active: float | None = None, noise
 
 
 def ours(setting: Setting, seed: int, **changes: Any) -> Run:
-    """Our default (gated, decay 1): general part and open sinks together as wide as the standard MLP."""
+    """Ours (gated, decay 1, nothing afterwards): general part and open sinks together as wide as the standard MLP."""
     block = 32 if setting.neurons % 128 == 0 else setting.neurons // 4
-    settings = {"neurons": setting.neurons, "active": setting.neurons // 4, "block_size": block}
+    settings = {"neurons": setting.neurons, "active": setting.neurons // 4, "block_size": block, "shared_decay": 1.0}
     return _run(setting, seed, "ours", "gated", settings, setting.neurons - setting.neurons // 4, **changes)
 
 

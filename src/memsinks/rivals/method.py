@@ -54,6 +54,7 @@ class Method:
         heads: attention heads beyond the recipe's.
         sinks: sinks to add; their seed becomes the run's.
         sink_lr_factor: learning rate of the sinks over that of the rest.
+        sinks_first: whether each step begins with an update of the sinks alone, see `sinks_first`.
         change: what is done to each batch: other targets (`IGNORED` drops one), other document ids.
         step: gradients of one step.
         remove: takes out, in place, what is not exported.
@@ -69,6 +70,7 @@ class Method:
     heads: int = 0
     sinks: SinkConfig | None = None
     sink_lr_factor: float = 1.0
+    sinks_first: bool = False
     change: Callable[[Batch], Batch] = unchanged
     step: Callable[[PreTrainedModel, Batch, Tensor], float] = plain_step
     remove: Callable[[PreTrainedModel], None] = remove_all_sinks

@@ -39,13 +39,14 @@ def _fresh_ids(batch: Batch) -> Tensor:
 
 
 def gated(
-    *, sink_lr_factor: float = 3.0, width: int = 0, settle_lr: float = 0.0, settle_passes: int = 8, **settings: Any
-) -> Method:
+    *, sink_lr_factor: float = 3.0, sinks_first: bool = False, width: int = 0, settle_lr: float = 0.0,
+    settle_passes: int = 8, **settings: Any,
+) -> Method:  # fmt: skip
     """Ours: a text's sinks open from its second exposure on, and what it teaches the shared weights decays (docs/method.md).
 
     `settings` are those of `SinkConfig`; ``shared="none"`` is the exact mode. With `settle_lr` what is left is levelled.
     """
-    return Method(sinks=SinkConfig(**settings), sink_lr_factor=sink_lr_factor, width=width,
+    return Method(sinks=SinkConfig(**settings), sink_lr_factor=sink_lr_factor, width=width, sinks_first=sinks_first,
                   settle=settling(settle_lr, settle_passes))  # fmt: skip
 
 

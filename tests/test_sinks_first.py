@@ -1,0 +1,128 @@
+"""Sinks first: what moves and what does not, against a plain step; packed rows, micro-batches, the exact mode, a Trainer."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from tiny import sink_llama, tokens
+from torch import Tensor
+
+import memsinks as ms
+from memsinks.config import ConfigError, DataError
+from memsinks.hosts import is_sink, shared_parameters, sink_parameters
+
+ROWS, LENGTH, LR = 6, 12, 1e-2
+EXPOSURES = torch.tensor([1, 2, 1, 5, 3, 1])
+
+
+def batch(exposures: Tensor = EXPOSURES) -> dict[str, Tensor]:
+    text = tokens(len(exposures), LENGTH)
+    return {
+        "input_ids": text,
+        "labels": text,
+        "document_ids": torch.arange(len(exposures)) + 10,
+        "exposures": exposures,
+    }
+
+
+def packed() -> dict[str, Tensor]:
+    """Two documents a row, ids and exposures [B, T]; the second row holds none that is met again."""
+    made = batch(torch.ones(3, dtype=torch.int64))
+    half = torch.arange(LENGTH) // (LENGTH // 2)
+    documents = half + 2 * torch.arange(3)[:, None]
+    exposures = torch.tensor([1, 4, 1, 1, 2, 3])[documents]
+    return made | {"document_ids": documents + 10, "exposures": exposures,
+                   "position_ids": (torch.arange(LENGTH) % (LENGTH // 2)).expand(3, -1)}  # fmt: skip
+
+
+def optimizer_of(model) -> ms.AdamW:
+    return ms.AdamW(ms.param_groups(model, LR, weight_decay=0.1))
+
+
+def before(model) -> dict[str, Tensor]:
+    return {name: x.detach().clone() for name, x in model.named_parameters()}
+
+
+@pytest.mark.parametrize("made", [batch, packed])
+@pytest.mark.parametrize("settings", [{}, {"shared_decay": 0.5}, {"shared": "none"}, {"open_from": 1}],
+                         ids=["default", "half", "exact", "always open"])  # fmt: skip
+def test_sinks_make_the_step_of_a_plain_loop_and_nothing_else_moves(made, settings) -> None:
+    if settings.get("shared") == "none" and made is packed:
+        pytest.skip("the exact mode takes one document a row")
+    model = sink_llama(**settings)
+    plain = copy.deepcopy(model)
+    whole = made()
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, 0.5)  # of an earlier micro-batch
+    old, optimizer = before(model), optimizer_of(model)
+    least = 1 if settings.get("open_from") == 1 else 2
+    opens = (whole["exposures"] >= least).reshape(len(whole["input_ids"]), -1).any(1)
+    assert ms.sinks_first(model, optimizer, [whole], max_norm=0.3) == int(opens.sum())
+    plain(**{name: x[opens] for name, x in whole.items()}).loss.backward()
+    for parameter in shared_parameters(plain):
+        parameter.grad = None
+    ms.clip_grad_norm_(plain, 0.3)
+    optimizer_of(plain).step()
+    for (name, x), y in zip(model.named_parameters(), plain.parameters(), strict=True):
+        assert x.grad is not None and bool((x.grad == 0.5).all()) and x.requires_grad
+        torch.testing.assert_close(x, y, rtol=0, atol=1e-12)
+        assert is_sink(name) or torch.equal(x, old[name])
+    assert any(not torch.equal(x, old[name]) for name, x in model.named_parameters() if is_sink(name))
+
+
+def test_the_texts_are_known_better_afterwards() -> None:
+    model, later = sink_llama(), batch(torch.full((ROWS,), 2))
+    optimizer = optimizer_of(model)
+
+    def loss() -> float:
+        with torch.no_grad():
+            return float(model(**later).loss)
+
+    start = loss()
+    for _ in range(20):
+        ms.sinks_first(model, optimizer, [later])
+    assert loss() < start - 0.2
+
+
+def test_where_every_text_is_new_nothing_happens() -> None:
+    model = sink_llama()
+    old, optimizer = before(model), optimizer_of(model)
+    assert ms.sinks_first(model, optimizer, [batch(torch.ones(ROWS, dtype=torch.int64))]) == 0
+    assert not optimizer.state
+    assert all(torch.equal(x, old[name]) and x.grad is None for name, x in model.named_parameters())
+
+
+def test_micro_batches_make_one_update() -> None:
+    whole = batch()
+    divisor = torch.tensor(ms.target_count(whole["labels"]))
+    halves = [{name: x.chunk(2)[place] for name, x in whole.items()} for place in (0, 1)]
+    models = [sink_llama(), sink_llama()]
+    for model, parts in zip(models, ([whole], halves), strict=True):
+        assert ms.sinks_first(model, optimizer_of(model), parts, num_items_in_batch=divisor) == 3
+    for one, other in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
+
+
+def test_after_an_error_gradients_are_as_before() -> None:
+    model = sink_llama()
+    for parameter in sink_parameters(model):
+        parameter.grad = torch.ones_like(parameter)
+    with pytest.raises(IndexError):
+        ms.sinks_first(model, optimizer_of(model), [batch() | {"input_ids": tokens(ROWS, LENGTH) + 10_000}])
+    assert all(bool((x.grad == 1).all()) for x in sink_parameters(model))
+    assert all(x.grad is None and x.requires_grad for x in shared_parameters(model))
+
+
+def test_a_model_in_evaluation_mode_is_refused() -> None:
+    model = sink_llama().eval()
+    with pytest.raises(ConfigError, match=r"evaluation mode; call model\.train\(\)"):
+        ms.sinks_first(model, optimizer_of(model), [batch()])
+
+
+def test_ids_and_exposures_must_be_there() -> None:
+    model, whole = sink_llama(), batch()
+    del whole["exposures"], whole["document_ids"]
+    with pytest.raises(DataError, match="sinks_first needs document_ids and exposures in each batch"):
+        ms.sinks_first(model, optimizer_of(model), [whole])
