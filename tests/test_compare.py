@@ -226,6 +226,10 @@ def test_spread() -> None:
      ({"arms": SMALL["arms"] | {"Ours!": {"rival": "twin"}, "ours": {"rival": "standard"}, "ours ?": {"rival": "twin"}}},
       "the same name but for signs"),
      ({"sinks": {"neurons": 64, "active": 8, "block_size": 8}}, "sinks belong to an arm"),
+     ({"settle": {}}, "settle belongs to an arm (settle_lr)"),
+     ({"arms": SMALL["arms"] | {"x": {"rival": "cap", "settle_lr": 1e-3}},
+       "data": SMALL["data"] | {"background": {"path": "x", "tokens": 9}}},
+      "arms.x: settling beside data.background needs data.unseen"),
      ({"data": {"synthetic": SMALL["data"]["synthetic"]}}, "data.repeat is missing"),
      ({"modle": {}}, "did you mean model?")],
 )  # fmt: skip

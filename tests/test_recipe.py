@@ -141,6 +141,12 @@ def test_problems_of_the_sinks_are_passed_on() -> None:
      ({"training": {"seed": True}}, "training.seed must be int, got True"),
      ({"training": {"lr": True}}, "training.lr must be a number, got True"),
      ({"sinks": {"neurons": 64}}, "sinks.active is missing"),
+     ({"settle": {"lr": 0}}, "settle.lr must be positive, got 0"), ({"settle": {"sink_lr": -1}}, "settle.sink_lr must be"),
+     ({"settle": {"passes": 0}}, "settle.passes must be at least 1, got 0"),
+     ({"settle": {"rate": 1}}, "unknown key settle.rate"),
+     ({"data": {"unseen": 3}}, "data.unseen is for documents of data.path"),
+     ({"data": {"path": "x", "unseen": -1}}, "data.unseen must be at least 0, got -1"),
+     ({"settle": {}, "data": {"path": "x", "background": {"path": "y", "tokens": 9}}}, "settle needs data.unseen"),
      ({"sinks": {"neurons": 64, "active": 8, "layers": ["a"]}}, "sinks.layers[0] must be int, got 'a'")],
 )  # fmt: skip
 def test_one_problem(sections, part) -> None:

@@ -258,6 +258,8 @@ def test_unseen_documents_are_the_next_ones_and_change_nothing_else(tmp_path) ->
             assert (documents == chosen) == (seed == 0)
     with pytest.raises(ConfigError, match=r"data\.unseen \(30\) leaves none of 30 documents"):
         choose_documents(dataclasses.replace(data, limit=None, unseen=30), seed=0)
+    with pytest.raises(ConfigError, match=r"data\.unseen \(11\) after data\.limit \(20\) is more than there is of 30"):
+        choose_documents(dataclasses.replace(data, unseen=11), seed=0)
 
 
 def test_a_text_that_is_also_trained_on_is_not_unseen(tmp_path) -> None:

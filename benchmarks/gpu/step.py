@@ -30,6 +30,7 @@ from memsinks.recipe import Recipe
 from memsinks.rivals.method import Batch, Method
 from memsinks.run import optimizer_and_schedule
 from memsinks.shrink import parse_scale
+from memsinks.sinks_first import sinks_first
 
 WARM = 3
 
@@ -61,7 +62,8 @@ def seconds(run: Callable[[], Any]) -> float:
 
 
 def measure(recipe: Recipe, made: Method, steps: int, peak: float) -> dict:
-    """Forward and backward of a micro-batch and the update are timed apart; a step is `accumulate` of the one and the other."""
+    """Sinks first, forward and backward of a micro-batch, and the update are timed apart; a step is `accumulate` of the first
+    two and one of the last."""
     training, device = recipe.training, torch.device("cuda" if torch.cuda.is_available() else "cpu")
     whole = dataclasses.replace(recipe, sinks=made.sinks)
     shapes = build(whole)
@@ -81,17 +83,24 @@ def measure(recipe: Recipe, made: Method, steps: int, peak: float) -> dict:
     tokens = data[0]["input_ids"].numel()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    passes, updates = [], []
+    firsts, passes, updates = [], [], []
+
+    def first(batch: Batch) -> None:
+        if made.sinks_first:
+            sinks_first(model, optimizer, [batch], max_norm=training.max_grad_norm, num_items_in_batch=tokens)
+
     for step in range(WARM + steps):
+        firsts.append(seconds(lambda step=step: first(data[step % 2])))
         passes.append(seconds(lambda step=step: made.step(model, made.change(data[step % 2]), torch.tensor(tokens))))
         updates.append(seconds(lambda: (clip(model, training.max_grad_norm), optimizer.step(), optimizer.zero_grad())))
-    micro, update = (statistics.median(found[WARM:]) for found in (passes, updates))
-    each = training.accumulate * micro + update
+    before, micro, update = (statistics.median(found[WARM:]) for found in (firsts, passes, updates))
+    each = training.accumulate * (before + micro) + update
     useful = training.accumulate * flops(shapes, len(data[0]["input_ids"]), training.length)
     figures = estimate(whole)
     return {
         "tokens_per_second": round(training.accumulate * tokens / each), "share_of_peak": float(f"{useful / each / peak:.3g}"),
-        "micro_batch_tokens": tokens, "micro_batch_ms": round(1000 * micro, 2), "update_ms": round(1000 * update, 2),
+        "micro_batch_tokens": tokens, "sinks_first_ms": round(1000 * before, 2), "micro_batch_ms": round(1000 * micro, 2),
+        "update_ms": round(1000 * update, 2),
         "first_seconds": round(passes[0], 1),
         "peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2) if device.type == "cuda" else None,
         "estimated_peak_gb": round(figures.peak / 1e9, 4), "parameters": figures.shared + figures.sinks,

@@ -103,6 +103,8 @@ def read_comparison(path: Path, changes: Mapping[str, str] | None = None, scale:
     problems += [f"roles.{role} is missing" for role in ("audited", "against") if role not in (roles or {})]
     if recipe.sinks is not None:
         problems.append("sinks belong to an arm, not to the recipe")
+    if recipe.settle is not None:
+        problems.append("settle belongs to an arm (settle_lr), not to the recipe")
     if recipe.data.repeat is None:
         problems.append("data.repeat is missing: without repeated documents there is nothing to forget")
     packed = recipe.data.one_document_per_row is False

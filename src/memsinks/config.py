@@ -74,7 +74,7 @@ class SinkConfig:
     reserved_blocks: int = 0
     open_from: int = 2
     shared: Literal["decay", "none"] = "decay"
-    shared_decay: float = 0.5
+    shared_decay: float = 0.25
     layers: tuple[int, ...] | None = None
     seed: int = 0
     host_width: int | None = None

@@ -156,8 +156,9 @@ def choose_documents(data: DataRecipe, seed: int) -> tuple[list[Document], list[
             found = cut_documents(found, data.cut_characters)
         documents = list(itertools.islice(found, None if data.limit is None else data.limit + data.unseen))
         trained = len(documents) - data.unseen
-        if data.unseen and trained < 1:
-            raise ConfigError(f"data.unseen ({data.unseen}) leaves none of {len(documents)} documents; lower it")
+        if data.unseen and trained < (data.limit or 1):
+            wanted = "leaves none" if data.limit is None else f"after data.limit ({data.limit}) is more than there is"
+            raise ConfigError(f"data.unseen ({data.unseen}) {wanted} of {len(documents)} documents; lower it")
         documents, unseen = documents[:trained], documents[trained:]
         known = {document.text for document in documents}
         unseen = [replace(document, copies=0) for document in unseen if document.text not in known]
