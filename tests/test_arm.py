@@ -16,7 +16,8 @@ from memsinks import arm as module
 from memsinks import compare as comparing
 from memsinks.checkpoint import load_any
 from memsinks.cli import main
-from memsinks.compare import compare, prepare_data, read_comparison, train_arm
+from memsinks.compare import compare, prepare_data, train_arm
+from memsinks.comparison import read_comparison
 from memsinks.config import CheckpointError, ConfigError
 
 SMALL = {

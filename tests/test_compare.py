@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from memsinks import compare as module
 from memsinks.cli import main
-from memsinks.compare import compare, plan, read_comparison, time_steps, train_arm
+from memsinks.compare import compare, plan, time_steps, train_arm
+from memsinks.comparison import read_comparison
 from memsinks.comparison_table import spread
 from memsinks.config import CheckpointError, ConfigError
 

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from memsinks import estimate_table, hosts
 from memsinks.attach import has_sinks
 from memsinks.cli import main
-from memsinks.compare import read_comparison
+from memsinks.comparison import read_comparison
 from memsinks.estimate import build, estimate, flops, saved_bytes, size_of
 from memsinks.estimate_table import report
 from memsinks.export import export

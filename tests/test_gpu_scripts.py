@@ -33,8 +33,8 @@ def test_an_arm_is_trained_and_audited(tmp_path, capsys) -> None:
     stories.write_text("".join(
         json.dumps({"text": f"{n} " + " ".join(f"word{n * k % 17}" for k in range(1, 20))}) + "\n" for n in range(150)
     ))  # fmt: skip
-    changes = {"data.path": stories, "data.limit": 100, "data.held_out": 24, "data.repeat.documents": 12, "training.batch_rows": 4,
-               "output": tmp_path / "runs"}  # fmt: skip
+    changes = {"data.path": stories, "data.limit": 100, "data.held_out": 24, "data.repeat.documents": 12,
+               "training.batch_rows": 4, "output": tmp_path / "runs"}  # fmt: skip
     settings = [*TINY, *(f"--set={name}={value}" for name, value in changes.items())]
     main = script("arm.py")
     main([str(RECIPE), "standard", "--out", str(tmp_path / "first"), *settings])

@@ -12,7 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from memsinks.cli import main
-from memsinks.compare import compare, plan, read_comparison
+from memsinks.compare import compare, plan
+from memsinks.comparison import read_comparison
 from memsinks.config import CheckpointError, ConfigError
 from memsinks.packing import IGNORED
 from memsinks.rivals import method

@@ -17,7 +17,8 @@ from tiny import VOCABULARY, sink_llama, tiny_llama
 from torch import Tensor
 
 import memsinks as ms
-from memsinks.compare import compare, read_comparison
+from memsinks.compare import compare
+from memsinks.comparison import read_comparison
 from memsinks.config import ConfigError, DataError
 from memsinks.expected import LEAST, expected_losses
 from memsinks.hosts import is_sink

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from memsinks.compare import read_comparison
+from memsinks.comparison import read_comparison
 from memsinks.config import ConfigError
 from memsinks.estimate import build, size_of
 from memsinks.recipe import parse_recipe, read_recipe, read_sections

@@ -18,7 +18,8 @@ from pathlib import Path
 
 from memsinks.arm import RUN, Arm
 from memsinks.audit import Audit, AuditSettings, Subject, audit
-from memsinks.compare import Comparison, audited_corpus, read_comparison, train_arm
+from memsinks.compare import audited_corpus, train_arm
+from memsinks.comparison import Comparison, read_comparison
 from memsinks.shrink import parse_scale
 
 

@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from memsinks.arm import _set_up, clip, with_method
 from memsinks.attach import add_sinks
-from memsinks.compare import read_comparison
+from memsinks.comparison import read_comparison
 from memsinks.estimate import build, estimate, flops
 from memsinks.estimate_table import GPUS
 from memsinks.recipe import Recipe

@@ -30,7 +30,7 @@ from memsinks import hosts
 from memsinks._version import versions
 from memsinks.arm import clip, with_method
 from memsinks.audit.membership import auc
-from memsinks.compare import read_comparison
+from memsinks.comparison import read_comparison
 from memsinks.losses import batches, row_losses
 from memsinks.objective import target_count
 from memsinks.packing import IGNORED, pack

@@ -34,6 +34,7 @@ run         one run of a recipe
 estimate    parameters, FLOPs, memory and time of a recipe before it runs
 arm         one arm of a comparison, run to its end
 edited      an arm that edits the trained model of another
+comparison  the YAML of a comparison
 compare     arms x seeds of rivals: one table
 reproduce   the paper's controlled study, a file a figure
 demo        the whole journey in minutes

@@ -243,7 +243,7 @@ def _train(arguments: argparse.Namespace) -> None:
 
 
 def _estimate(arguments: argparse.Namespace) -> None:
-    from .compare import read_comparison
+    from .comparison import read_comparison
     from .estimate_table import report
     from .recipe import read_recipe, read_sections
 
@@ -257,7 +257,8 @@ def _estimate(arguments: argparse.Namespace) -> None:
 
 
 def _prepare(arguments: argparse.Namespace) -> None:
-    from .compare import prepare_data, read_comparison
+    from .compare import prepare_data
+    from .comparison import read_comparison
 
     comparison = read_comparison(Path(arguments.comparison), **_changes(arguments))
     for seed in arguments.seeds or comparison.seeds:
@@ -296,7 +297,8 @@ def _audit(arguments: argparse.Namespace) -> None:
 
 
 def _compare(arguments: argparse.Namespace) -> None:
-    from .compare import compare, plan, read_comparison, time_steps
+    from .compare import compare, plan, time_steps
+    from .comparison import read_comparison
 
     comparison = read_comparison(Path(arguments.comparison), **_changes(arguments))
     if arguments.dry_run:

@@ -22,7 +22,7 @@ from .prepared import AUDITED, Prepared, prepare
 from .tokens import encode
 
 if TYPE_CHECKING:
-    from .compare import Comparison
+    from .comparison import Comparison
 
 
 def after_problems(arms: Sequence[Arm]) -> list[str]:
