@@ -424,14 +424,14 @@ def summary(run: dict[str, Any], runs: dict[str, dict[str, Any]]) -> dict[str, f
     }  # fmt: skip
 
 
-def over_seen_once(name: str, by_seed: dict[int, dict[str, dict[str, Any]]]) -> str:
-    """How much higher documents with 2 copies or more lie than in the model that met each once, less the same for controls: mean
+def over(reference: str, name: str, by_seed: dict[int, dict[str, dict[str, Any]]]) -> str:
+    """How much higher documents with 2 copies or more lie than in the reference of their seed, less the same for controls: mean
     over the documents of all seeds and its 90% interval (normal), which lies within the margin where both are equivalent."""
     differences, errors = [], []
     for runs in by_seed.values():
-        if name in runs and name != "dedup" and not ARMS[name].epochs:
+        if {name, reference} <= runs.keys() and name != reference and not ARMS[name].epochs:
             count = runs[name]["documents"]
-            difference = np.array(runs[name]["closed"]) - np.array(runs["dedup"]["closed"])
+            difference = np.array(runs[name]["closed"]) - np.array(runs[reference]["closed"])
             often = np.array(runs[name]["copies"]) > 1
             differences.append(difference[:count][often] - difference[count:].mean())
             errors.append(difference[count:].var(ddof=1) / len(difference[count:]))
@@ -459,7 +459,8 @@ def table(text: str) -> str:
             spread = f" ± {(max(values) - min(values)) / 2:{form.replace('+', '')}}" if len(values) > 1 else ""
             return f"{sum(values) / len(values):{form}}{spread}"
 
-        shown = [show("closed", ".1%"), show("price", "+.3f"), show("gap", "+.3f"), over_seen_once(name, by_seed)]
+        shown = [show("closed", ".1%"), show("price", "+.3f"), show("gap", "+.3f")]
+        shown += [over(reference, name, by_seed) for reference in ("dedup", "twin")]
         shown += [show("auc", ".3f"), show("reference auc", ".3f"), show("own", ".2f"), show("recited", ".0%")]
         lines.append([name, str(len(found)), *shown, show("seconds", ".0f")])
     head = [
@@ -469,6 +470,7 @@ def table(text: str) -> str:
         "price",
         "gap",
         "over seen once",
+        "over never seen",
         "AUC",
         "reference AUC",
         "own sinks",
