@@ -208,6 +208,27 @@ def test_where_nothing_is_known_too_well_no_shared_weight_moves(learnt) -> None:
         assert is_sink(name) or torch.equal(x, y)
 
 
+def test_micro_rows_change_nothing_but_rounding(learnt) -> None:
+    models = [copy.deepcopy(learnt).double() for _ in range(2)]
+    for model, micro in zip(models, (None, 3), strict=True):
+        done = ms.settle(model, *ms.repeated_and_once(corpus()), lr=1e-3, passes=8, batch_rows=8, micro_rows=micro)
+        assert done.after.mean() > done.before.mean() + 0.05
+    for one, other in zip(*(x.parameters() for x in models), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+
+
+def test_a_forward_that_somebody_patched_is_set_aside_and_put_back(learnt) -> None:
+    """The Trainer leaves its autocast on the model, in which losses and KL would be bfloat16."""
+    plain, patched = copy.deepcopy(learnt), copy.deepcopy(learnt)
+    patched.forward = torch.autocast("cpu", torch.bfloat16)(patched.forward)
+    before = patched.forward
+    for model in (plain, patched):
+        ms.settle(model, *ms.repeated_and_once(corpus()), lr=1e-3, passes=1)
+    assert patched.forward is before
+    for one, other in zip(plain.parameters(), patched.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
 def test_a_model_without_sinks_is_settled_too() -> None:
     model = trained()
     done = ms.settle(model, *ms.repeated_and_once(corpus()), lr=LR / 5, passes=20)
@@ -224,6 +245,7 @@ def short(rows: ms.Rows) -> ms.Rows:
         ({"lr": 0.0}, ConfigError, "lr must be positive and finite, got 0.0"),
         ({"sink_lr": float("nan")}, ConfigError, "sink_lr must be positive"),
         ({"passes": 0}, ConfigError, "passes must be at least 1, got 0"),
+        ({"micro_rows": 0}, ConfigError, "micro_rows must be at least 1, got 0"),
         ({"documents": lambda rows: rows.select(slice(0))}, DataError, "no text was repeated"),
         ({"others": short}, DataError, f"at least {LEAST} other texts are needed .* got {LEAST - 1}"),
         ({"documents": lambda _: corpus(48)}, DataError, "row 0 of documents does not hold one document"),

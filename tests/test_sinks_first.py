@@ -123,6 +123,26 @@ def test_a_model_in_evaluation_mode_is_refused() -> None:
 
 def test_ids_and_exposures_must_be_there() -> None:
     model, whole = sink_llama(), batch()
+    with pytest.raises(DataError, match=r"list of a step's micro-batches; give \[batch\]"):
+        ms.sinks_first(model, optimizer_of(model), whole)  # type: ignore[arg-type]
     del whole["exposures"], whole["document_ids"]
     with pytest.raises(DataError, match="sinks_first needs document_ids and exposures in each batch"):
         ms.sinks_first(model, optimizer_of(model), [whole])
+
+
+def test_whatever_the_forward_takes_is_taken() -> None:
+    """Positions for all rows at once, ids a row and exposures a token, embeddings for tokens, no exposures where none count."""
+    whole = batch()
+    row = whole | {"position_ids": torch.arange(LENGTH)[None]}
+    wide = whole | {"exposures": whole["exposures"][:, None].expand(-1, LENGTH)}
+    embedded = sink_llama().get_input_embeddings()(whole["input_ids"]).detach()
+    inputs = {name: x for name, x in whole.items() if name != "input_ids"} | {"inputs_embeds": embedded}
+    models = [sink_llama() for _ in range(4)]
+    for model, made in zip(models, (whole, row, wide, inputs), strict=True):
+        assert ms.sinks_first(model, optimizer_of(model), [made]) == 3
+    for model in models[1:]:
+        for one, other in zip(models[0].parameters(), model.parameters(), strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-9)
+    always = sink_llama(open_from=1, shared_decay=0.0)
+    del whole["exposures"]
+    assert ms.sinks_first(always, optimizer_of(always), [whole]) == ROWS

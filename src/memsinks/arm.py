@@ -39,7 +39,7 @@ from .rivals import Method, method
 from .rivals.method import Batch
 from .run import build_model, optimizer_and_schedule
 from .sections import differing
-from .settle import settle, settling_texts
+from .settle import require_settleable, settle, settling_texts
 from .sinks_first import sinks_first
 
 RUN, SETTINGS, STATE = "run.json", "settings.json", "state.pt"
@@ -104,6 +104,8 @@ def train(recipe: Recipe, arm: Arm, seed: int, folder: Path, steps: int | None =
     optimizer, scheduler = optimizer_and_schedule(model, training, total)
     parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
     asked = _asked_ids(prepared, recipe)
+    if made.settle is not None:
+        require_settleable(model)
     in_training = sum(x.numel() for x in model.parameters())
     part = folder.with_name(f"{folder.name}.part")
     done = _load(part, settings, parts) if steps is None else None
@@ -141,8 +143,9 @@ def train(recipe: Recipe, arm: Arm, seed: int, folder: Path, steps: int | None =
     if steps is None:
         _take_down(model, use_cache)
         if made.settle is not None and texts is not None:
-            start = time.perf_counter()
-            found = settle(model, *texts, seed=seed, say=print, **made.settle)
+            _store(part, settings, parts, (total, curve, seconds))
+            start, micro = time.perf_counter(), training.batch_rows // training.accumulate
+            found = settle(model, *texts, micro_rows=micro, seed=seed, say=print, **made.settle)
             facts["settled"] = str(found)
             facts["seconds"] = round(facts["seconds"] + time.perf_counter() - start, 1)
         _save(folder, model.eval(), made, prepared, settings, facts)
@@ -205,7 +208,9 @@ def step_seconds(recipe: Recipe, arms: Sequence[Arm], seed: int, turns: int) -> 
 def settings_of(recipe: Recipe, arm: Arm) -> dict[str, Any]:
     """What a run of an arm depends on beside its seed, JSON-ready."""
     values = {name: value for name, value in recipe.to_dict().items() if name != "output"}
-    return json.loads(json.dumps({"recipe": values, "rival": arm.rival, "settings": arm.settings}))
+    made = arm.method
+    method = {"sinks": made.sinks and made.sinks.to_dict(), "sinks_first": made.sinks_first, "settle": made.settle}
+    return json.loads(json.dumps({"recipe": values, "rival": arm.rival, "settings": arm.settings, "method": method}))
 
 
 def with_method(recipe: Recipe, made: Method, seed: int, output: Path) -> Recipe:

@@ -75,7 +75,9 @@ def read_comparison(path: Path, changes: Mapping[str, str] | None = None, scale:
         raise ConfigError(f"{path} needs a section arms: NAME: {{rival: ..., settings ...}}; is it a plain recipe?")
     given, seeds, roles = (values.pop(name, None) for name in OF_A_COMPARISON)
     recipe = parse_recipe(values, str(path))
-    problems = unknown_keys(roles or {}, "roles", ROLES)
+    own = [x for x in ("sinks_first", "sink_lr_factor") if x in (values.get("training") or {})]
+    problems = [f"training.{name} belongs to an arm, not to the recipe" for name in own]
+    problems += unknown_keys(roles or {}, "roles", ROLES)
     if not isinstance(seeds, list) or not seeds or not all(isinstance(x, int) and x >= 0 for x in seeds):
         problems.append(f"seeds must be a list of ints, got {seeds!r}")
     problems += [f"roles.{role} names no arm: {arm!r}" for role, arm in (roles or {}).items() if arm not in given]

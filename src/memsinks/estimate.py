@@ -47,8 +47,6 @@ FILL = {"fill": 0.98, "split": 0.81}
 class Estimate:
     """Figures of one model under one recipe; bytes, and FLOPs (a multiply-add is two).
 
-    Neither `sinks_first` nor settling is counted.
-
     Attributes:
         shared, sinks: parameters.
         open: parameters that work for one token: `shared` and the sinks that its document opens.
@@ -261,7 +259,7 @@ def _not_counted(recipe: Recipe) -> Iterator[str]:
     if recipe.sinks is not None and recipe.training.sinks_first:
         yield "sinks_first is not counted: rows that hold repeated text take two thirds of a step more"
     if recipe.settle is not None:
-        yield "settling after training is not counted: see docs/removal.md"
+        yield "settling after training is not counted, nor its memory (float32, micro-batches): see docs/removal.md"
 
 
 def _dislikes(model: PreTrainedModel, config: SinkConfig | None) -> Iterator[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from .arm import Arm, with_method
 from .config import ConfigError
 from .estimate import Estimate, Size, estimate, size_of
-from .recipe import Recipe
+from .recipe import Recipe, SettleRecipe
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,9 @@ def report(
 
 
 def _of_arm(recipe: Recipe, arm: Arm) -> Recipe:
-    return dataclasses.replace(with_method(recipe, arm.method, 0, Path()), sinks=arm.method.sinks)
+    made = arm.method
+    settle = None if made.settle is None else SettleRecipe()
+    return dataclasses.replace(with_method(recipe, made, 0, Path()), sinks=made.sinks, settle=settle)
 
 
 def _key(recipe: Recipe) -> str:

@@ -14,8 +14,8 @@ from torch.nn.functional import cross_entropy
 from .attach import sinks_open
 from .packing import IGNORED, collate
 
-EVALUATED_ROWS = 32
-"""Rows of one forward in evaluation."""
+EVALUATED_ROWS, EVALUATED_TOKENS = 32, 8192
+"""Rows and tokens of one forward in evaluation, at most."""
 
 
 class AnyRows(Protocol):
@@ -50,7 +50,8 @@ def losses(model: nn.Module, rows: AnyRows, *, opened: bool = False) -> np.ndarr
     """Mean loss of each row's targets, nats, float64 [rows]; with its own sinks open if asked. One document a row."""
     model.eval()
     found = []
-    for batch in map(cut, batches(rows, EVALUATED_ROWS, next(model.parameters()).device)):
+    size = min(EVALUATED_ROWS, max(1, EVALUATED_TOKENS // len(rows[0]["input_ids"]))) if len(rows) else 1
+    for batch in map(cut, batches(rows, size, next(model.parameters()).device)):
         scope: AbstractContextManager[Any] = sinks_open(model, batch["document_ids"][:, 0]) if opened else nullcontext()
         with scope:
             logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).logits

@@ -280,6 +280,7 @@ def _stored(recipe: Recipe, folder: Path) -> Corpus:
         with written_beside(folder) as part:
             _write(recipe, part)
     facts = json.loads((folder / FACTS).read_text())
+    facts["settings"]["data"].setdefault("unseen", 0)  # of a folder from before it was a setting
     other = differing(facts["settings"], json.loads(json.dumps(_settings(recipe))))
     if other:
         raise CheckpointError(
@@ -288,7 +289,8 @@ def _stored(recipe: Recipe, folder: Path) -> Corpus:
     index = np.load(folder / "index.npz")
     return Corpus(
         StoredTokens(folder / "tokens.bin", index["offsets"]), index["ids"], index["groups"], index["copies"],
-        _documents(folder / "members.jsonl"), _documents(folder / "controls.jsonl"), _documents(folder / "unseen.jsonl"),
+        _documents(folder / "members.jsonl"), _documents(folder / "controls.jsonl"),
+        _documents(folder / "unseen.jsonl") if recipe.data.unseen else [],
         load_tokenizer(folder / "tokenizer"),
     )  # fmt: skip
 

@@ -6,6 +6,7 @@ output/metrics.jsonl     a line each log_every steps
 output/members.jsonl     every document trained on, with its copies; output/controls.jsonl the held-out ones
 output/data/             the tokens, where there is a background; see `prepared`
 output/checkpoints/      what training resumes from
+output/unsettled/        the trained model, while it is settled
 output/model/            the final model with its sinks and tokenizer, settled if the recipe says so
 """
 
@@ -15,6 +16,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,7 +29,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 from ._version import versions
 from .attach import add_sinks, has_sinks
-from .checkpoint import load_any, load_stock
+from .checkpoint import load_any, load_stock, written_beside
 from .config import CheckpointError, ConfigError
 from .documents import texts_hash, write_documents
 from .optim import AdamW, param_groups
@@ -35,8 +37,10 @@ from .packing import collate
 from .prepared import Prepared, prepare
 from .recipe import Recipe, TrainingRecipe
 from .sections import differing
-from .settle import settle, settling_texts
+from .settle import require_settleable, settle, settling_texts
 from .training import ProgressCallback, SinkCallback, SinkTrainer
+
+UNSETTLED = "unsettled"
 
 
 def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -100,38 +104,46 @@ def train(recipe: Recipe, *, resume: bool = False, label: str = "") -> Path:
     prepared = prepare(recipe, folder=output / "data" if recipe.data.background else None)
     texts = settling_texts(prepared.rows, prepared.unseen) if recipe.settle is not None else None
     model = build_model(recipe, prepared.tokenizer)
+    if recipe.settle is not None:
+        require_settleable(model)
     started = time.time()
     trainer = _trainer(recipe, model, prepared, output, label)
+    unsettled = output / UNSETTLED
     checkpoint = _last_checkpoint(output / "checkpoints") if resume else None
-    if resume and checkpoint is None:
+    if resume and checkpoint is None and not unsettled.is_dir():
         print("no complete checkpoint yet: starting again from the beginning", flush=True)
-    if checkpoint is None:
+    if checkpoint is None and not unsettled.is_dir():
         _write_start(recipe, prepared, output)
     else:
         _check_corpus(recipe, prepared, output)
     (output / "metrics.jsonl").touch()
-    done = int(checkpoint.name.split("-")[1]) if checkpoint else 0
-    _cut_metrics(output / "metrics.jsonl", done)
-    if checkpoint is not None and done >= trainer.args.max_steps:  # the Trainer would take one step more
-        model = load_any(checkpoint).to(trainer.args.device)  # type: ignore[arg-type]
+    steps, done = trainer.args.max_steps, int(checkpoint.name.split("-")[1]) if checkpoint else 0
+    ended = unsettled if unsettled.is_dir() else checkpoint if done >= steps else None
+    _cut_metrics(output / "metrics.jsonl", steps if ended else done)
+    if ended is not None:  # the Trainer would take one step more
+        model = load_any(ended).to(trainer.args.device)  # type: ignore[arg-type]
     else:
         trainer.args.resume_from_checkpoint = str(checkpoint) if checkpoint else None
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     facts = _run_facts(output)
     if recipe.settle is not None and texts is not None:
-        chosen = dataclasses.asdict(recipe.settle)
-        lr = chosen.pop("lr") or recipe.training.lr / 10
+        if ended is None:
+            with written_beside(unsettled) as part:
+                model.save_pretrained(part)
+        chosen, training = dataclasses.asdict(recipe.settle), recipe.training
+        lr, micro = chosen.pop("lr") or training.lr / 10, training.batch_rows // training.accumulate
 
         def say(line: str) -> None:
             print(label + line, flush=True)
 
-        found = settle(model, *texts, lr=lr, seed=recipe.training.seed, say=say, **chosen)
+        found = settle(model, *texts, lr=lr, micro_rows=micro, seed=training.seed, say=say, **chosen)
         say(f"settled: {found}")
         facts["settled"] = str(found)
     model.save_pretrained(final)
     prepared.tokenizer.save_pretrained(final)
     facts |= {"seconds": round(time.time() - started, 1)}
     (output / "run.json").write_text(json.dumps(facts, indent=2) + "\n")
+    shutil.rmtree(unsettled, ignore_errors=True)
     return final
 
 

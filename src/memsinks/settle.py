@@ -80,7 +80,7 @@ def repeated_and_once(rows: Rows) -> tuple[Rows, Rows]:
 
 def settle(
     model: nn.Module, documents: Rows, others: Rows, unseen: Rows | None = None, *, lr: float, sink_lr: float | None = None,
-    passes: int = 8, batch_rows: int = 16, seed: int = 0, say: Callable[[str], None] | None = None,
+    passes: int = 8, batch_rows: int = 16, micro_rows: int | None = None, seed: int = 0, say: Callable[[str], None] | None = None,
 ) -> Settled:  # fmt: skip
     """Level, in place, what a trained model still knows of `documents` with its sinks closed.
 
@@ -94,6 +94,7 @@ def settle(
         sink_lr: of the sinks; None = `SINK_LR_FACTOR` times `lr`.
         passes: times each document is met.
         batch_rows: documents, and as many others, of one step.
+        micro_rows: rows of one forward, where memory does not hold a step's at once; the gradients add up. None = all.
         say: takes a line of progress.
 
     Raises:
@@ -102,20 +103,17 @@ def settle(
     sink_lr = SINK_LR_FACTOR * lr if sink_lr is None else sink_lr
     problems = [f"{name} must be positive and finite, got {value}" for name, value in (("lr", lr), ("sink_lr", sink_lr))
                 if not 0 < value < math.inf]  # fmt: skip
-    problems += [f"{name} must be at least 1, got {value}" for name, value in (("passes", passes), ("batch_rows", batch_rows))
-                 if value < 1]  # fmt: skip
+    micro_rows = batch_rows if micro_rows is None else micro_rows
+    counts = (("passes", passes), ("batch_rows", batch_rows), ("micro_rows", micro_rows))
+    problems += [f"{name} must be at least 1, got {value}" for name, value in counts if value < 1]
     shared = [x for x in shared_parameters(model) if x.requires_grad]
-    small = sorted({str(x.dtype) for x in shared if x.dtype not in (torch.float32, torch.float64)})
-    problems += (
-        [f"weights are {', '.join(small)}, which would lose such small steps; load the model in float32"]
-        if small
-        else []
-    )
-    problems += ["every shared weight is frozen"] if not shared else []
-    refuse(problems, "cannot settle")
+    refuse([*problems, *_weight_problems(model)], "cannot settle")
     others = others.select(slice(OTHERS))
     _check_texts(documents, others, unseen)
     training = model.training
+    patched = {
+        name: vars(model).pop(name) for name in ("forward", "_original_forward") if name in vars(model)
+    }  # autocast
     expected = expected_losses(model, documents, others, unseen)
     before = losses(model, documents)
     shift = shift_of(expected.losses, before)
@@ -132,28 +130,37 @@ def settle(
         for one, rate in ((optimizer, lr), (sinks, sink_lr)):
             for group in one.param_groups if one else ():
                 group["lr"] = rate * (1 - step / steps)
-        chosen = next(own)
-        batch, beside = (_batch(rows, x, device) for rows, x in ((documents, chosen), (others, next(other))))
-        found = row_losses(_logits(model, batch), batch["labels"])
-        below = (target[chosen].to(device) - found).clamp(min=0).mean()
-        moved = _divergence(model, held, beside)
-        pushed = pushed or below.item() > 0
+        chosen, others_chosen = next(own), next(other)
+        below = moved = 0.0
+        for part in chosen.split(micro_rows):
+            batch = _batch(documents, part, device)
+            found = row_losses(_logits(model, batch), batch["labels"])
+            short = (target[part].to(device) - found).clamp(min=0).sum() / len(chosen)
+            if short.item() > 0:
+                short.backward()
+            below += short.item()
+        pushed = pushed or below > 0
         if pushed:  # before, all there is of a gradient is rounding, which AdamW would make a step of
-            (below + moved).backward()
+            tokens = int((others.segments["size"][others_chosen.numpy()] - 1).sum())
+            for part in others_chosen.split(micro_rows):
+                apart = _divergence(model, held, _batch(others, part, device)) / tokens
+                apart.backward()
+                moved += apart.item()
             torch.nn.utils.clip_grad_norm_(shared, 1.0)
             optimizer.step()
             optimizer.zero_grad()
         if sinks is not None:
-            with frozen(shared), sinks_open(model, batch["document_ids"][:, 0]):
-                row_losses(_logits(model, batch), batch["labels"]).mean().backward()
+            for part in chosen.split(micro_rows):
+                batch = _batch(documents, part, device)
+                with frozen(shared), sinks_open(model, batch["document_ids"][:, 0]):
+                    (row_losses(_logits(model, batch), batch["labels"]).sum() / len(chosen)).backward()
             clip_grad_norm_(model, 1.0)
             sinks.step()
             sinks.zero_grad()
         if say and (step % 10 == 0 or step + 1 == steps):
-            say(
-                f"settle: step {step + 1}/{steps}  below what is expected {below.item():.3f}  others moved {moved.item():.4f}"
-            )
+            say(f"settle: step {step + 1}/{steps}  below what is expected {below:.3f}  others moved {moved:.4f}")
     after, others_after = losses(model, documents), losses(model, others)
+    vars(model).update(patched)
     model.train(training)
     return Settled(expected, shift, before, after, others_after, steps)
 
@@ -169,6 +176,19 @@ def shift_of(expected: np.ndarray, found: np.ndarray) -> float:
         middle = (low + high) / 2
         low, high = (middle, high) if np.maximum(found, expected - middle).mean() > expected.mean() else (low, middle)
     return (low + high) / 2
+
+
+def require_settleable(model: nn.Module) -> None:
+    """ConfigError for weights that `settle` would refuse, so that it is said before hours of training."""
+    refuse(_weight_problems(model), "cannot settle")
+
+
+def _weight_problems(model: nn.Module) -> list[str]:
+    shared = [x for x in shared_parameters(model) if x.requires_grad]
+    small = sorted({str(x.dtype) for x in shared if x.dtype not in (torch.float32, torch.float64)})
+    if small:
+        return [f"weights are {', '.join(small)}, which would lose such small steps; load the model in float32"]
+    return [] if shared else ["every shared weight is frozen"]
 
 
 def settling_texts(rows: Rows, unseen: Rows | None = None) -> tuple[Rows, Rows, Rows | None]:
@@ -219,10 +239,10 @@ def _logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 
 def _divergence(model: nn.Module, before: dict[str, Tensor], batch: dict[str, Tensor]) -> Tensor:
-    """Mean over targets of KL(before || now), nats, sinks closed."""
+    """Sum over targets of KL(before || now), nats, sinks closed."""
     arguments = {name: batch[name] for name in ("input_ids", "position_ids")}
     with torch.no_grad():
         old = functional_call(model, before, kwargs=arguments).logits.float().log_softmax(-1)
     now = model(**arguments).logits.float().log_softmax(-1)
     each = (old.exp() * (old - now)).sum(-1)[:, :-1]
-    return each[batch["labels"][:, 1:] != IGNORED].mean()
+    return each[batch["labels"][:, 1:] != IGNORED].sum()

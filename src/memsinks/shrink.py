@@ -35,7 +35,8 @@ def shrink(values: Mapping[str, Any], scale: Fraction) -> dict[str, Any]:
       repeated documents, their copies, held-out and unseen documents (so the share of repeated text stays);
     - times the fourth root of f: tokens per row; rows per step times its cube, so that the number of steps stays where rows
       are full;
-    - the learning rate is divided by what the model's width was multiplied by (the rule of muP for AdamW, arXiv 2203.03466).
+    - learning rates, those of settling too, are divided by what the model's width was multiplied by (the rule of muP for
+      AdamW, arXiv 2203.03466).
 
     Widths are rounded to multiples of 32, the model at least 64 wide and 2 layers deep, sinks rounded to blocks, copies at
     least 2. A tokenizer is trained instead of loaded
@@ -60,7 +61,13 @@ def shrink(values: Mapping[str, Any], scale: Fraction) -> dict[str, Any]:
     accumulate = min(training.get("accumulate", 1), 2)
     training["accumulate"] = accumulate
     training["batch_rows"] = max(1, round(training["batch_rows"] / accumulate)) * accumulate
-    training["lr"] = float(f"{float(training.get('lr', 1e-3)) * before / _width(model['config']):.3g}")
+    faster = before / _width(model["config"])
+    training["lr"] = float(f"{float(training.get('lr', 1e-3)) * faster:.3g}")
+    for settings, name in [(new.get("settle"), "lr"), (new.get("settle"), "sink_lr")] + [
+        (arm, "settle_lr") for arm in (new.get("arms") or {}).values()
+    ]:
+        if isinstance(settings, dict) and settings.get(name):
+            settings[name] = float(f"{float(settings[name]) * faster:.3g}")
     _smaller_data(data, float(scale), root, problems)
     vocabulary = model["config"].pop("vocab_size", None) or new.get("tokenizer", {}).get("vocab_size") or 50_304
     new["tokenizer"] = {"vocab_size": max(512, _rounded(vocabulary * root, 64))}

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from .attach import require_sinks, unwrap
-from .config import ArchitectureError, ConfigError, DataError
+from .config import ArchitectureError, ConfigError, DataError, SinkConfig
 from .hosts import shared_parameters, sink_parameters
 from .identity import NO_SINKS
 from .objective import frozen
@@ -35,7 +35,8 @@ def sinks_first(
     """Update the sinks alone, in place, on the rows of a step that hold open text; gradients in ``.grad`` stay as they are.
 
     Args:
-        model: with sinks, in training mode; may be wrapped in DDP, whose ranks must all call this.
+        model: with sinks, in training mode; may be wrapped in DDP, whose ranks must all call this. Under mixed precision call
+            it within the same ``torch.autocast`` as the step.
         optimizer: the optimizer of the step, or of the sinks.
         batches: the micro-batches of the step, as the model takes them, each with `document_ids` and `exposures`.
         max_norm: of the sinks' gradient; 0 = no clipping.
@@ -43,11 +44,11 @@ def sinks_first(
             of each micro-batch.
 
     Returns:
-        The number of rows that were learnt from on this rank; 0 = nothing moved here.
+        The number of this rank's rows that were learnt from; 0 on every rank = nothing moved.
 
     Raises:
         ConfigError: a model in evaluation mode, whose sinks do not follow the ids of a batch.
-        DataError: ids or exposures are missing.
+        DataError: labels, ids or exposures are missing, or a batch where a list of them belongs.
         ArchitectureError: FSDP, where no rank holds whole parameters.
     """
     config = require_sinks(model).config
@@ -57,53 +58,71 @@ def sinks_first(
     parameters = sink_parameters(model)
     if any(isinstance(x, DTensor) for x in parameters):
         raise ArchitectureError("sinks_first needs whole parameters on each rank; use DDP or one process, not FSDP")
+    if isinstance(batches, Mapping):
+        raise DataError("sinks_first takes the list of a step's micro-batches; give [batch]")
+    chosen = [_open_rows(batch, config) for batch in batches]
+    rows = sum(len(x) for x in chosen)
+    ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    if not _anywhere(rows, ranks, parameters[0].device):
+        return 0
     held = [(x, x.grad) for x in model.parameters()]
-    rows = 0
     try:
         for parameter, _ in held:
             parameter.grad = None
         with frozen(shared_parameters(model)), torch.compiler.set_stance("force_eager"):
-            for batch in batches:
-                chosen = _open_rows(batch, config.open_from)
-                if not len(chosen):
-                    continue
-                rows += len(chosen)
-                part: dict[str, Any] = {
-                    name: batch[name][chosen] for name in (*FIELDS, "attention_mask") if batch.get(name) is not None
-                }
-                if num_items_in_batch is not None:
-                    part["num_items_in_batch"] = num_items_in_batch
-                model(**part).loss.backward()
-        if _over_ranks(parameters, mean=num_items_in_batch is None) or rows:
-            if max_norm:
-                clip_grad_norm_(model, max_norm)
-            getattr(optimizer, "optimizer", optimizer).step()
+            for batch, own in zip(batches, chosen, strict=True):
+                if len(own):
+                    part = _part(batch, own)
+                    if num_items_in_batch is not None:
+                        part["num_items_in_batch"] = num_items_in_batch
+                    model(**part).loss.backward()
+        if ranks > 1:
+            _over_ranks(parameters, ranks if num_items_in_batch is None else 1)
+        if max_norm:
+            clip_grad_norm_(model, max_norm)
+        getattr(optimizer, "optimizer", optimizer).step()
     finally:
         for parameter, gradient in held:
             parameter.grad = gradient
     return rows
 
 
-def _open_rows(batch: Mapping[str, Tensor], open_from: int) -> Tensor:
+def _open_rows(batch: Mapping[str, Tensor], config: SinkConfig) -> Tensor:
     """The rows with a token whose sinks are open, int64."""
-    missing = [name for name in ("document_ids", "exposures") if batch.get(name) is None]
+    wanted = ("labels", "document_ids", *(("exposures",) if config.needs_exposures else ()))
+    missing = [name for name in wanted if batch.get(name) is None]
     if missing:
         raise DataError(f"sinks_first needs {' and '.join(missing)} in each batch")
-    opens = (batch["document_ids"] != NO_SINKS) & (batch["exposures"] >= open_from)
-    return (opens if opens.dim() == 1 else opens.any(1)).nonzero()[:, 0]
+    opens = _columns(batch["document_ids"]) != NO_SINKS
+    if config.needs_exposures:
+        opens = opens & (_columns(batch["exposures"]) >= config.open_from)
+    return opens.any(1).nonzero()[:, 0]
 
 
-def _over_ranks(parameters: Sequence[nn.Parameter], mean: bool) -> bool:
-    """Gradients to their mean or sum over the ranks; whether there are several."""
-    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
-        return False
-    ranks = torch.distributed.get_world_size()
+def _columns(marks: Tensor) -> Tensor:
+    return marks if marks.dim() > 1 else marks[:, None]
+
+
+def _part(batch: Mapping[str, Tensor], own: Tensor) -> dict[str, Any]:
+    """The rows `own` of a batch; what is the same for all rows stays."""
+    count = len(batch["labels"])
+    known = {name: batch[name] for name in (*FIELDS, "inputs_embeds", "attention_mask") if batch.get(name) is not None}
+    return {name: x[own] if len(x) == count else x for name, x in known.items()}
+
+
+def _anywhere(rows: int, ranks: int, device: torch.device) -> bool:
+    """Whether any rank has rows."""
     if ranks == 1:
-        return False
+        return rows > 0
+    count = torch.tensor(rows, device=device)
+    torch.distributed.all_reduce(count)
+    return bool(count > 0)
+
+
+def _over_ranks(parameters: Sequence[nn.Parameter], divisor: int) -> None:
+    """Gradients to their sum over the ranks, divided."""
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
         torch.distributed.all_reduce(parameter.grad)
-        if mean:
-            parameter.grad /= ranks
-    return True
+        parameter.grad /= divisor

@@ -93,7 +93,19 @@ class SinkCallback(TrainerCallback):
 
 
 class SinkTrainer(Trainer):
-    """A Trainer that calls `sinks_first` before each micro-batch; it takes `SinkCallback` as a stock Trainer does."""
+    """A Trainer that calls `sinks_first` before each micro-batch; it takes `SinkCallback` as a stock Trainer does.
+
+    Raises:
+        ArchitectureError: fp16, DeepSpeed or FSDP.
+    """
+
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        if self.args.fp16 or self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            raise ArchitectureError(
+                "SinkTrainer takes neither fp16, whose scaled gradients it would step past, nor DeepSpeed or FSDP; use bf16 "
+                "and DDP, or a stock Trainer"
+            )
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Sinks first, then the step of the Trainer."""
