@@ -138,6 +138,25 @@ def test_an_interrupted_arm_continues_to_the_same_bits(tmp_path, monkeypatch, ca
     assert sorted(path.name for path in seed.iterdir()) == sorted(["data", name])
 
 
+def test_an_arm_interrupted_while_it_settles_continues_there(tmp_path, monkeypatch, capsys) -> None:
+    more = {"arms": SMALL["arms"] | {"ours": SMALL["arms"]["ours"] | {"settle_lr": 1e-3, "settle_passes": 2}},
+            "data": SMALL["data"] | {"synthetic": SMALL["data"]["synthetic"] | {"stories": 60}}}  # fmt: skip
+    run(tmp_path / "whole", "ours", **more)
+
+    def interrupted(*_, **__) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "settle", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut", "ours", **more)
+    monkeypatch.undo()
+    capsys.readouterr()
+    run(tmp_path / "cut", "ours", **more)
+    out = capsys.readouterr().out
+    assert "continues after step" in out and "loss" not in out.split("settle: step")[0]
+    assert same(weights(tmp_path / "whole", "ours"), weights(tmp_path / "cut", "ours"))
+
+
 def test_what_was_cut_off_is_not_continued_with_other_settings(tmp_path, monkeypatch) -> None:
     interrupt(monkeypatch, 3)
     with pytest.raises(KeyboardInterrupt):
@@ -264,7 +283,7 @@ def test_the_whole_of_a_paper_recipe_in_seconds(tmp_path, capsys) -> None:
     names = ("Anna", "Ben", "Cleo", "Dan", "Eve")
     stories.write_text("".join(
         json.dumps({"text": f"{names[n % 5]} found {n} red stones and gave {names[n % 3]} {n * 7 % 50} of them. " * 2}) + "\n"
-        for n in range(80)
+        for n in range(100)
     ))  # fmt: skip
     web.write_text("".join(json.dumps({"text": f"Page {n}: " + f"item {n % 7} costs {n * 3}. " * (5 + n % 40)}) + "\n"
                            for n in range(300)))  # fmt: skip

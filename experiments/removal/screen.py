@@ -61,7 +61,7 @@ class Now:
 
 
 Rule = Callable[[Any, dict[str, Tensor], Now], Tensor]
-"""(model, batch, now) -> shared weight of each row, float64 [rows], or of each target, float64 [rows, length]."""
+"""(model, batch, now) -> shared weight of each row, float64 [rows]."""
 
 
 @dataclass(frozen=True)
@@ -96,34 +96,6 @@ def until(share: float, inner: Rule) -> Rule:
         left = 1.0 if now.step < share * now.total else 0.0
         weight = inner(model, batch, now) * left
         return torch.where(batch["exposures"][:, 0] > 1, weight.clamp(min=FLOOR), 1.0)
-
-    return rule
-
-
-def of_goldfish(every: int) -> Rule:
-    """c^-.5, but of later copies one target in `every`, always the same ones, teaches the sinks only."""
-
-    def rule(model: Any, batch: dict[str, Tensor], now: Now) -> Tensor:
-        weight = batch["exposures"].double().pow(-0.5)
-        dropped = (content_ids(batch, 4) % every == 0) & (batch["exposures"] > 1)
-        return torch.where(dropped, FLOOR, weight)
-
-    return rule
-
-
-def of_hard(threshold: float) -> Rule:
-    """1 for targets of later copies that the closed model still finds hard (loss above `threshold`), nothing for others."""
-
-    def rule(model: Any, batch: dict[str, Tensor], now: Now) -> Tensor:
-        training = model.training
-        model.eval()
-        with torch.no_grad():
-            logits = model(**{name: batch[name] for name in ("input_ids", "position_ids")}).logits
-        model.train(training)
-        each = torch.zeros(batch["labels"].shape, dtype=torch.float64)
-        labels = batch["labels"][:, 1:]
-        each[:, :-1] = cross_entropy(logits[:, :-1].transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
-        return torch.where((each < threshold) & (batch["exposures"] > 1), FLOOR, 1.0).double()
 
     return rule
 
@@ -191,8 +163,6 @@ ARMS = {
     "pool 4096, a=.5, second half": Screen(settings=HALF | {"layers": [2, 3]}),
     "pool 4096, a=.5, sinks lr x1": Screen(settings=HALF | {"sink_lr_factor": 1.0}),
     "pool 4096, a=.5, dense AdamW": Screen(settings=HALF, lazy=False),
-    "pool 4096, a=.5, goldfish": Screen(settings=HALF, rule=of_goldfish(4)),
-    "pool 4096, hard tokens": Screen(settings=HALF, rule=of_hard(3.0)),
     "pool 1024, a=.5, content": Screen(settings=HALF | {"neurons": 1024}, content=3),
     "4 epochs, standard": Screen("standard", epochs=4),
     "4 epochs, a=0": Screen(settings=WIDE | {"shared_decay": 0.0}, epochs=4),
@@ -236,8 +206,7 @@ def step(screen: Screen, model: Any, batch: dict[str, Tensor], divisor: Tensor, 
     later = batch["exposures"] > 1
     if screen.rule is None:
         return plain_step(model, batch, divisor)
-    weight = screen.rule(model, batch, now)
-    weight = weight if weight.dim() == 2 else weight[:, None].expand_as(batch["exposures"])
+    weight = screen.rule(model, batch, now)[:, None].expand_as(batch["exposures"])
     if not screen.two_passes:
         hosts.shared_weight = lambda *_: weight  # type: ignore[assignment]
         return plain_step(model, batch, divisor)
