@@ -57,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
 
     demo = commands.add_parser("demo", help="train, remove and show, on the built-in corpus", description=(
         "Train an ordinary model and the same model with sinks on invented stories and personal records, remove the sinks, "
-        "and show what each model recites. About two minutes on two idle cores."
+        "and show what each model recites. Three to six minutes on two cores."
     ))  # fmt: skip
     demo.add_argument("--out", default="runs/demo", help="folder for the runs, the table and the picture (%(default)s)")
     demo.set_defaults(run=_demo)
