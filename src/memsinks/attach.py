@@ -26,6 +26,9 @@ from .sinks import Sinks
 
 OpenIds = int | Iterable[int] | Tensor | np.ndarray | Sequence[Iterable[int]]
 
+PATCHED = "forward", "_original_forward"
+"""What accelerate's autocast leaves on a model."""
+
 
 @dataclass(frozen=True)
 class Added:
@@ -188,7 +191,7 @@ def remove_sinks(model: PreTrainedModel) -> PreTrainedModel:
     require_sinks(model)
     if not isinstance(model, SinkModel):
         raise ArchitectureError(f"the model is wrapped in {type(model).__name__}; give remove_sinks the model inside")
-    for name in ("forward", "_original_forward"):  # left by accelerate's autocast, bound to the class that goes
+    for name in PATCHED:  # bound to the class that goes
         vars(model).pop(name, None)
     for module in list(model.modules()):
         if isinstance(module, Derived):

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from .attach import has_sinks, sinks_open
+from .attach import PATCHED, has_sinks, sinks_open
 from .config import DataError, refuse
 from .expected import Expected, expected_losses, require_enough
 from .hosts import is_sink, shared_parameters, sink_parameters
@@ -106,14 +107,31 @@ def settle(
     micro_rows = batch_rows if micro_rows is None else micro_rows
     counts = (("passes", passes), ("batch_rows", batch_rows), ("micro_rows", micro_rows))
     problems += [f"{name} must be at least 1, got {value}" for name, value in counts if value < 1]
-    shared = [x for x in shared_parameters(model) if x.requires_grad]
     refuse([*problems, *_weight_problems(model)], "cannot settle")
     others = others.select(slice(OTHERS))
     _check_texts(documents, others, unseen)
+    with _unpatched(model):
+        return _level(model, documents, others, unseen, lr, sink_lr, passes, batch_rows, micro_rows, seed, say)
+
+
+@contextmanager
+def _unpatched(model: nn.Module) -> Iterator[None]:
+    """Without the autocast that a Trainer leaves around the forward, in which losses would be bfloat16."""
     training = model.training
-    patched = {
-        name: vars(model).pop(name) for name in ("forward", "_original_forward") if name in vars(model)
-    }  # autocast
+    patched = {name: vars(model).pop(name) for name in PATCHED if name in vars(model)}
+    try:
+        yield
+    finally:
+        vars(model).update(patched)
+        model.train(training)
+
+
+def _level(
+    model: nn.Module, documents: Rows, others: Rows, unseen: Rows | None, lr: float, sink_lr: float, passes: int,
+    batch_rows: int, micro_rows: int, seed: int, say: Callable[[str], None] | None,
+) -> Settled:  # fmt: skip
+    """What `settle` does with arguments that are in order."""
+    shared = [x for x in shared_parameters(model) if x.requires_grad]
     expected = expected_losses(model, documents, others, unseen)
     before = losses(model, documents)
     shift = shift_of(expected.losses, before)
@@ -132,8 +150,8 @@ def settle(
                 group["lr"] = rate * (1 - step / steps)
         chosen, others_chosen = next(own), next(other)
         below = moved = 0.0
-        for part in chosen.split(micro_rows):
-            batch = _batch(documents, part, device)
+        parts = [(part, _batch(documents, part, device)) for part in chosen.split(micro_rows)]
+        for part, batch in parts:
             found = row_losses(_logits(model, batch), batch["labels"])
             short = (target[part].to(device) - found).clamp(min=0).sum() / len(chosen)
             if short.item() > 0:
@@ -150,8 +168,7 @@ def settle(
             optimizer.step()
             optimizer.zero_grad()
         if sinks is not None:
-            for part in chosen.split(micro_rows):
-                batch = _batch(documents, part, device)
+            for _, batch in parts:
                 with frozen(shared), sinks_open(model, batch["document_ids"][:, 0]):
                     (row_losses(_logits(model, batch), batch["labels"]).sum() / len(chosen)).backward()
             clip_grad_norm_(model, 1.0)
@@ -160,8 +177,6 @@ def settle(
         if say and (step % 10 == 0 or step + 1 == steps):
             say(f"settle: step {step + 1}/{steps}  below what is expected {below:.3f}  others moved {moved:.4f}")
     after, others_after = losses(model, documents), losses(model, others)
-    vars(model).update(patched)
-    model.train(training)
     return Settled(expected, shift, before, after, others_after, steps)
 
 
