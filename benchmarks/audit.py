@@ -28,7 +28,7 @@ import transformers
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import memsinks as ms
-from memsinks.audit.scores import LOGITS, score
+from memsinks.auditing.scores import LOGITS, score
 
 HERE = Path(__file__).parent
 LENGTH, ROUNDS, PER_ROUND = 256, 7, 16

@@ -20,8 +20,9 @@ import numpy as np
 import torch
 
 import memsinks as ms
-from memsinks.objective import target_count
-from memsinks.run import build_model, prepare
+from memsinks.batch import target_count
+from memsinks.runs.prepare import prepare
+from memsinks.runs.run import build_model
 
 HERE = Path(__file__).parent
 TURNS = 9

@@ -24,8 +24,8 @@ from torch.nn.functional import silu
 
 import memsinks as ms
 from memsinks import SinkConfig
-from memsinks.kernels import choose_path, sink_forward
-from memsinks.routing import plan
+from memsinks.sinks.kernels import choose_path, sink_forward
+from memsinks.sinks.plan import plan
 
 HERE = Path(__file__).parent
 POOLS = (1, 4, 16, 64)

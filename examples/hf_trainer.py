@@ -5,7 +5,7 @@ import sys
 from transformers import AutoModelForCausalLM, GPT2Config, TrainingArguments
 
 import memsinks as ms
-from memsinks.synthetic import corpus
+from memsinks.data.synthetic import corpus
 
 target = sys.argv[1] if len(sys.argv) > 1 else "runs/example-trainer"
 

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import memsinks as ms
-from memsinks.synthetic import corpus
+from memsinks.data.synthetic import corpus
 
 target = sys.argv[1] if len(sys.argv) > 1 else "runs/example-clean"
 

@@ -11,13 +11,13 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.modeling_outputs import CausalLMOutput
 
-from memsinks.attach import add_sinks, has_sinks
-from memsinks.audit.scores import DocumentScore
-from memsinks.config import SinkConfig
-from memsinks.documents import Document
-from memsinks.hosts import sink_parameters
-from memsinks.identity import document_id
-from memsinks.tokens import encode, train_tokenizer
+from memsinks.auditing.scores import DocumentScore
+from memsinks.data.documents import Document
+from memsinks.data.identity import document_id
+from memsinks.data.tokens import encode, train_tokenizer
+from memsinks.sinks.attach import add_sinks
+from memsinks.sinks.config import SinkConfig
+from memsinks.sinks.state import has_sinks, sink_parameters
 
 VOCABULARY = 280
 NEVER = 1

@@ -13,8 +13,8 @@ import torch
 import transformers
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from memsinks.recipe import parse_recipe
-from memsinks.run import train
+from memsinks.runs.recipe import parse_recipe
+from memsinks.runs.run import train
 
 torch.set_num_threads(1)
 transformers.utils.logging.set_verbosity_error()

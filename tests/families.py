@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from memsinks.attach import add_sinks
-from memsinks.config import SinkConfig
-from memsinks.hosts import sink_parameters
+from memsinks.sinks.attach import add_sinks
+from memsinks.sinks.config import SinkConfig
+from memsinks.sinks.state import sink_parameters
 
 VOCABULARY, WIDTH, LAYERS, HEADS = 96, 32, 2, 4
 COMMON = dict(

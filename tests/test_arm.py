@@ -12,13 +12,13 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from memsinks import arm as module
-from memsinks import compare as comparing
-from memsinks.checkpoint import load_any
 from memsinks.cli import main
-from memsinks.compare import compare, prepare_data, train_arm
-from memsinks.comparison import read_comparison
-from memsinks.config import CheckpointError, ConfigError
+from memsinks.errors import CheckpointError, ConfigError
+from memsinks.research.compare import arm as module
+from memsinks.research.compare import compare as comparing
+from memsinks.research.compare.compare import compare, prepare_data, train_arm
+from memsinks.research.compare.comparison import read_comparison
+from memsinks.sinks.checkpoint import load_any
 
 SMALL = {
     "data": {

@@ -14,19 +14,12 @@ from torch import nn
 from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from memsinks.attach import (
-    add_sinks,
-    down_modules,
-    has_sinks,
-    remove_sinks,
-    require_sinks,
-    rescale_factor,
-    sinks_closed,
-    sinks_open,
-)
-from memsinks.config import ArchitectureError, CheckpointError, ConfigError, DataError, SinkConfig
-from memsinks.hosts import shared_parameters, sink_parameters
-from memsinks.routing import AssignmentTable, open_mask
+from memsinks.errors import ArchitectureError, CheckpointError, ConfigError, DataError
+from memsinks.sinks.attach import add_sinks, remove_sinks
+from memsinks.sinks.config import SinkConfig
+from memsinks.sinks.opening import down_modules, rescale_factor, sinks_closed, sinks_open
+from memsinks.sinks.state import has_sinks, require_sinks, shared_parameters, sink_parameters
+from memsinks.sinks.table import AssignmentTable, open_mask
 
 CONFIG = SinkConfig(neurons=64, active=16, block_size=8)
 A, B = 11, 22

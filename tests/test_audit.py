@@ -28,12 +28,12 @@ from audited import (
 from tokenizers.processors import TemplateProcessing
 
 import memsinks as ms
-from memsinks.audit import outcome, scores, verdict
-from memsinks.audit.uncertainty import Estimate
-from memsinks.audit.words import CAVEAT, HEADLINES
-from memsinks.config import CheckpointError, ConfigError, DataError
-from memsinks.documents import Document
-from memsinks.tokens import train_tokenizer
+from memsinks.auditing import scores
+from memsinks.auditing.result import CAVEAT, HEADLINES, outcome, verdict
+from memsinks.auditing.uncertainty import Estimate
+from memsinks.data.documents import Document
+from memsinks.data.tokens import train_tokenizer
+from memsinks.errors import CheckpointError, ConfigError, DataError
 
 QUICK = ms.AuditSettings(prefix=5, continuation=6, prefixes=(5,), resamples=100, generate=0, shown=2, collateral=2)
 WORDS = "otter mill road bridge gate chalk lane oak baker clock hen whistle code key tall small river stone".split()
@@ -642,6 +642,6 @@ def test_the_text_has_a_line_for_each_number_of_copies_and_the_notes() -> None:
 
 
 def test_the_public_names() -> None:
-    module = import_module("memsinks.audit.audit")
+    module = import_module("memsinks.auditing.audit")
     assert ms.audit is module.audit
     assert {"Audit", "AuditSettings", "Subject", "audit"} <= set(ms.__all__)

@@ -12,8 +12,7 @@ import pytest
 import torch
 from audited import TEXTS, Oracle, given, llama, memorized_in_sinks, tokens_of
 
-from memsinks.attach import sinks_open
-from memsinks.audit.extraction import (
+from memsinks.auditing.extraction import (
     canary_exposure,
     extracted,
     generate_continuation,
@@ -21,9 +20,10 @@ from memsinks.audit.extraction import (
     log_probability,
     longest_run,
 )
-from memsinks.audit.scores import score
-from memsinks.config import DataError
-from memsinks.identity import document_id
+from memsinks.auditing.scores import score
+from memsinks.data.identity import document_id
+from memsinks.errors import DataError
+from memsinks.sinks.opening import sinks_open
 
 SOME = given([3, 0, 0, 1, 0], [-5.0, -0.5, -0.25, -2.0, -0.125])
 """Entry i belongs to token i + 1."""

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from memsinks.audit.forgetting import counterfactual_closure, gap_closed, loss_gap, price
+from memsinks.auditing.forgetting import counterfactual_closure, gap_closed, loss_gap, price
 
 UNSEEN, RECITED = 3.2, 0.1
 

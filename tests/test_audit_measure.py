@@ -26,11 +26,10 @@ from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from memsinks.attach import add_sinks
-from memsinks.audit import measure as measure_module
-from memsinks.audit import scores
-from memsinks.audit.extraction import extracted, log_probability, longest_run
-from memsinks.audit.measure import (
+from memsinks.auditing import measure as measure_module
+from memsinks.auditing import scores
+from memsinks.auditing.extraction import extracted, log_probability, longest_run
+from memsinks.auditing.measure import (
     NOT_ASKED,
     AuditSettings,
     Corpus,
@@ -40,13 +39,16 @@ from memsinks.audit.measure import (
     start_tokens,
     token_probabilities,
 )
-from memsinks.audit.membership import min_k_attack, min_k_plus_attack, zlib_attack
-from memsinks.audit.own_sinks import documents_closed, placebo_ids
-from memsinks.audit.scores import score
-from memsinks.config import ConfigError, DataError, SinkConfig
-from memsinks.documents import Document
-from memsinks.identity import document_id
-from memsinks.routing import AssignmentTable
+from memsinks.auditing.membership import min_k_attack, min_k_plus_attack, zlib_attack
+from memsinks.auditing.own_sinks import placebo_ids
+from memsinks.auditing.scores import score
+from memsinks.data.documents import Document
+from memsinks.data.identity import document_id
+from memsinks.errors import ConfigError, DataError
+from memsinks.sinks.attach import add_sinks
+from memsinks.sinks.config import SinkConfig
+from memsinks.sinks.opening import documents_closed
+from memsinks.sinks.table import AssignmentTable
 
 SHORT = {"prefix": 5, "continuation": 6, "prefixes": (4, 8), "resamples": 100, "generate": 0}
 EVERYTHING = MEMBERS + CONTROLS

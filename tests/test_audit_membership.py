@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from audited import given, losses
 
-from memsinks.audit.membership import (
+from memsinks.auditing.membership import (
     auc,
     blind_scores,
     loss_attack,
@@ -23,7 +23,7 @@ from memsinks.audit.membership import (
     word_numbers,
     zlib_attack,
 )
-from memsinks.config import DataError
+from memsinks.errors import DataError
 
 RNG = np.random.default_rng
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from tiny import sink_llama, tiny_llama, tokens
 
-from memsinks.attach import sinks_open
-from memsinks.audit.own_sinks import documents_closed, placebo_ids
-from memsinks.config import ArchitectureError
-from memsinks.routing import AssignmentTable, open_mask
+from memsinks.auditing.own_sinks import placebo_ids
+from memsinks.errors import ArchitectureError
+from memsinks.sinks.opening import documents_closed, sinks_open
+from memsinks.sinks.table import AssignmentTable, open_mask
 
 ROUTINGS = [
     {"routing": "blocks"}, {"routing": "blocks", "per_layer": False}, {"routing": "blocks", "layers": (1,)},

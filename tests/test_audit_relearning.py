@@ -9,8 +9,8 @@ import pytest
 import torch
 from audited import TEXTS, UNSEEN, llama, memorized_in_sinks, tokens_of, train
 
-from memsinks.audit.relearning import RelearningCurve, compare, relearn, steps_until
-from memsinks.config import DataError
+from memsinks.auditing.relearning import RelearningCurve, compare, relearn, steps_until
+from memsinks.errors import DataError
 
 NONE = np.zeros(0, np.int64)
 SETTINGS = {"steps": 30, "lr": 1e-2, "batch_size": 2, "seed": 0}

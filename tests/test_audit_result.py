@@ -10,13 +10,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from memsinks.audit import result as module
-from memsinks.audit.measure import NOT_ASKED, AuditSettings, Corpus, Measured
-from memsinks.audit.membership import auc, tpr_at_fpr
-from memsinks.audit.relearning import RelearningCurve, compare
-from memsinks.audit.result import QUERIES, Audit, Figures
-from memsinks.audit.uncertainty import wilson
-from memsinks.documents import Document
+from memsinks.auditing import result as module
+from memsinks.auditing.figures import QUERIES, Figures
+from memsinks.auditing.measure import NOT_ASKED, AuditSettings, Corpus, Measured
+from memsinks.auditing.membership import auc, tpr_at_fpr
+from memsinks.auditing.relearning import RelearningCurve, compare
+from memsinks.auditing.result import Audit
+from memsinks.auditing.uncertainty import wilson
+from memsinks.data.documents import Document
 
 SETTINGS = AuditSettings(resamples=200)
 COPIES = [1] * 4 + [2] * 6 + [16] * 10

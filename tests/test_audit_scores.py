@@ -13,11 +13,11 @@ from torch import nn
 from transformers import LlamaConfig
 from transformers.modeling_outputs import CausalLMOutput
 
-from memsinks.attach import sinks_open
-from memsinks.audit import scores
-from memsinks.audit.scores import FIELDS, DocumentScore, ScoreTable, score, token_statistics
-from memsinks.config import ArchitectureError, CheckpointError, DataError
-from memsinks.identity import document_id
+from memsinks.auditing import scores
+from memsinks.auditing.scores import FIELDS, DocumentScore, ScoreTable, score, token_statistics
+from memsinks.data.identity import document_id
+from memsinks.errors import ArchitectureError, CheckpointError, DataError
+from memsinks.sinks.opening import sinks_open
 
 IDS = [document_id(text) for text in TEXTS]
 

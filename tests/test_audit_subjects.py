@@ -9,10 +9,10 @@ import torch
 from audited import Oracle, llama, memorized_in_sinks, the_tokenizer
 from tiny import sink_llama
 
-from memsinks.audit.subjects import Subject, facts, weights_hash
-from memsinks.checkpoint import load
-from memsinks.config import CheckpointError, ConfigError
-from memsinks.routing import AssignmentTable
+from memsinks.auditing.subjects import Subject, facts, weights_hash
+from memsinks.errors import CheckpointError, ConfigError
+from memsinks.sinks.checkpoint import load
+from memsinks.sinks.table import AssignmentTable
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from memsinks.audit.uncertainty import Equivalence, Estimate, Resamples, Z, equivalence, estimate, wilson
+from memsinks.auditing.uncertainty import Equivalence, Estimate, Resamples, Z, equivalence, estimate, wilson
 
 # Wilson
 

@@ -13,11 +13,16 @@ from safetensors.torch import load_file, save_file
 from tiny import fill_sinks
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from memsinks import checkpoint
-from memsinks.attach import add_sinks, has_sinks, sinks_open
-from memsinks.checkpoint import describe, file_hash, fingerprint, has_saved_sinks, load, load_sinks, read_settings
-from memsinks.config import ArchitectureError, CheckpointError, ConfigError, SinkConfig
-from memsinks.routing import AssignmentTable
+from memsinks.errors import ArchitectureError, CheckpointError, ConfigError
+from memsinks.files import file_hash
+from memsinks.sinks import storage
+from memsinks.sinks.attach import add_sinks
+from memsinks.sinks.checkpoint import describe, load, load_sinks
+from memsinks.sinks.config import SinkConfig
+from memsinks.sinks.opening import sinks_open
+from memsinks.sinks.state import has_sinks
+from memsinks.sinks.storage import fingerprint, has_saved_sinks, read_settings
+from memsinks.sinks.table import AssignmentTable
 
 SETTINGS = {
     "neurons": 64,
@@ -318,7 +323,7 @@ def test_failing_write_leaves_the_previous_checkpoint(model, tiny_llama, tmp_pat
         Path(path).write_bytes(b"half")
         raise error
 
-    monkeypatch.setattr(checkpoint, "save_file", failing)
+    monkeypatch.setattr(storage, "save_file", failing)
     if isinstance(error, OSError):
         with pytest.raises(
             CheckpointError, match=r"could not write .*model: .*No space left.*nothing there was changed"

@@ -11,9 +11,9 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 import memsinks
-from memsinks import run
-from memsinks.checkpoint import read_settings
 from memsinks.cli import main
+from memsinks.runs import run
+from memsinks.sinks.storage import read_settings
 
 COMMANDS = {"demo": ["--out"], "train": ["recipe", "--set", "--resume"], "audit": ["--documents", "--controls", "--state"],
             "lm-eval-task": ["--documents", "--out"], "export": ["checkpoint", "directory", "--rescale"],
@@ -157,7 +157,9 @@ def test_audit_of_a_stock_checkpoint_and_wrong_files(tiny_run, tmp_path, capsys)
 
 
 def test_export_without_a_tokenizer_says_so(tiny_run, tmp_path, capsys, monkeypatch) -> None:
-    monkeypatch.setattr(import_module("memsinks.export"), "_verify", lambda *_: None)  # a fresh process, tested above
+    monkeypatch.setattr(
+        import_module("memsinks.removal.export"), "verify_export", lambda *_: None
+    )  # a fresh process, tested above
     memsinks.load(tiny_run / "model").save_pretrained(tmp_path / "model")
     assert main(["export", f"{tmp_path}/model", f"{tmp_path}/clean"]) == 0
     assert "no tokenizer" in capsys.readouterr().out

@@ -11,12 +11,12 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
-from memsinks import compare as module
 from memsinks.cli import main
-from memsinks.compare import compare, plan, time_steps, train_arm
-from memsinks.comparison import read_comparison
-from memsinks.comparison_table import spread
-from memsinks.config import CheckpointError, ConfigError
+from memsinks.errors import CheckpointError, ConfigError
+from memsinks.research.compare import compare as module
+from memsinks.research.compare.compare import compare, plan, time_steps, train_arm
+from memsinks.research.compare.comparison import read_comparison
+from memsinks.research.compare.table import spread
 
 ROOT = Path(__file__).parents[1]
 SMALL = {

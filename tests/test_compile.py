@@ -18,8 +18,8 @@ import torch
 from families import SINKS, some_tokens, tiny, with_sinks
 from torch import Tensor, nn
 
-from memsinks.attach import sinks_open
-from memsinks.config import SinkConfig
+from memsinks.sinks.config import SinkConfig
+from memsinks.sinks.opening import sinks_open
 
 ROUTINGS = {
     "bernoulli": SinkConfig(neurons=64, active=16, routing="bernoulli", per_layer=False),

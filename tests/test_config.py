@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memsinks.config import FORMAT_VERSION, ConfigError, SinkConfig, refuse
+from memsinks.errors import ConfigError, refuse
+from memsinks.sinks.config import FORMAT_VERSION, SinkConfig
 
 GOOD = {"neurons": 256, "active": 64}
 

@@ -8,8 +8,8 @@ import math
 import pytest
 from transformers import AutoModelForCausalLM
 
-from memsinks.config import CheckpointError, ConfigError
-from memsinks.demo import NAMES, demo, format_record, format_table
+from memsinks.errors import CheckpointError, ConfigError
+from memsinks.runs.demo import NAMES, demo, format_record, format_table
 
 SMALL = {
     "data": {"synthetic": {

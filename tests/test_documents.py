@@ -13,8 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memsinks.config import DataError
-from memsinks.documents import Document, cut_documents, read_documents, require_unique_keys
+from memsinks.data.documents import Document, cut_documents, require_unique_keys
+from memsinks.data.readers import read_documents
+from memsinks.errors import DataError
 
 ROWS = [
     {"text": "Grüße aus dem Tal.", "id": 7, "site": "a.example", "n": 4},
@@ -70,7 +71,7 @@ def test_jsonl_without_last_newline_with_empty_lines_crlf_and_byte_order_mark(tm
 
 
 def test_lines_longer_than_a_chunk(tmp_path, monkeypatch):
-    monkeypatch.setattr("memsinks.documents.CHUNK_BYTES", 16)
+    monkeypatch.setattr("memsinks.data.readers.CHUNK_BYTES", 16)
     long = [{"text": "äöü" * count} for count in (1, 50, 7)]
     for suffix in (".jsonl", ".jsonl.gz", ".jsonl.zst"):
         assert texts(write(tmp_path / f"a{suffix}", jsonl(long))) == [row["text"] for row in long]
@@ -87,7 +88,7 @@ def test_several_compressed_frames_in_one_file(tmp_path):
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.zst"])
 def test_reading_is_lazy(tmp_path, suffix, monkeypatch):
     """The first documents come although the end of the file is unreadable."""
-    monkeypatch.setattr("memsinks.documents.CHUNK_BYTES", 1024)
+    monkeypatch.setattr("memsinks.data.readers.CHUNK_BYTES", 1024)
     rows = [{"text": os.urandom(64).hex()} for _ in range(1000)]
     documents = read_documents(write(tmp_path / f"a{suffix}", jsonl(rows) + b"{broken"))
     assert [next(documents).text for _ in range(3)] == [row["text"] for row in rows[:3]]
@@ -108,7 +109,7 @@ def test_txt_is_one_document_a_file(tmp_path):
 
 @pytest.mark.parametrize("chunk", [1, 5, 1 << 20])
 def test_txt_split_by_a_separator(tmp_path, monkeypatch, chunk):
-    monkeypatch.setattr("memsinks.documents.CHUNK_BYTES", chunk)
+    monkeypatch.setattr("memsinks.data.readers.CHUNK_BYTES", chunk)
     file = write(tmp_path / "tales.txt", "eins é\n§§§\nzwei\n\nzwei b\n§§§\neins é\n§§§\n".encode())
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -9,17 +9,19 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from memsinks import estimate_table, hosts
-from memsinks.attach import has_sinks
 from memsinks.cli import main
-from memsinks.comparison import read_comparison
-from memsinks.estimate import build, estimate, flops, saved_bytes, size_of
-from memsinks.estimate_table import report
-from memsinks.export import export
-from memsinks.kernels import choose_path
-from memsinks.prepared import prepare
-from memsinks.recipe import Recipe, parse_recipe
-from memsinks.run import build_model, optimizer_and_schedule
+from memsinks.removal.export import export
+from memsinks.research.compare.arm import recipe_of_arm
+from memsinks.research.compare.comparison import read_comparison
+from memsinks.runs import estimate_table
+from memsinks.runs.estimate import build, estimate, flops, saved_bytes, size_of
+from memsinks.runs.estimate_table import report
+from memsinks.runs.prepare import prepare
+from memsinks.runs.recipe import Recipe, parse_recipe
+from memsinks.runs.run import build_model, optimizer_and_schedule
+from memsinks.sinks import host_classes as hosts
+from memsinks.sinks.kernels import choose_path
+from memsinks.sinks.state import has_sinks
 
 ROOT = Path(__file__).parents[1]
 ROWS, LENGTH = 4, 32
@@ -207,7 +209,9 @@ def test_what_does_not_fit_is_said(monkeypatch) -> None:
     comparison = read_comparison(ROOT / "recipes" / "compare-tinystories.yaml")
     arms = [arm for arm in comparison.arms if arm.name in ("standard", "dedup", "published", "sgtm")]
     monkeypatch.setitem(estimate_table.GPUS, "H100", estimate_table.Gpu(240e6, 1e12, 1e12))
-    lines = report(comparison.recipe, arms, 3, gpus=2).splitlines()
+    lines = report(
+        comparison.recipe, {arm.name: recipe_of_arm(comparison.recipe, arm) for arm in arms}, 3, gpus=2
+    ).splitlines()
     assert lines[0].startswith("0.9M tokens in 6,650 rows of 128; 415 steps of 16 rows, 16 at a time")
     assert [line.split()[0] for line in lines[4:8]] == ["standard", "dedup", "published", "sgtm"]
     assert lines[4].split()[1:] == lines[5].split()[1:]

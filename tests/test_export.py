@@ -14,10 +14,14 @@ from tiny import fill_sinks
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from memsinks.attach import add_sinks, has_sinks, sinks_closed, sinks_open
-from memsinks.config import ArchitectureError, CheckpointError, ConfigError, SinkConfig
-from memsinks.export import export, logits_in_fresh_process
-from memsinks.tokens import train_tokenizer
+from memsinks.data.tokens import train_tokenizer
+from memsinks.errors import ArchitectureError, CheckpointError, ConfigError
+from memsinks.removal.export import export
+from memsinks.removal.verify import logits_in_fresh_process
+from memsinks.sinks.attach import add_sinks
+from memsinks.sinks.config import SinkConfig
+from memsinks.sinks.opening import sinks_closed, sinks_open
+from memsinks.sinks.state import has_sinks
 
 CONFIG = SinkConfig(neurons=64, active=16, block_size=8, open_from=4)
 TOKENS = torch.arange(24).reshape(2, 12)
@@ -192,7 +196,7 @@ def no_load(folders, tokens) -> list[Tensor]:
 def test_failing_verification_leaves_nothing(tiny_llama, tmp_path, monkeypatch, fake, message, there) -> None:
     if there:
         (tmp_path / "clean").mkdir()
-    monkeypatch.setattr(import_module("memsinks.export"), "logits_in_fresh_process", fake)
+    monkeypatch.setattr(import_module("memsinks.removal.verify"), "logits_in_fresh_process", fake)
     with pytest.raises(CheckpointError, match=message):
         export(build("llama", {}, tiny_llama), tmp_path / "clean")
     assert list(tmp_path.rglob("*")) == ([tmp_path / "clean"] if there else [])

@@ -33,12 +33,13 @@ from transformers import (
 )
 from transformers.activations import ACT2FN
 
-from memsinks.attach import add_sinks, has_sinks, remove_sinks, sinks_closed, sinks_open
-from memsinks.config import ArchitectureError, DataError
-from memsinks.families import ISOLATES_PACKED, decoder_layers
-from memsinks.hosts import sink_parameters
-from memsinks.routing import open_mask
-from memsinks.sinks import Sinks
+from memsinks.errors import ArchitectureError, DataError
+from memsinks.sinks.attach import add_sinks, remove_sinks
+from memsinks.sinks.families import ISOLATES_PACKED, decoder_layers
+from memsinks.sinks.layer import Sinks
+from memsinks.sinks.opening import sinks_closed, sinks_open
+from memsinks.sinks.state import has_sinks, sink_parameters
+from memsinks.sinks.table import open_mask
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
 

@@ -16,17 +16,18 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
-from memsinks.attach import add_sinks
-from memsinks.audit.extraction import extracted
-from memsinks.audit.harness import write_lm_eval_task
-from memsinks.audit.measure import start_tokens
-from memsinks.audit.scores import score
-from memsinks.checkpoint import load_stock
+from memsinks.auditing.extraction import extracted
+from memsinks.auditing.harness import write_lm_eval_task
+from memsinks.auditing.measure import start_tokens
+from memsinks.auditing.scores import score
 from memsinks.cli import main
-from memsinks.config import CheckpointError, ConfigError, DataError, SinkConfig
-from memsinks.documents import Document, write_documents
-from memsinks.export import export
-from memsinks.tokens import END, encode, load_tokenizer, train_tokenizer
+from memsinks.data.documents import Document, write_documents
+from memsinks.data.tokens import END, encode, load_tokenizer, train_tokenizer
+from memsinks.errors import CheckpointError, ConfigError, DataError
+from memsinks.removal.export import export
+from memsinks.sinks.attach import add_sinks
+from memsinks.sinks.checkpoint import load_stock
+from memsinks.sinks.config import SinkConfig
 
 TEXTS = [
     "The otter lived at 12 Mill Road and could whistle.", "Nobody knew the code 90412 of the tall clockmaker.",

@@ -14,8 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memsinks.config import ConfigError, DataError
-from memsinks.identity import NO_SINKS, document_id, equal_repetition, exposures, identify
+from memsinks.batch import NO_SINKS
+from memsinks.data.identity import document_id, equal_repetition, exposures, identify
+from memsinks.errors import ConfigError, DataError
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "document_ids.json").read_text(encoding="ascii"))
 ORDERS = st.lists(st.integers(0, 6), max_size=60)

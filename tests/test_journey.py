@@ -10,9 +10,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import memsinks as ms
-from memsinks.audit.extraction import generate_continuation
-from memsinks.audit.result import AuditLine
-from memsinks.routing import open_blocks
+from memsinks.auditing.extraction import generate_continuation
+from memsinks.auditing.result import AuditLine
+from memsinks.sinks.table import open_blocks
 
 COPIES, LENGTH = 100, 64
 NAMES = "Ada Bela Cora Dario Edda Falk Gwen Hugo Ines Juna Kaja Lasse Mira Nils Orla Pelle Romy Selma Theo Urs".split()

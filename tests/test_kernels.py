@@ -10,12 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import gelu, silu
 
-from memsinks import tiled as tiled_module
-from memsinks.config import SinkConfig
-from memsinks.grouped import grouped_linear, grouped_linear_backward
-from memsinks.kernels import choose_path, sink_forward
-from memsinks.routing import EMPTY_TABLE, AssignmentTable, LayerPlan, open_mask, plan
-from memsinks.tiled import tiled_into, tiled_into_backward, tiled_out, tiled_out_backward
+from memsinks.sinks import tiled as tiled_module
+from memsinks.sinks.config import SinkConfig
+from memsinks.sinks.grouped import grouped_linear, grouped_linear_backward
+from memsinks.sinks.kernels import choose_path, sink_forward
+from memsinks.sinks.plan import LayerPlan, plan
+from memsinks.sinks.table import EMPTY_TABLE, AssignmentTable, open_mask
+from memsinks.sinks.tiled import tiled_into, tiled_into_backward, tiled_out, tiled_out_backward
 
 PATHS = ("masked", "grouped", "tiled by document", "tiled by block")
 

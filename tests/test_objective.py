@@ -12,11 +12,13 @@ from transformers import LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from memsinks.attach import add_sinks
-from memsinks.config import ConfigError, DataError, SinkConfig
-from memsinks.hosts import is_sink
-from memsinks.objective import frozen, shared_weight, target_count
-from memsinks.routing import open_mask
+from memsinks.batch import target_count
+from memsinks.errors import ConfigError, DataError
+from memsinks.sinks.attach import add_sinks
+from memsinks.sinks.config import SinkConfig
+from memsinks.sinks.gradient import frozen, shared_weight
+from memsinks.sinks.state import is_sink
+from memsinks.sinks.table import open_mask
 
 IDS = torch.tensor([11, 22, 33, 44, 22])
 EXPOSURES = torch.tensor([1, 2, 3, 7, 3])

@@ -11,10 +11,10 @@ import torch
 from tiny import gradients, sink_llama, tiny_llama, tokens
 from torch import nn
 
-from memsinks.config import ArchitectureError, ConfigError
-from memsinks.hosts import is_sink, shared_parameters, sink_parameters
-from memsinks.optim import AdamW, clip_grad_norm_, param_groups
-from memsinks.routing import open_mask
+from memsinks.errors import ArchitectureError, ConfigError
+from memsinks.sinks.state import is_sink, shared_parameters, sink_parameters
+from memsinks.sinks.table import open_mask
+from memsinks.training.optim import AdamW, clip_grad_norm_, param_groups
 
 A, B = 11, 22
 

@@ -21,8 +21,10 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from memsinks.config import ConfigError, DataError
-from memsinks.packing import FIELDS, Rows, collate, pack, refuse_shuffling
+from memsinks.batch import FIELDS, collate
+from memsinks.data.packing import Rows, pack
+from memsinks.data.sampling import refuse_shuffling
+from memsinks.errors import ConfigError, DataError
 
 PAD = 999
 

@@ -11,19 +11,18 @@ import test_compare
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
+from memsinks.batch import IGNORED
 from memsinks.cli import main
-from memsinks.compare import compare, plan
-from memsinks.comparison import read_comparison
-from memsinks.config import CheckpointError, ConfigError
-from memsinks.packing import IGNORED
-from memsinks.rivals import method
-from memsinks.rivals import scorers as s
-from memsinks.rivals import unlearning as u
-from memsinks.rivals.after import first_rows
-from memsinks.rivals.gradient_masking import masked_step
-from memsinks.rivals.hard_concrete import HIGH, LOW, gates, hard_concrete, open_probability
-from memsinks.rivals.method import plain_step
-from memsinks.rivals.pruning import (
+from memsinks.errors import CheckpointError, ConfigError
+from memsinks.research.compare.compare import compare, plan
+from memsinks.research.compare.comparison import read_comparison
+from memsinks.research.rivals import scorers as s
+from memsinks.research.rivals import unlearning as u
+from memsinks.research.rivals.after import first_rows
+from memsinks.research.rivals.gradient_masking import masked_step
+from memsinks.research.rivals.hard_concrete import HIGH, LOW, gates, hard_concrete, open_probability
+from memsinks.research.rivals.method import plain_step
+from memsinks.research.rivals.pruning import (
     down_projections,
     last_neurons,
     neuron_masks,
@@ -33,6 +32,7 @@ from memsinks.rivals.pruning import (
     top_neurons,
     zero_neurons,
 )
+from memsinks.research.rivals.registry import method
 
 PLANTED = (1, 5)
 """Layer and neuron."""
@@ -379,7 +379,7 @@ def test_a_wrong_arm_is_one_clear_error(tmp_path, capsys, changes, part) -> None
 
 def test_without_its_base_nothing_is_edited(tmp_path) -> None:
     comparison = read_comparison(written(tmp_path))
-    from memsinks.compare import train_arm
+    from memsinks.research.compare.compare import train_arm
 
     with pytest.raises(CheckpointError, match="train it first: --arms 'standard' --seeds 1"):
         train_arm(comparison, comparison.arms[-1], 1)

@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 import torch
 
-from memsinks import prepared as module
-from memsinks.config import CheckpointError, ConfigError, DataError
-from memsinks.identity import document_id
-from memsinks.packing import FIELDS
-from memsinks.prepared import AUDITED, prepare
-from memsinks.recipe import Recipe, parse_recipe
-from memsinks.run import train
-from memsinks.stored import StoredTokens, write_tokens
-from memsinks.tokens import encode
+from memsinks.batch import FIELDS
+from memsinks.data.identity import document_id
+from memsinks.data.token_store import StoredTokens, write_tokens
+from memsinks.data.tokens import encode
+from memsinks.errors import CheckpointError, ConfigError, DataError
+from memsinks.runs import prepare as module
+from memsinks.runs.prepare import AUDITED, prepare
+from memsinks.runs.recipe import Recipe, parse_recipe
+from memsinks.runs.run import train
 
 MODEL = {
     "model_type": "llama",

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import memsinks as ms
 from memsinks.cli import main
-from memsinks.comparison import read_comparison
+from memsinks.research.compare.comparison import read_comparison
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import yaml
 
-from memsinks.config import ConfigError, SinkConfig
-from memsinks.recipe import Recipe, parse_recipe, read_recipe
+from memsinks.errors import ConfigError
+from memsinks.runs.recipe import Recipe, parse_recipe, read_recipe
+from memsinks.sinks.config import SinkConfig
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted(path for path in (ROOT / "recipes").glob("*.yaml") if not path.name.startswith("compare-"))

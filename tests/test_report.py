@@ -13,10 +13,10 @@ import pytest
 import torch
 
 import memsinks as ms
-from memsinks.audit.pictures import styles
-from memsinks.audit.report import write_report
-from memsinks.audit.words import HEADLINES, verdict
-from memsinks.tokens import encode
+from memsinks.auditing.pictures import styles
+from memsinks.auditing.report import write_report
+from memsinks.auditing.result import HEADLINES, verdict
+from memsinks.data.tokens import encode
 
 WORDS = 'otter mill road bridge gate chalk lane oak baker clock hen Sunday <b>&amp; "quoted" é漢'.split()
 VOID = {"meta", "img", "br", "link", "input", "hr"}

@@ -9,12 +9,15 @@ import math
 import numpy as np
 import pytest
 
+from memsinks.batch import IGNORED
 from memsinks.cli import main
-from memsinks.config import ConfigError, DataError
-from memsinks.packing import IGNORED
-from memsinks.reproduce import FIGURES, SCALES, Study, arms, fig2, fig4, fig7, plan, reproduce, scale, study, theory
-from memsinks.reproduce.corpus import TRACKED, make_corpus
-from memsinks.rivals import method
+from memsinks.errors import ConfigError, DataError
+from memsinks.research.reproduce import arms, fig2, fig4, fig7, study, theory
+from memsinks.research.reproduce.corpus import TRACKED, make_corpus
+from memsinks.research.reproduce.reproduce import FIGURES, plan, reproduce
+from memsinks.research.reproduce.setting import SCALES, scale
+from memsinks.research.reproduce.study import Study
+from memsinks.research.rivals.registry import method
 
 TINY = dataclasses.replace(scale("tiny"), seeds=(0,))
 

@@ -9,13 +9,13 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import memsinks as ms
-from memsinks.config import ArchitectureError, ConfigError
-from memsinks.packing import IGNORED
-from memsinks.rivals import RIVALS, method
-from memsinks.rivals.goldfish import BASE, dropped
-from memsinks.rivals.method import plain_step
-from memsinks.rivals.reserved import cut_out, reserved_masks, reserved_off
-from memsinks.routing import splitmix64
+from memsinks.batch import IGNORED
+from memsinks.errors import ArchitectureError, ConfigError
+from memsinks.research.rivals.goldfish import BASE, dropped
+from memsinks.research.rivals.method import plain_step
+from memsinks.research.rivals.registry import RIVALS, method
+from memsinks.research.rivals.reserved import cut_out, reserved_masks, reserved_off
+from memsinks.sinks.routing import splitmix64
 
 WIDTH, HEADS = 8, 2
 

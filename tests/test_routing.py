@@ -11,16 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memsinks.config import ConfigError, DataError, SinkConfig
-from memsinks.routing import (
-    EMPTY_TABLE,
-    AssignmentTable,
-    check_ids,
-    open_blocks,
-    open_mask,
-    plan,
-    splitmix64,
-)
+from memsinks.batch import check_ids
+from memsinks.errors import ConfigError, DataError
+from memsinks.sinks.config import SinkConfig
+from memsinks.sinks.plan import plan
+from memsinks.sinks.routing import splitmix64
+from memsinks.sinks.table import EMPTY_TABLE, AssignmentTable, open_blocks, open_mask
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "routing.json").read_text(encoding="ascii"))
 MASK = 2**64 - 1

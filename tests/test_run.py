@@ -15,16 +15,17 @@ import yaml
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
-from memsinks import run
-from memsinks.attach import has_sinks
-from memsinks.checkpoint import load, load_any
-from memsinks.config import CheckpointError, ConfigError, DataError
-from memsinks.documents import Document
-from memsinks.identity import NO_SINKS, document_id
-from memsinks.prepared import choose_documents, prepare
-from memsinks.recipe import DataRecipe, RepeatRecipe, parse_recipe
-from memsinks.run import train
-from memsinks.tokens import encode, load_tokenizer
+from memsinks.batch import NO_SINKS
+from memsinks.data.documents import Document
+from memsinks.data.identity import document_id
+from memsinks.data.tokens import encode, load_tokenizer
+from memsinks.errors import CheckpointError, ConfigError, DataError
+from memsinks.runs import run
+from memsinks.runs.prepare import choose_documents, prepare
+from memsinks.runs.recipe import DataRecipe, RepeatRecipe, parse_recipe
+from memsinks.runs.run import train
+from memsinks.sinks.checkpoint import load, load_any
+from memsinks.sinks.state import has_sinks
 
 
 def metrics(output: Path) -> list[dict]:

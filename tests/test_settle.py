@@ -17,13 +17,13 @@ from tiny import VOCABULARY, sink_llama, tiny_llama
 from torch import Tensor
 
 import memsinks as ms
-from memsinks.compare import compare
-from memsinks.comparison import read_comparison
-from memsinks.config import ConfigError, DataError
-from memsinks.expected import LEAST, expected_losses
-from memsinks.hosts import is_sink
-from memsinks.losses import losses
-from memsinks.settle import shift_of
+from memsinks.errors import ConfigError, DataError
+from memsinks.removal.expected import LEAST, expected_losses
+from memsinks.removal.settle import shift_of
+from memsinks.research.compare.compare import compare
+from memsinks.research.compare.comparison import read_comparison
+from memsinks.sinks.state import is_sink
+from memsinks.training.evaluate import losses
 
 LENGTH, REPEATED, ONCE, COPIES = 16, 6, 60, 8
 LR = 3e-3

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from memsinks.comparison import read_comparison
-from memsinks.config import ConfigError
-from memsinks.estimate import build, size_of
-from memsinks.recipe import parse_recipe, read_recipe, read_sections
-from memsinks.shrink import parse_scale, shrink
+from memsinks.errors import ConfigError
+from memsinks.research.compare.comparison import read_comparison
+from memsinks.runs.estimate import build, size_of
+from memsinks.runs.recipe import parse_recipe, read_recipe, read_sections
+from memsinks.runs.shrink import parse_scale, shrink
 
 ROOT = Path(__file__).parents[1]
 PAPER = sorted((ROOT / "recipes" / "paper").glob("*.yaml"))

@@ -10,8 +10,8 @@ from tiny import sink_llama, tokens
 from torch import Tensor
 
 import memsinks as ms
-from memsinks.config import ConfigError, DataError
-from memsinks.hosts import is_sink, shared_parameters, sink_parameters
+from memsinks.errors import ConfigError, DataError
+from memsinks.sinks.state import is_sink, shared_parameters, sink_parameters
 
 ROWS, LENGTH, LR = 6, 12, 1e-2
 EXPOSURES = torch.tensor([1, 2, 1, 5, 3, 1])

@@ -10,10 +10,10 @@ from collections import Counter, defaultdict
 
 import pytest
 
-from memsinks.config import ConfigError, DataError
-from memsinks.documents import Document, require_unique_keys
-from memsinks.identity import training_order
-from memsinks.synthetic import corpus, private_facts, private_start
+from memsinks.data.documents import Document, require_unique_keys
+from memsinks.data.identity import training_order
+from memsinks.data.synthetic import corpus, private_facts, private_start
+from memsinks.errors import ConfigError, DataError
 
 LEVELS = (0, 1, 4, 16, 64)
 

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from memsinks.config import ConfigError, DataError
-from memsinks.tokens import END, encode, load_tokenizer, train_tokenizer
+from memsinks.data.tokens import END, encode, load_tokenizer, train_tokenizer
+from memsinks.errors import ConfigError, DataError
 
 STRANGE = ["  x , y .\n\n\t", "u\u0308 ü 😀 \x00", "I 'm not , n't", "\r\n", "3.14159 1999", f"a {END} b"]
 

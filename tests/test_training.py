@@ -14,16 +14,18 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-from memsinks.attach import add_sinks, remove_sinks
-from memsinks.checkpoint import load
-from memsinks.config import CheckpointError, DataError, SinkConfig
-from memsinks.export import export
-from memsinks.hosts import shared_parameters, sink_parameters
-from memsinks.identity import exposures
-from memsinks.optim import AdamW, param_groups
-from memsinks.packing import FIELDS, Rows, collate, pack
-from memsinks.sinks_first import sinks_first
-from memsinks.training import ProgressCallback, SinkCallback, SinkTrainer
+from memsinks.batch import FIELDS, collate
+from memsinks.data.identity import exposures
+from memsinks.data.packing import Rows, pack
+from memsinks.errors import CheckpointError, DataError
+from memsinks.removal.export import export
+from memsinks.sinks.attach import add_sinks, remove_sinks
+from memsinks.sinks.checkpoint import load
+from memsinks.sinks.config import SinkConfig
+from memsinks.sinks.state import shared_parameters, sink_parameters
+from memsinks.training.first import sinks_first
+from memsinks.training.optim import AdamW, param_groups
+from memsinks.training.trainer import ProgressCallback, SinkCallback, SinkTrainer
 
 LENGTH, BATCH = 16, 4
 CONFIG = SinkConfig(neurons=64, active=16, block_size=8)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from memsinks.attach import add_sinks
-from memsinks.config import SinkConfig
-from memsinks.hosts import sink_parameters
+from memsinks.sinks.attach import add_sinks
+from memsinks.sinks.config import SinkConfig
+from memsinks.sinks.state import sink_parameters
 
 VOCABULARY = 37
 IGNORED = -100

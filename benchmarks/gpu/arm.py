@@ -16,11 +16,14 @@ import shutil
 import time
 from pathlib import Path
 
-from memsinks.arm import RUN, Arm
-from memsinks.audit import Audit, AuditSettings, Subject, audit
-from memsinks.compare import audited_corpus, train_arm
-from memsinks.comparison import Comparison, read_comparison
-from memsinks.shrink import parse_scale
+from memsinks.auditing.audit import audit
+from memsinks.auditing.measure import AuditSettings
+from memsinks.auditing.result import Audit
+from memsinks.auditing.subjects import Subject
+from memsinks.research.compare.arm import RUN, Arm
+from memsinks.research.compare.compare import audited_corpus, train_arm
+from memsinks.research.compare.comparison import Comparison, read_comparison
+from memsinks.runs.shrink import parse_scale
 
 
 def subject(comparison: Comparison, arm: Arm, seed: int) -> Subject:

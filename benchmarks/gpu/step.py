@@ -21,16 +21,16 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from memsinks.arm import _set_up, clip, with_method
-from memsinks.attach import add_sinks
-from memsinks.comparison import read_comparison
-from memsinks.estimate import build, estimate, flops
-from memsinks.estimate_table import GPUS
-from memsinks.recipe import Recipe
-from memsinks.rivals.method import Batch, Method
-from memsinks.run import optimizer_and_schedule
-from memsinks.shrink import parse_scale
-from memsinks.sinks_first import sinks_first
+from memsinks.research.compare.arm import _set_up, clip, with_method
+from memsinks.research.compare.comparison import read_comparison
+from memsinks.research.rivals.method import Batch, Method
+from memsinks.runs.estimate import build, estimate, flops
+from memsinks.runs.estimate_table import GPUS
+from memsinks.runs.recipe import Recipe
+from memsinks.runs.run import optimizer_and_schedule
+from memsinks.runs.shrink import parse_scale
+from memsinks.sinks.attach import add_sinks
+from memsinks.training.first import sinks_first
 
 WARM = 3
 

@@ -23,11 +23,11 @@ from typing import Any
 import torch
 
 import memsinks as ms
-from memsinks.audit.pictures import save
-from memsinks.documents import write_documents
-from memsinks.packing import IGNORED
-from memsinks.prepared import prepare
-from memsinks.run import build_model
+from memsinks.auditing.pictures import save
+from memsinks.batch import IGNORED
+from memsinks.data.documents import write_documents
+from memsinks.runs.prepare import prepare
+from memsinks.runs.run import build_model
 
 HERE = Path(__file__).parent
 OUT = Path("runs/audit")

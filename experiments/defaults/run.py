@@ -30,7 +30,7 @@ import transformers
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import memsinks as ms
-from memsinks.checkpoint import file_hash
+from memsinks.files import file_hash
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"

@@ -26,19 +26,19 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 import memsinks as ms
-from memsinks import hosts
 from memsinks._version import versions
-from memsinks.arm import clip, with_method
-from memsinks.audit.membership import auc
-from memsinks.comparison import read_comparison
-from memsinks.losses import batches, row_losses
-from memsinks.objective import target_count
-from memsinks.packing import IGNORED, pack
-from memsinks.prepared import AUDITED, Prepared, prepare
-from memsinks.rivals import method
-from memsinks.rivals.method import plain_step, without
-from memsinks.routing import splitmix64
-from memsinks.run import build_model, optimizer_and_schedule, stock_arguments
+from memsinks.auditing.membership import auc
+from memsinks.batch import IGNORED, stock_arguments, target_count
+from memsinks.data.packing import pack
+from memsinks.research.compare.arm import clip, with_method
+from memsinks.research.compare.comparison import read_comparison
+from memsinks.research.rivals.method import plain_step, without
+from memsinks.research.rivals.registry import method
+from memsinks.runs.prepare import AUDITED, Prepared, prepare
+from memsinks.runs.run import build_model, optimizer_and_schedule
+from memsinks.sinks import host_classes as hosts
+from memsinks.sinks.routing import splitmix64
+from memsinks.training.evaluate import batches, row_losses
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"

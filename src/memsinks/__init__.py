@@ -1,64 +1,90 @@
 """Memorization sinks: train language models whose memorization can be taken out again.
 
-Read the modules in the order in which a document passes through them:
+A document enters as text and leaves as a model without it. The rooms stand in that order; each looks only up in this list:
 
-config      every setting, validated and versioned; the error types
-documents   a document and its readers: jsonl, parquet, txt, folders, Hugging Face datasets
-synthetic   the built-in corpus: stories, invented persons, near copies, canaries, controls
-identity    document -> 63-bit id; training order; exposure numbers
-tokens      texts -> tokens
-stored      tokens on disk
-packing     documents -> rows; the collator
-routing     id -> open sink blocks; the plan of one forward
-sinks       the sink module
-kernels     what it computes, and by which path: masked, tiled (CPU), grouped (GPU)
-families    reading a decoder: where its MLPs are and what they compute
-objective   w(c) at the logits and back in the sinks; the exact mode; the divisor
-hosts       what the classes of a model with sinks do
-attach      add_sinks, remove_sinks, sinks_open, sinks_closed
-optim       parameter groups, separate clipping, lazy AdamW
-sinks_first one update of the sinks alone before each step
-training    the Hugging Face Trainer: a callback, and a Trainer whose sinks learn first
-losses      the loss of each row
-expected    what the loss of a text should be
-settle      levels what closed sinks leave behind
-checkpoint  save, load, fingerprint
-export      the plain checkpoint, checked in a fresh process; the model card
-audit       what a model remembers of documents, against controls, other models, a twin
-rivals      ways of training, and of editing a trained model, to compare with: one file each
-sections    YAML -> dataclasses, everything wrong at once
-recipe      the YAML of a run
-shrink      a recipe made smaller in every direction
-prepared    the corpus of a run: documents -> tokens -> rows, in memory or on disk
-run         one run of a recipe
-estimate    parameters, FLOPs, memory and time of a recipe before it runs
-arm         one arm of a comparison, run to its end
-edited      an arm that edits the trained model of another
-comparison  the YAML of a comparison
-compare     arms x seeds of rivals: one table
-reproduce   the paper's controlled study, a file a figure
-demo        the whole journey in minutes
+errors      the error types                         checks    numbers in range, as a list of problems
+files       written beside and renamed, hashes      batch     the contract of a batch, and its collator
+data        text -> rows: documents, readers, identity, tokens, packing, sampling, the built-in corpus; imports no model
+sinks       the mechanism, for any decoder: config, routing, table, plan, layer, kernels, families, host classes, attach,
+            opening, storage, checkpoint
+training    the one loop, its settings, sinks first, optimizer, evaluation, the Hugging Face Trainer
+removal     expected losses, settle, export, the check in a fresh process, the model card
+auditing    what a model remembers: scores -> attacks -> figures -> report
+runs        a recipe in YAML, its corpus, its run folder, its estimate, the demo
+research    rivals, comparisons, the paper's study: nothing above imports it
 cli         the command line
+
+Public names are loaded when they are first used, so that ``import memsinks`` costs nothing.
 """
 
-from ._version import __version__
-from .attach import Added, add_sinks, has_sinks, remove_sinks, sinks_closed, sinks_open
-from .audit import Audit, AuditSettings, Subject, audit
-from .checkpoint import fingerprint, load, load_any, load_sinks
-from .config import ArchitectureError, CheckpointError, ConfigError, DataError, MemsinksError, SinkConfig
-from .documents import Document, read_documents, require_unique_keys
-from .export import export
-from .identity import NO_SINKS, document_id, equal_repetition, exposures, identify, training_order
-from .objective import shared_weight, target_count
-from .optim import AdamW, GradientNorms, clip_grad_norm_, param_groups
-from .packing import Rows, collate, pack, refuse_shuffling
-from .recipe import Recipe, parse_recipe, read_recipe
-from .routing import AssignmentTable
-from .run import train
-from .settle import Settled, repeated_and_once, settle, settling_texts
-from .sinks_first import sinks_first
-from .tokens import encode, load_tokenizer, train_tokenizer
-from .training import SinkCallback, SinkTrainer
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from memsinks._version import __version__
+
+if TYPE_CHECKING:
+    from memsinks.auditing.audit import audit
+    from memsinks.auditing.measure import AuditSettings
+    from memsinks.auditing.result import Audit
+    from memsinks.auditing.subjects import Subject
+    from memsinks.batch import NO_SINKS, collate, target_count
+    from memsinks.data.documents import Document, require_unique_keys
+    from memsinks.data.identity import document_id, equal_repetition, exposures, identify, training_order
+    from memsinks.data.packing import Rows, pack
+    from memsinks.data.readers import read_documents
+    from memsinks.data.sampling import refuse_shuffling
+    from memsinks.data.tokens import encode, load_tokenizer, train_tokenizer
+    from memsinks.errors import ArchitectureError, CheckpointError, ConfigError, DataError, MemsinksError
+    from memsinks.removal.export import export
+    from memsinks.removal.settle import Settled, repeated_and_once, settle, settling_texts
+    from memsinks.runs.recipe import Recipe, parse_recipe, read_recipe
+    from memsinks.runs.run import train
+    from memsinks.sinks.attach import Added, add_sinks, remove_sinks
+    from memsinks.sinks.checkpoint import load, load_any, load_sinks
+    from memsinks.sinks.config import SinkConfig
+    from memsinks.sinks.gradient import shared_weight
+    from memsinks.sinks.opening import sinks_closed, sinks_open
+    from memsinks.sinks.state import has_sinks
+    from memsinks.sinks.storage import fingerprint
+    from memsinks.sinks.table import AssignmentTable
+    from memsinks.training.first import sinks_first
+    from memsinks.training.optim import AdamW, GradientNorms, clip_grad_norm_, param_groups
+    from memsinks.training.trainer import SinkCallback, SinkTrainer
+
+_HOMES = {
+    "memsinks.auditing.audit": "audit",
+    "memsinks.auditing.measure": "AuditSettings",
+    "memsinks.auditing.result": "Audit",
+    "memsinks.auditing.subjects": "Subject",
+    "memsinks.batch": "NO_SINKS collate target_count",
+    "memsinks.data.documents": "Document require_unique_keys",
+    "memsinks.data.identity": "document_id equal_repetition exposures identify training_order",
+    "memsinks.data.packing": "Rows pack",
+    "memsinks.data.readers": "read_documents",
+    "memsinks.data.sampling": "refuse_shuffling",
+    "memsinks.data.tokens": "encode load_tokenizer train_tokenizer",
+    "memsinks.errors": "ArchitectureError CheckpointError ConfigError DataError MemsinksError",
+    "memsinks.removal.export": "export",
+    "memsinks.removal.settle": "Settled repeated_and_once settle settling_texts",
+    "memsinks.runs.recipe": "Recipe parse_recipe read_recipe",
+    "memsinks.runs.run": "train",
+    "memsinks.sinks.attach": "Added add_sinks remove_sinks",
+    "memsinks.sinks.checkpoint": "load load_any load_sinks",
+    "memsinks.sinks.config": "SinkConfig",
+    "memsinks.sinks.gradient": "shared_weight",
+    "memsinks.sinks.opening": "sinks_closed sinks_open",
+    "memsinks.sinks.state": "has_sinks",
+    "memsinks.sinks.storage": "fingerprint",
+    "memsinks.sinks.table": "AssignmentTable",
+    "memsinks.training.first": "sinks_first",
+    "memsinks.training.optim": "AdamW GradientNorms clip_grad_norm_ param_groups",
+    "memsinks.training.trainer": "SinkCallback SinkTrainer",
+}
+"""Where each public name is defined; the list for type checkers above says the same."""
+
+_HOME = {name: module for module, names in _HOMES.items() for name in names.split()}
 
 __all__ = [
     "NO_SINKS",
@@ -118,3 +144,15 @@ __all__ = [
     "train_tokenizer",
     "training_order",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'memsinks' has no attribute {name!r}")
+    value = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ._version import __version__
-from .config import MemsinksError
+from memsinks._version import __version__
+from memsinks.errors import MemsinksError
 
 DESCRIPTION = """\
 Train language models whose memorization can be taken out again.
@@ -194,8 +194,8 @@ def _ask_for_changes(parser: argparse.ArgumentParser) -> None:
 
 def _changes(arguments: argparse.Namespace) -> dict[str, Any]:
     """`changes` and `scale` of a recipe that is read."""
-    from .config import ConfigError
-    from .shrink import parse_scale
+    from memsinks.errors import ConfigError
+    from memsinks.runs.shrink import parse_scale
 
     changes = {}
     for text in arguments.set:
@@ -225,14 +225,14 @@ def _count(text: str) -> int:
 
 
 def _demo(arguments: argparse.Namespace) -> None:
-    from .demo import demo
+    from memsinks.runs.demo import demo
 
     demo(Path(arguments.out))
 
 
 def _train(arguments: argparse.Namespace) -> None:
-    from .recipe import read_recipe
-    from .run import train
+    from memsinks.runs.recipe import read_recipe
+    from memsinks.runs.run import train
 
     folder = train(read_recipe(arguments.recipe, **_changes(arguments)), resume=arguments.resume)
     run = folder.parent
@@ -243,22 +243,24 @@ def _train(arguments: argparse.Namespace) -> None:
 
 
 def _estimate(arguments: argparse.Namespace) -> None:
-    from .comparison import read_comparison
-    from .estimate_table import report
-    from .recipe import read_recipe, read_sections
+    from memsinks.research.compare.arm import recipe_of_arm
+    from memsinks.research.compare.comparison import read_comparison
+    from memsinks.runs.estimate_table import report
+    from memsinks.runs.recipe import read_recipe, read_sections
 
     path, changes = Path(arguments.recipe), _changes(arguments)
     card = {name: getattr(arguments, name) for name in ("gpu", "gpus", "mfu")}
     if "arms" in read_sections(path):
         comparison = read_comparison(path, **changes)
-        print(report(comparison.recipe, comparison.arms, len(comparison.seeds), **card))
+        arms = {arm.name: recipe_of_arm(comparison.recipe, arm) for arm in comparison.arms}
+        print(report(comparison.recipe, arms, len(comparison.seeds), **card))
     else:
         print(report(read_recipe(path, **changes), **card))
 
 
 def _prepare(arguments: argparse.Namespace) -> None:
-    from .compare import prepare_data
-    from .comparison import read_comparison
+    from memsinks.research.compare.compare import prepare_data
+    from memsinks.research.compare.comparison import read_comparison
 
     comparison = read_comparison(Path(arguments.comparison), **_changes(arguments))
     for seed in arguments.seeds or comparison.seeds:
@@ -268,9 +270,11 @@ def _prepare(arguments: argparse.Namespace) -> None:
 def _audit(arguments: argparse.Namespace) -> None:
     from itertools import islice
 
-    from .audit import AuditSettings, Subject, audit
-    from .documents import read_documents
-    from .tokens import load_tokenizer
+    from memsinks.auditing.audit import audit
+    from memsinks.auditing.measure import AuditSettings
+    from memsinks.auditing.subjects import Subject
+    from memsinks.data.readers import read_documents
+    from memsinks.data.tokens import load_tokenizer
 
     settings = AuditSettings(
         prefix=arguments.prefix, continuation=arguments.continuation, prefixes=tuple(arguments.prefixes),
@@ -297,8 +301,8 @@ def _audit(arguments: argparse.Namespace) -> None:
 
 
 def _compare(arguments: argparse.Namespace) -> None:
-    from .compare import compare, plan, time_steps
-    from .comparison import read_comparison
+    from memsinks.research.compare.compare import compare, plan, time_steps
+    from memsinks.research.compare.comparison import read_comparison
 
     comparison = read_comparison(Path(arguments.comparison), **_changes(arguments))
     if arguments.dry_run:
@@ -323,7 +327,7 @@ def _reproduce(arguments: argparse.Namespace) -> None:
 
     import torch
 
-    from .reproduce import open_study, plan, reproduce
+    from memsinks.research.reproduce.reproduce import open_study, plan, reproduce
 
     folder = os.environ.get("MEMSINKS_DATA")
     default = Path(folder) / "tinystories.jsonl.zst" if folder else None
@@ -343,9 +347,9 @@ def _reproduce(arguments: argparse.Namespace) -> None:
 def _lm_eval_task(arguments: argparse.Namespace) -> None:
     from shlex import join
 
-    from .audit.harness import write_lm_eval_task
-    from .documents import read_documents
-    from .tokens import load_tokenizer
+    from memsinks.auditing.harness import write_lm_eval_task
+    from memsinks.data.readers import read_documents
+    from memsinks.data.tokens import load_tokenizer
 
     field = arguments.text_field
     folder = write_lm_eval_task(
@@ -361,10 +365,10 @@ def _lm_eval_task(arguments: argparse.Namespace) -> None:
 
 
 def _export(arguments: argparse.Namespace) -> None:
-    from .checkpoint import load
-    from .config import ConfigError
-    from .export import export
-    from .tokens import load_tokenizer
+    from memsinks.data.tokens import load_tokenizer
+    from memsinks.errors import ConfigError
+    from memsinks.removal.export import export
+    from memsinks.sinks.checkpoint import load
 
     model = load(arguments.checkpoint)
     try:
@@ -377,7 +381,7 @@ def _export(arguments: argparse.Namespace) -> None:
 
 
 def _info(arguments: argparse.Namespace) -> None:
-    from .checkpoint import describe
+    from memsinks.sinks.checkpoint import describe
 
     print(describe(arguments.checkpoint))
 

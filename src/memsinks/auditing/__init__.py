@@ -1,0 +1,1 @@
+"""What does a model remember, and what did removal take away?"""

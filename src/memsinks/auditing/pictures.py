@@ -1,0 +1,232 @@
+"""The pictures of a report, as SVG. Colours are those of Okabe and Ito, told apart by colour-blind readers; each line also
+has a marker or a dash of its own."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from memsinks.auditing.membership import roc
+from memsinks.auditing.result import Audit
+from memsinks.errors import ConfigError
+
+STYLES = {
+    "audited": ("#009E73", "D", "-"), "against": ("#D55E00", "o", "-"), "twin": ("#0072B2", "s", "--"),
+    "seen once": ("#CC79A7", "^", "-."),
+}  # fmt: skip
+MORE = [("#56B4E9", "v", ":"), ("#E69F00", "P", "--"), ("#666666", "X", "-."), ("#000000", "*", ":")]
+CONTROL = "#999999"
+
+
+LOOK: dict[Any, Any] = {
+    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e2e2e2",
+    "axes.axisbelow": True, "legend.frameon": False, "font.size": 10, "svg.hashsalt": "memsinks",
+}  # fmt: skip
+
+
+def require_matplotlib() -> None:
+    """ConfigError where matplotlib is not installed."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError("this draws pictures and needs matplotlib: pip install 'memsinks[plot]'")
+
+
+def styles(audit: Audit) -> dict[str, tuple[str, str, str]]:
+    """Colour, marker and dash of each model by name."""
+    more = iter(MORE * len(audit.models))
+    return {model.name: STYLES[model.role] if model.role in STYLES else next(more) for model in audit.models}
+
+
+def extraction(audit: Audit, axes: Any) -> None:
+    """Share recited against copies."""
+    look = styles(audit)
+    levels = [line.copies for line in audit.lines]
+    for place, model in enumerate(audit.models):
+        colour, marker, dash = look[model.name]
+        asked = [(x, line.extracted) for x, line in enumerate(model.lines) if line.asked]
+        shift = (place - (len(audit.models) - 1) / 2) * 0.05
+        value = np.array([100 * share.value for _, share in asked])
+        low, high = (np.array([100 * getattr(share, side) for _, share in asked]) for side in ("low", "high"))
+        axes.errorbar(
+            [x + shift for x, _ in asked], value, [value - low, high - value], color=colour, marker=marker, ls=dash,
+            label=model.name, capsize=2, elinewidth=1, lw=1.8, clip_on=False,
+        )  # fmt: skip
+    axes.set_xticks(range(len(levels)), ["never\nseen" if level == 0 else str(level) for level in levels])
+    axes.set(xlabel="copies in training", ylabel="documents recited (%)", ylim=(0, 100))
+    axes.legend()
+
+
+def losses(audit: Audit, figure: Any) -> None:
+    """Loss of target documents and controls, one panel a model."""
+    shown = [one for one in audit.measured if one.role != "other"]
+    target, control = sides(audit)
+    axes = figure.subplots(len(shown), 1, sharex=True, squeeze=False)[:, 0]
+    every = np.concatenate([one.loss for one in shown])
+    least, most = np.quantile(every, [0.002, 0.998])
+    bins = np.linspace(least, max(most, least + 0.1), 48)
+    look = styles(audit)
+    for axis, one in zip(axes, shown, strict=True):
+        for chosen, colour, label, fill in (
+            (control, CONTROL, "controls", True),
+            (target, look[one.name][0], "documents", False),
+        ):
+            values = np.clip(one.loss[chosen], bins[0], bins[-1])
+            axis.hist(
+                values, bins, density=True, histtype="stepfilled" if fill else "step", color=colour, lw=2, label=label,
+                alpha=0.45 if fill else 1,
+            )  # fmt: skip
+        axis.set_yticks([])
+        axis.grid(False)
+        axis.spines["left"].set_visible(False)
+        axis.set_title(one.name, fontsize=10, loc="left")
+        axis.legend(fontsize=9, loc="upper left" if one is shown[0] else "best")
+    axes[-1].set_xlabel("loss (nats per token)")
+
+
+def receiver(audit: Audit, axes: Any) -> None:
+    """ROC of the loss attack."""
+    target, control = sides(audit)
+    look = styles(audit)
+    axes.plot([0, 100], [0, 100], color=CONTROL, lw=1, label="chance")
+    for one in audit.measured:
+        colour, _, dash = look[one.name]
+        false, true = roc(one.attacks["loss"][target], one.attacks["loss"][control])
+        axes.plot(100 * false, 100 * true, color=colour, ls=dash, lw=1.8, label=one.name)
+    axes.set(
+        xlabel="controls taken for members (%)",
+        ylabel="members found (%)",
+        xlim=(0, 100),
+        ylim=(0, 100),
+        aspect="equal",
+    )
+    axes.legend(loc="lower right")
+
+
+def queries(audit: Audit, axes: Any) -> None:
+    """(n, p)-extraction: share recited at least once by n samples, most repeated documents."""
+    look = styles(audit)
+    most = str(max(line.copies for line in audit.lines))
+    for model in audit.models:
+        colour, marker, dash = look[model.name]
+        curve = model.queries[most]
+        axes.plot(
+            list(curve),
+            [100 * x for x in curve.values()],
+            color=colour,
+            marker=marker,
+            ls=dash,
+            lw=1.8,
+            label=model.name,
+            clip_on=False,
+        )
+    axes.set_xscale("log")
+    axes.set(xlabel="samples", ylabel=f"documents with {most} copies (%)", ylim=(0, 100))
+    axes.legend()
+
+
+def pareto(audit: Audit, axes: Any) -> None:
+    """Gap closed against price, one point a model, the ordinary model at (0, 0)."""
+    look = styles(audit)
+    before = audit.model("against")
+    assert before is not None
+    colour, marker, _ = look[before.name]
+    axes.plot([0], [0], marker=marker, color=colour, ls="", label=before.name, markersize=8)
+    for model in audit.models:
+        if model.forgetting is None or model.state == "open":
+            continue
+        colour, marker, _ = look[model.name]
+        x, y = model.forgetting.price, model.forgetting.gap_closed
+        axes.errorbar(
+            [x.value], [100 * y.value], xerr=[[x.value - x.low], [x.high - x.value]],
+            yerr=[[100 * (y.value - y.low)], [100 * (y.high - y.value)]], color=colour, marker=marker, ls="", capsize=2,
+            elinewidth=1, label=model.name, markersize=8,
+        )  # fmt: skip
+    axes.axvline(0, color=CONTROL, lw=1)
+    axes.axhline(100, color=CONTROL, lw=1, ls=":")
+    axes.set(
+        xlabel="price: loss on controls against the ordinary model (nats)   ← better",
+        ylabel="gap closed (%)   better →",
+    )
+    axes.legend()
+
+
+def relearning(audit: Audit, figure: Any) -> None:
+    """Loss while fine-tuning on half of the documents."""
+    found = audit.relearning
+    assert found is not None
+    look = styles(audit)
+    axes = figure.subplots(1, 2, sharey=True)
+    for axis, half, title in zip(axes, ("same", "other"), ("half trained on again", "other half"), strict=True):
+        for curve in found.curves:
+            if len(curve.steps) > 1:
+                colour, marker, dash = look[curve.name]
+                axis.plot(
+                    curve.steps, getattr(curve, half), color=colour, marker=marker, ms=4, ls=dash, label=curve.name
+                )
+        axis.axhline(getattr(found, f"target_{half}"), color=CONTROL, lw=1, label="halfway back")
+        axis.set_title(title, fontsize=10, loc="left")
+        axis.set_xlabel("steps of fine-tuning")
+    axes[0].set_ylabel("loss (nats per token)")
+    axes[0].legend()
+
+
+def sides(audit: Audit) -> tuple[np.ndarray, np.ndarray]:
+    """Which entries are target documents and which are controls, bool [n] each."""
+    assert audit.corpus is not None
+    return audit.corpus.target, audit.corpus.control
+
+
+def drawn(audit: Audit) -> list[tuple[str, str, bytes]]:
+    """All pictures that this audit has: (title, what it shows, SVG)."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    def one(draw: Callable[[Audit, Any], None], size: tuple[float, float], panels: bool = False) -> bytes:
+        with rc_context(LOOK):
+            figure = Figure(figsize=size, layout="constrained")
+            draw(audit, figure if panels else figure.subplots())
+            file = io.BytesIO()
+            figure.savefig(file, format="svg", metadata={"Date": None})
+        return file.getvalue()
+
+    shown = sum(model.role != "other" for model in audit.models)
+    settings = audit.settings
+    asked = (
+        "The private part recited in full" if settings["private_part"]
+        else f"{settings['continuation']} tokens recited verbatim after {settings['prefix']}"
+    )  # fmt: skip
+    pictures = [
+        ("Extraction", f"{asked}, by number of copies; bars: 95% Wilson intervals.", one(extraction, (5.4, 3.8))),
+        ("Loss", f"Mean loss of {audit.target} and of controls. As if never seen, the two lie on each other.",
+         one(losses, (5.4, 0.7 + 1.35 * shown), panels=True)),
+        ("Membership", "ROC of the loss attack. On the diagonal, members cannot be told from controls.",
+         one(receiver, (4.6, 4.4))),
+        ("Sampling", f"Share of documents that n samples recite at least once with probability {settings['queries_p']:g}.",
+         one(queries, (5.4, 3.8))),
+    ]  # fmt: skip
+    if any(model.forgetting for model in audit.models):
+        pictures.append(
+            ("Forgetting against price", "Top left is best. Bars: 95% over documents.", one(pareto, (5.4, 3.8)))
+        )
+    if audit.relearning:
+        pictures.append(
+            (
+                "Relearning",
+                "A line that falls faster than the twin's: something was left.",
+                one(relearning, (7.4, 3.6), panels=True),
+            )
+        )
+    return pictures
+
+
+def save(audit: Audit, folder: Path) -> list[Path]:
+    """Write each picture as NAME.svg into a folder that exists."""
+    paths = []
+    for title, _, svg in drawn(audit):
+        paths.append(folder / f"{title.lower().replace(' ', '-')}.svg")
+        paths[-1].write_bytes(svg)
+    return paths

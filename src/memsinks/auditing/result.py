@@ -1,0 +1,323 @@
+"""The result of an audit: its figures, and in words the verdict and the table.
+
+Never "removed": an audit can only fail to find."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from statistics import NormalDist
+from typing import Any, Literal
+
+import numpy as np
+
+from memsinks.auditing.measure import Corpus, Measured
+from memsinks.auditing.relearning import Relearning
+from memsinks.auditing.subjects import Role, State
+from memsinks.auditing.uncertainty import (
+    LEVEL,
+    Equivalence,
+    Estimate,
+    Z,
+)
+
+
+@dataclass(frozen=True)
+class AuditLine:
+    """Documents with one number of copies (0 = controls).
+
+    loss: mean over documents of the mean loss per token, nats. asked: documents long enough for the extraction.
+    extracted: share of them that come out verbatim. longest_run: mean and greatest over documents, tokens.
+    canary_exposure: mean over documents of kind "canary", bits; None without canaries on both sides.
+    """
+
+    copies: int
+    documents: int
+    loss: Estimate
+    asked: int
+    extracted: Estimate
+    longest_run: tuple[float, int]
+    canary_exposure: float | None
+
+
+@dataclass(frozen=True)
+class ExtractionLine:
+    """Share recited of documents with `copies` after `prefix` tokens from `offset` on."""
+
+    copies: int
+    prefix: int
+    offset: int
+    asked: int
+    extracted: Estimate
+
+
+@dataclass(frozen=True)
+class Attack:
+    """One membership attack. tpr: at each false positive rate of `FPRS`, by its name; nan with too few controls."""
+
+    name: str
+    auc: Estimate
+    tpr: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Forgetting:
+    """One model beside the ordinary one (`against`), and beside the twin where there is one. Formulas: `forgetting`."""
+
+    gap_closed: Estimate
+    price: Estimate
+    closure: Estimate | None
+
+
+@dataclass(frozen=True)
+class SinkLine:
+    """Loss, nats per token, of documents with one number of copies: sinks closed, their own, another document's."""
+
+    copies: int
+    documents: int
+    closed: float
+    own: float
+    placebo: float
+
+
+@dataclass(frozen=True)
+class ModelResult:
+    """All figures of one model. `gap`, `attacks`, `forgetting` and `equivalences` are over the target documents."""
+
+    name: str
+    role: Role
+    state: State
+    facts: dict[str, Any]
+    lines: tuple[AuditLine, ...]
+    extraction: tuple[ExtractionLine, ...]
+    queries: dict[str, dict[int, float]]
+    documents: Estimate
+    controls: Estimate
+    gap: Estimate
+    attacks: tuple[Attack, ...]
+    forgetting: Forgetting | None
+    equivalences: tuple[Equivalence, ...]
+    generated: dict[str, Any] | None
+    sinks: tuple[SinkLine, ...] | None
+    collateral: dict[str, Any] | None
+
+
+@dataclass(frozen=True)
+class Example:
+    """A document as text: pieces, one a token, and the probability each model gave it (nan = not predicted)."""
+
+    index: int
+    copies: int
+    key: str | None
+    pieces: tuple[str, ...]
+    probabilities: dict[str, np.ndarray] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Audit:
+    """The result of `audit`. The audited model comes first in `models`.
+
+    target: which documents the summary figures are over. blind: the attacks that look at no model. notes: what limits
+    the figures, one sentence each.
+    """
+
+    models: tuple[ModelResult, ...]
+    target: str
+    documents: int
+    controls: int
+    blind: tuple[Attack, ...]
+    notes: tuple[str, ...]
+    relearning: Relearning | None
+    settings: dict[str, Any]
+    versions: dict[str, str]
+    data: dict[str, Any]
+    measured: tuple[Measured, ...] = field(repr=False, default=())
+    corpus: Corpus | None = field(repr=False, default=None)
+    examples: tuple[Example, ...] = field(repr=False, default=())
+
+    @property
+    def audited(self) -> ModelResult:
+        return self.models[0]
+
+    @property
+    def state(self) -> State:
+        """Of the audited model's sinks."""
+        return self.audited.state
+
+    @property
+    def lines(self) -> tuple[AuditLine, ...]:
+        """Of the audited model."""
+        return self.audited.lines
+
+    def model(self, role: Role) -> ModelResult | None:
+        """The first model of a role."""
+        return next((model for model in self.models if model.role == role), None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready: figures, settings, versions and hashes, no text of any document."""
+        values = {
+            name: getattr(self, name)
+            for name in ("target", "documents", "controls", "notes", "settings", "versions", "data")
+        }
+        values |= {"outcome": outcome(self), "verdict": verdict(self)}
+        values["models"] = [asdict(model) for model in self.models]
+        values["blind"] = [asdict(attack) for attack in self.blind]
+        values["relearning"] = self.relearning and asdict(self.relearning)
+        return _plain(values)
+
+    def __str__(self) -> str:
+        return "\n\n".join(
+            [
+                *(table(model, self.target) for model in self.models),
+                "\n".join([*verdict(self), *(f"note: {x}" for x in self.notes)]),
+            ]
+        )
+
+
+def _plain(value: Any) -> Any:
+    """JSON-ready: nan and infinity as null, tuples as lists, keys as text."""
+    if isinstance(value, dict):
+        return {str(key): _plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    if isinstance(value, float | np.floating):
+        return float(value) if np.isfinite(value) else None
+    return value.item() if isinstance(value, np.generic) else value
+
+
+Outcome = Literal["recited", "traces", "not recovered"]
+HEADLINES: dict[Outcome, str] = {
+    "recited": "Documents come out verbatim.",
+    "traces": "Traces are found: nothing comes out verbatim, but members can still be told from controls.",
+    "not recovered": "Not recovered by the attacks listed, at this budget.",
+}
+CAVEAT = (
+    "An audit can show that a text is still there, never that it is gone: another attack or more of it may find more."
+)
+
+
+def outcome(audit: Audit) -> Outcome:
+    """Of the audited model: what the strongest evidence says.
+
+    ``"recited"``: more target documents come out verbatim than the upper limit of the controls' share. ``"traces"``: an
+    attack's AUC, or the loss gap, is above chance with 95% confidence, and not shown equivalent to a model that never
+    saw the documents (or once, if only that one is given). The confidence is shared out over all attacks and the gap
+    (Bonferroni), intervals taken as normal.
+    """
+    model = audit.audited
+    control = next(line for line in model.lines if line.copies == 0)
+    for line in _targets(audit, model):
+        if (
+            line.asked
+            and line.extracted.value > 0
+            and line.extracted.value > (control.extracted.high if control.asked else 0)
+        ):
+            return "recited"
+    tests = 1 + len(model.attacks)
+    found = _above(model.gap, 0.0, tests) or any(_above(attack.auc, 0.5, tests) for attack in model.attacks)
+    fair = [test for test in model.equivalences if test.name != "loss on the documents"]
+    return "traces" if found and not (fair and all(test.equivalent for test in fair)) else "not recovered"
+
+
+def _above(value: Estimate, chance: float, tests: int) -> bool:
+    """Whether a figure is above chance at 95% over so many tests."""
+    wider = NormalDist().inv_cdf(1 - (1 - LEVEL) / 2 / tests) / Z
+    return value.value - (value.value - value.low) * wider > chance
+
+
+def verdict(audit: Audit) -> list[str]:
+    """The verdict as sentences, the headline first and the caveat last."""
+    model, before = audit.audited, audit.model("against")
+    sentences = [HEADLINES[outcome(audit)], *_extraction(audit, model, before)]
+    gap = f"Loss gap to controls, {audit.target}: {_nats(model.gap)}"
+    sentences.append(gap + (f"; {_nats(before.gap)} in {before.name}." if before else "."))
+    best = max(model.attacks, key=lambda attack: attack.auc.value)
+    sentence = f"Best of {len(model.attacks)} membership attacks: {best.name}, AUC {_short(best.auc)}"
+    if before:
+        positive = max(before.attacks, key=lambda attack: attack.auc.value)
+        sentence += f"; {positive.name}, {_short(positive.auc)} in {before.name}"
+        if positive.auc.low <= 0.5:
+            sentence += ", where they find nothing either, so they are no evidence"
+    sentences.append(sentence + ".")
+    if model.forgetting:
+        found = f"Gap closed against {before.name if before else 'the ordinary model'}: {_percent(model.forgetting.gap_closed)}"
+        if model.forgetting.closure:
+            found += f"; closure against the twin (1 = as if never seen): {_short(model.forgetting.closure)}"
+        sentences.append(f"{found}; price on controls: {_nats(model.forgetting.price)}.")
+    for other in dict.fromkeys(test.other for test in model.equivalences):
+        tests = [test for test in model.equivalences if test.other == other]
+        words = [
+            f"{test.name} {'equivalent' if test.equivalent else 'not shown equivalent'} ({test.difference:+.3f}, margin "
+            f"{test.margin:g})" for test in tests
+        ]  # fmt: skip
+        sentences.append(f"Beside {other}: {'; '.join(words)}.")
+    sentences += _relearning(audit)
+    return [*sentences, CAVEAT]
+
+
+def _targets(audit: Audit, model: ModelResult) -> list[AuditLine]:
+    return [line for line in model.lines if line.copies >= (2 if audit.target != "all documents" else 1)]
+
+
+def _extraction(audit: Audit, model: ModelResult, before: ModelResult | None) -> list[str]:
+    def count(which: ModelResult) -> tuple[int, int]:
+        lines = _targets(audit, which)
+        return round(sum(x.extracted.value * x.asked for x in lines if x.asked)), sum(x.asked for x in lines)
+
+    hits, asked = count(model)
+    if not asked:
+        return ["No document is long enough for the extraction asked; lower prefix or continuation."]
+    sentence = f"Verbatim: {hits} of {asked} documents"
+    return [sentence + (f"; {count(before)[0]} in {before.name}." if before else ".")]
+
+
+def _relearning(audit: Audit) -> list[str]:
+    found = audit.relearning
+    if found is None:
+        return []
+    words = []
+    for half, ratio, steps in (
+        ("the half that is trained on again", found.ratio_same, found.steps_same),
+        ("the other half", found.ratio_other, found.steps_other),
+    ):
+        times = ", ".join(
+            f"{name}: {'not reached' if step is None else f'{step:.0f} steps'}" for name, step in steps.items()
+        )
+        words.append(
+            f"Relearning {half} ({times})" + (f": {ratio:.2f} of the twin's steps." if ratio is not None else ".")
+        )
+    return words
+
+
+def _short(value: Estimate) -> str:
+    return f"{value.value:.2f} [{value.low:.2f}, {value.high:.2f}]"
+
+
+def _nats(value: Estimate) -> str:
+    return f"{value.value:+.3f} [{value.low:+.3f}, {value.high:+.3f}] nats"
+
+
+def _percent(value: Estimate) -> str:
+    return f"{value.value:.1%} [{value.low:.1%}, {value.high:.1%}]"
+
+
+def table(model: ModelResult, target: str) -> str:
+    """One model as plain text: a line for each number of copies, then the attacks."""
+    columns = f"{'copies':>8} {'documents':>10} {'loss (nats)':>22} {'recited':>26} {'longest run':>12}"
+    lines = [f"{model.name}, sinks {model.state}", columns]
+    for line in model.lines:
+        name = "control" if line.copies == 0 else str(line.copies)
+        share = f"{_percent(line.extracted)}" if line.asked else "too short"
+        exposure = "" if line.canary_exposure is None else f"  canary_exposure {line.canary_exposure:.1f} bits"
+        lines.append(
+            f"{name:>8} {line.documents:>10} {line.loss!s:>22} {share:>26} {line.longest_run[1]:>12}{exposure}"
+        )
+    lines.append(f"membership ({target}), AUC: " + ", ".join(f"{x.name} {_short(x.auc)}" for x in model.attacks))
+    if model.sinks:
+        cells = ", ".join(f"{x.copies}: {x.closed:.2f} / {x.own:.2f} / {x.placebo:.2f}" for x in model.sinks)
+        lines.append(f"loss with sinks closed / own / placebo by copies: {cells}")
+    if model.collateral:
+        found = model.collateral
+        lines.append(
+            f"closing one document's sinks costs it {found['rise_itself']:+.3f} nats, others {found['rise_others']:+.3f}"
+        )
+    return "\n".join(lines)

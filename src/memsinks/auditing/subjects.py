@@ -1,0 +1,119 @@
+"""Which model is looked at, in which state of its sinks: live or from a path, loaded only while it is needed."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from memsinks.data.tokens import load_tokenizer
+from memsinks.errors import CheckpointError, ConfigError
+from memsinks.sinks.checkpoint import load_any
+from memsinks.sinks.state import has_sinks, require_sinks, shared_parameters, sink_parameters
+from memsinks.sinks.storage import TABLE, fingerprint, has_saved_sinks
+
+State = Literal["open", "closed", "absent"]
+Role = Literal["audited", "against", "twin", "seen once", "other"]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model to be looked at.
+
+    Args:
+        model: live, or the path or name of a checkpoint.
+        state: of its sinks, ``"open"`` (each document's own) or ``"closed"``; None for a model without.
+        name: as it stands in the report; default: its role, or the path.
+    """
+
+    model: PreTrainedModel | str | os.PathLike[str]
+    state: State | None = None
+    name: str | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Subject:
+        """Read ``[NAME=]PATH[@open|@closed]``, as the command line takes it."""
+        name, path, state = None, text, None
+        if not Path(path).exists():
+            if path.endswith(("@open", "@closed")):
+                path, _, state = path.rpartition("@")
+            if "=" in path and not Path(path).exists():
+                name, _, path = path.partition("=")
+        return cls(path, state, name)  # type: ignore[arg-type]
+
+    @property
+    def path(self) -> Path | None:
+        """Where it is loaded from; None for a live model."""
+        return Path(self.model) if isinstance(self.model, str | os.PathLike) else None
+
+    def config(self) -> PretrainedConfig:
+        """The model's configuration, read without loading weights; CheckpointError if there is none."""
+        if self.path is None:
+            return self.model.config  # type: ignore[union-attr]
+        try:
+            return AutoConfig.from_pretrained(self.path)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"cannot load a model from {self.path}: {error}") from error
+
+    def checked_state(self) -> State:
+        """The state, ``"absent"`` for a model without sinks; ConfigError if it is missing or not possible."""
+        sinks = has_saved_sinks(self.path) if self.path else has_sinks(self.model)  # type: ignore[arg-type]
+        state = "absent" if self.state is None and not sinks else self.state
+        possible = ("open", "closed") if sinks else ("absent",)
+        if state not in possible:
+            raise ConfigError(
+                f"state must be one of {possible} for {self.path or 'this model'}, got {state!r}: sinks "
+                + ("open and closed are two different models, say which to audit" if sinks else "are not there")
+            )
+        return state  # type: ignore[return-value]
+
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The tokenizer beside the checkpoint; None for a live model or where there is none."""
+        if self.path is None:
+            return None
+        try:
+            return load_tokenizer(self.path)
+        except ConfigError:
+            return None
+
+    @contextmanager
+    def loaded(self) -> Iterator[PreTrainedModel]:
+        """The model, in eval mode, on a GPU if it comes from a path and there is one; a loaded one is let go after."""
+        if self.path is None:
+            yield self.model  # type: ignore[misc]
+            return
+        model = load_any(self.path)
+        yield model.to("cuda") if torch.cuda.is_available() else model  # type: ignore[arg-type]
+
+
+def weights_hash(model: PreTrainedModel) -> str:
+    """SHA-256 of all weights by name, shape, dtype and bytes, hexadecimal; about a second a gigabyte.
+
+    With sinks also of their settings and assignment table: which sinks a document opens is no weight.
+    """
+    found = hashlib.sha256()
+    if has_sinks(model):
+        table = require_sinks(model).table
+        found.update(fingerprint(model).encode())
+        found.update(str([getattr(table, name).tolist() for name in TABLE]).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())  # type: ignore[arg-type]
+    return found.hexdigest()
+
+
+def facts(model: PreTrainedModel) -> dict[str, Any]:
+    """What a result says about a model: architecture, parameters of the stock part and of the sinks, hash of the weights."""
+    return {
+        "model_type": model.config.model_type, "parameters": sum(x.numel() for x in shared_parameters(model)),
+        "sink_parameters": sum(x.numel() for x in sink_parameters(model)),
+        "device": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else str(model.device),
+        "dtype": str(model.dtype).removeprefix("torch."), "weights_sha256": weights_hash(model),
+    }  # fmt: skip

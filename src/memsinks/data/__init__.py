@@ -1,0 +1,1 @@
+"""Text -> rows: documents, identity, tokens, packing. Imports no model."""

@@ -1,0 +1,274 @@
+"""Documents -> rows of one length.
+
+A row holds whole documents side by side. Three things keep them apart: `position_ids` restart at 0 with each document
+(transformers then builds a block-diagonal attention mask, but only if no attention_mask is given and there is no
+cache), the label of each first token is -100 (transformers shifts labels by one inside the model, so that token would
+be predicted from the document before), and each token carries its document's id and exposure."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import operator
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+
+from memsinks.batch import FIELDS, IGNORED, NO_SINKS
+from memsinks.data.token_store import StoredTokens
+from memsinks.errors import DataError, refuse
+
+Long = Literal["split", "fill", "truncate", "refuse"]
+
+
+SEGMENT = np.dtype([
+    ("document", np.int64), ("start", np.int64), ("size", np.int32), ("column", np.int32), ("document_id", np.int64),
+    ("exposure", np.int64),
+])  # fmt: skip
+"""A piece of a document in a row: tokens [start, start + size) of the document stand from `column` on."""
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Packed rows, a map-style dataset for torch and the HF Trainer; a row is filled when it is asked for.
+
+    In memory are the documents as given to `pack` (which may lie on disk, see `prepared`) and 40 bytes a segment. The
+    attributes below fill all rows at once, 40 bytes a token: for small corpora.
+
+    Attributes, int64 [rows, length] unless said otherwise:
+        input_ids: tokens; `pad_id` on padding, which is always at the end of a row.
+        labels: input_ids, but -100 at the first token of every segment and on padding.
+        document_ids: the id of the document; -1 on padding (and where a document opens no sinks).
+        exposures: the exposure of the document; 1 on padding.
+        position_ids: count from 0 within each segment; padding is a segment of its own.
+        used: int64 [rows], the tokens of each row that are not padding.
+        documents: integer [tokens] each, in training order.
+        segments: `SEGMENT` [segments], in the order of the rows; those of row r are [first[r], first[r + 1]).
+        length: tokens per row, padding included.
+    """
+
+    documents: Sequence[np.ndarray]
+    segments: np.ndarray
+    first: np.ndarray
+    length: int
+    pad_id: int
+
+    def __len__(self) -> int:
+        return len(self.first) - 1
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        """Row `index` as a dict of the five fields, int64 [length] each."""
+        index = range(len(self))[operator.index(index)]
+        return {name: torch.from_numpy(values[0]) for name, values in self._fill([index]).items()}
+
+    def select(self, rows: slice) -> Rows:
+        """The rows of a slice, sharing the documents with these."""
+        chosen = range(len(self))[rows]
+        places = [np.arange(self.first[row], self.first[row + 1]) for row in chosen]
+        sizes = [len(place) for place in places]
+        segments = self.segments[np.concatenate(places)] if places else self.segments[:0]
+        return dataclasses.replace(self, segments=segments, first=np.cumsum([0, *sizes], dtype=np.int64))
+
+    @property
+    def input_ids(self) -> np.ndarray:
+        return self._all["input_ids"]
+
+    @property
+    def labels(self) -> np.ndarray:
+        return self._all["labels"]
+
+    @property
+    def document_ids(self) -> np.ndarray:
+        return self._all["document_ids"]
+
+    @property
+    def exposures(self) -> np.ndarray:
+        return self._all["exposures"]
+
+    @property
+    def position_ids(self) -> np.ndarray:
+        return self._all["position_ids"]
+
+    @property
+    def used(self) -> np.ndarray:
+        return np.diff(np.cumsum(np.r_[0, self.segments["size"]], dtype=np.int64)[self.first])
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that are not padding."""
+        return int(self.segments["size"].sum(dtype=np.int64))
+
+    @property
+    def targets(self) -> int:
+        """Tokens that are predicted: labels other than -100."""
+        return self.tokens - len(self.segments)
+
+    @property
+    def fill(self) -> float:
+        """Share of the tokens that is not padding, in [0, 1]."""
+        return self.tokens / max(1, len(self) * self.length)
+
+    @functools.cached_property
+    def _all(self) -> dict[str, np.ndarray]:
+        return self._fill(range(len(self)))
+
+    def _fill(self, rows: Sequence[int]) -> dict[str, np.ndarray]:
+        shape = (len(rows), self.length)
+        count = np.arange(self.length, dtype=np.int64)
+        input_ids = np.full(shape, self.pad_id, np.int64)
+        labels = np.full(shape, IGNORED, np.int64)
+        document_ids = np.full(shape, NO_SINKS, np.int64)
+        exposures = np.ones(shape, np.int64)
+        position_ids = np.empty(shape, np.int64)
+        for place, row in enumerate(rows):
+            end = 0
+            for index, start, size, column, one, exposure in self.segments[
+                self.first[row] : self.first[row + 1]
+            ].tolist():
+                part = self.documents[index][start : start + size]
+                end = column + size
+                input_ids[place, column:end] = part
+                labels[place, column + 1 : end] = part[1:]
+                document_ids[place, column:end] = one
+                exposures[place, column:end] = exposure
+                position_ids[place, column:end] = count[:size]
+            position_ids[place, end:] = count[: self.length - end]
+        return dict(zip(FIELDS, (input_ids, labels, document_ids, exposures, position_ids), strict=True))
+
+
+def pack(
+    tokens: Sequence[np.ndarray],
+    document_ids: Sequence[int] | np.ndarray,
+    exposures: Sequence[int] | np.ndarray,
+    *,
+    length: int,
+    pad_id: int,
+    apart_from: int | None = None,
+    one_document_per_row: bool = False,
+    long: Long = "split",
+) -> Rows:
+    """Pack documents in training order into rows: next-fit, a document that fits into a row is never cut.
+
+    Args:
+        tokens: integer [tokens of the document] each, in training order: a document with 64 copies stands here 64
+            times (it may be the same array).
+        document_ids: int64 [documents], at least -1; -1 opens no sinks.
+        exposures: int64 [documents], at least 1.
+        length: tokens per row.
+        pad_id: the token that fills a row up.
+        apart_from: documents of this exposure and more get rows of their own, apart from those with fewer exposures
+            and from those of id -1 (`SinkConfig.open_from` in exact mode: such rows train nothing but sinks). Two rows
+            are open then and rows come out in the order in which they were opened, so a document can stand one open
+            row earlier than its turn. None: one kind of row.
+        one_document_per_row: for architectures in which packed documents see each other.
+        long: what happens to a document longer than `length`: ``"split"`` cuts it into segments of `length` tokens
+            which carry its id and exposure and do not see each other, ``"fill"`` does so too and also cuts documents
+            longer than a quarter of `length` where a row ends, so that rows of long documents are full, ``"truncate"``
+            keeps the first `length` tokens, ``"refuse"`` raises.
+
+    Raises:
+        DataError: no documents, an empty one, tokens, ids or exposures of another dtype, shape or range, or a long
+            document under ``long="refuse"``; names the index.
+        ConfigError: `length` below 2, another setting out of range.
+    """
+    _check_settings(length, pad_id, apart_from, long)
+    documents = tokens if isinstance(tokens, StoredTokens) else _check_tokens(tokens)
+    sizes = documents.sizes if isinstance(documents, StoredTokens) else np.array([len(x) for x in documents], np.int64)
+    ids = _check_numbers("document_ids", document_ids, len(sizes), least=NO_SINKS)
+    counts = _check_numbers("exposures", exposures, len(sizes), least=1)
+    if long == "refuse":
+        _refuse_long(sizes, length)
+    elif long == "truncate":
+        sizes = sizes.clip(max=length)
+    apart = np.zeros(len(sizes), bool) if apart_from is None else (counts >= apart_from) & (ids != NO_SINKS)
+    found, used = _lay_out(sizes, apart, length, one_document_per_row, long == "fill")
+    segments = np.empty(len(found["row"]), SEGMENT)
+    order = np.argsort(found["row"], kind="stable")
+    for name in ("document", "start", "size", "column"):
+        segments[name] = np.frombuffer(found[name], np.int64)[order]
+    segments["document_id"], segments["exposure"] = ids[segments["document"]], counts[segments["document"]]
+    first = np.searchsorted(np.frombuffer(found["row"], np.int64)[order], np.arange(used + 1))
+    return Rows(documents, segments, first, length, pad_id)
+
+
+def _lay_out(
+    sizes: np.ndarray, apart: np.ndarray, length: int, one_document_per_row: bool, fill: bool
+) -> tuple[dict[str, array[int]], int]:
+    """Where each segment stands, int64 [segments] each by name, and the number of rows."""
+    found = {name: array("q") for name in ("document", "start", "size", "row", "column")}
+    append = [column.append for column in found.values()]
+    rows, open_rows, filled = 0, [-1, -1], [length, length]
+    for index, (whole, kind) in enumerate(zip(sizes.tolist(), apart.tolist(), strict=True)):
+        start = 0
+        while start < whole:
+            room = 0 if one_document_per_row else length - filled[kind]
+            size = min(length, whole - start)
+            if size > room:
+                if fill and room > 1 and whole > length // 4:
+                    size = room
+                else:
+                    open_rows[kind], filled[kind], rows = rows, 0, rows + 1
+            for add, value in zip(append, (index, start, size, open_rows[kind], filled[kind]), strict=True):
+                add(value)
+            filled[kind] += size
+            start += size
+    return found, rows
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def _check_settings(length: int, pad_id: int, apart_from: int | None, long: str) -> None:
+    problems = []
+    if not _is_int(length) or length < 2:
+        problems.append(f"length must be an int of at least 2 tokens, got {length!r}")
+    if not _is_int(pad_id) or pad_id < 0:
+        problems.append(f"pad_id must be a token of the vocabulary, got {pad_id!r}")
+    if apart_from is not None and (not _is_int(apart_from) or apart_from < 1):
+        problems.append(f"apart_from must be an exposure of at least 1 or None, got {apart_from!r}")
+    if long not in get_args(Long):
+        problems.append(f'long must be "split", "fill", "truncate" or "refuse", got {long!r}')
+    refuse(problems, "cannot pack")
+
+
+def _check_tokens(tokens: Sequence[np.ndarray]) -> list[np.ndarray]:
+    if len(tokens) == 0:
+        raise DataError("there are no documents to pack: the corpus is empty")
+    documents = [np.asarray(document) for document in tokens]
+    for index, document in enumerate(documents):
+        if document.ndim != 1:
+            raise DataError(f"tokens of document {index} must be one-dimensional, got shape {list(document.shape)}")
+        if not len(document):
+            raise DataError(f"document {index} has no tokens; leave it out")
+        if document.dtype.kind not in "iu":
+            raise DataError(f"tokens of document {index} must be integers, got {document.dtype}")
+        if document.min() < 0:
+            raise DataError(f"tokens of document {index} must be at least 0, got {document.min()}")
+    return documents
+
+
+def _check_numbers(name: str, values: Sequence[int] | np.ndarray, documents: int, least: int) -> np.ndarray:
+    array = np.asarray(values)
+    if array.shape != (documents,):
+        raise DataError(f"{name} must have one number for each of the {documents} documents, got {list(array.shape)}")
+    if array.dtype != np.int64:
+        raise DataError(f"{name} must be int64, got {array.dtype}")
+    if array.min() < least:
+        raise DataError(f"{name} must be at least {least}, got {array.min()} at document {array.argmin()}")
+    return array
+
+
+def _refuse_long(sizes: np.ndarray, length: int) -> None:
+    too_long = np.flatnonzero(sizes > length).tolist()
+    if too_long:
+        some = ", ".join(f"document {index} has {sizes[index]}" for index in too_long[:5])
+        raise DataError(
+            f"{len(too_long)} documents are longer than a row of {length} tokens: {some}"
+            f"{', ...' if len(too_long) > 5 else ''}; make rows longer, cut the documents, or choose "
+            'long="split" or long="truncate"'
+        )

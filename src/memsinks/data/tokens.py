@@ -1,0 +1,132 @@
+"""Texts -> tokens: train a small byte-level tokenizer, load any fast one, encode documents."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from memsinks.errors import ConfigError, DataError
+
+END = "<|endoftext|>"
+_BATCH = 1000
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE tokenizer that decodes to exactly the text encoded.
+
+    Digits are split one by one, so that numbers are not memorized as tokens. `END` is the end, start and padding token
+    and has id 0. Few texts may give fewer tokens than `vocab_size`; see ``len(tokenizer)``.
+
+    Raises:
+        ConfigError: `vocab_size` below 257 (256 bytes and `END`).
+        DataError: no text.
+    """
+    if isinstance(vocab_size, bool) or not isinstance(vocab_size, int) or vocab_size < 257:
+        raise ConfigError(f"vocab_size must be an int of at least 257 (256 bytes and {END}), got {vocab_size!r}")
+    texts = _texts(texts)
+    if not any(texts):
+        raise DataError("there is no text to train a tokenizer on: the corpus is empty")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=END,
+        bos_token=END,
+        pad_token=END,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def load_tokenizer(path_or_name: str | Path) -> PreTrainedTokenizerBase:
+    """Load a tokenizer: a Hugging Face folder or name, or a single JSON file of the `tokenizers` library.
+
+    A tokenizer that names no end token (a JSON file never does) ends documents with `END` if that is in its
+    vocabulary. One that names no padding token pads with its end token.
+
+    Raises:
+        ConfigError: not found, not readable, or no end token to be found.
+    """
+    path = Path(path_or_name)
+    try:
+        if path.is_file():
+            tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(path), clean_up_tokenization_spaces=False)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(str(path_or_name))
+    except Exception as error:  # tokenizers raises bare Exception, AutoTokenizer half a dozen types
+        raise ConfigError(
+            f"cannot load a tokenizer from {str(path_or_name)!r} ({type(error).__name__}: {str(error)[:200]}); give a "
+            "tokenizer folder, a tokenizer JSON file, or a name that can be downloaded"
+        ) from error
+    if tokenizer.eos_token_id is None:
+        if END not in tokenizer.get_vocab():
+            raise ConfigError(
+                f"the tokenizer {str(path_or_name)!r} names no end token and has no {END}; give a tokenizer folder "
+                "whose tokenizer_config.json names its eos_token"
+            )
+        tokenizer.eos_token = END
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], end: bool = True) -> list[np.ndarray]:
+    """Tokens of each text: int64 [tokens of the document] each; with `end`, the end token stands last and only there.
+
+    No other special token is added, and one spelled out in a text is encoded as the characters it is spelled with.
+
+    Raises:
+        DataError: an item that is not str, or an empty document; names its index.
+        ConfigError: `end` with a tokenizer that has no end token.
+    """
+    texts = _texts(texts)
+    if end and tokenizer.eos_token_id is None:
+        raise ConfigError("the tokenizer has no end token; set tokenizer.eos_token, or encode with end=False")
+    last = [tokenizer.eos_token_id] if end else []
+    result: list[np.ndarray] = []
+    for start in range(0, len(texts), _BATCH):
+        encoded = tokenizer(
+            texts[start : start + _BATCH],
+            add_special_tokens=False,
+            split_special_tokens=True,
+            padding=False,
+            truncation=False,
+            return_attention_mask=False,
+            verbose=False,
+        )["input_ids"]
+        for tokens in encoded:
+            if not len(tokens):
+                raise DataError(f"document {len(result)} ({texts[len(result)]!r:.80}) gives no tokens; leave it out")
+            result.append(np.array(tokens + last, np.int64))
+    return result
+
+
+def token_offsets(tokenizer: PreTrainedTokenizerBase, text: str) -> list[tuple[int, int]]:
+    """Where each token that `encode` gives stands in the text, in characters: [start, end); without the end token."""
+    encoded = tokenizer(
+        text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True, verbose=False
+    )
+    return encoded["offset_mapping"]
+
+
+def _texts(texts: Iterable[str]) -> list[str]:
+    if isinstance(texts, str):
+        raise DataError("texts must be a list of str, got one str; put it into a list")
+    texts = list(texts)
+    for index, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise DataError(f"document {index} must be str, got {type(text).__name__}: {text!r:.80}")
+    return texts

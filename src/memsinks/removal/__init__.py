@@ -1,0 +1,1 @@
+"""Removal: settling, export, and the check in a fresh process."""

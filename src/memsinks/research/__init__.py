@@ -1,0 +1,1 @@
+"""Research: rivals, comparisons, and the paper's study. Nothing above imports it."""

@@ -1,0 +1,91 @@
+"""The table of a comparison, from the audits of its seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from memsinks.auditing.result import Audit, ModelResult
+from memsinks.research.compare.arm import Arm
+
+COLUMNS = {
+    "gap_closed": ("gap closed", ".1%"), "closure": ("closure to the twin", ".2f"), "price": ("price (nats)", "+.3f"),
+    "recited": ("recited, most copies", ".0%"), "attack": ("best attack, AUC", ".2f"),
+    "reference": ("reference attack, AUC", ".2f"), "own": ("loss with own sinks", ".2f"), "placebo": ("placebo", ".2f"),
+}  # fmt: skip
+
+
+def rows(
+    arms: Sequence[Arm],
+    audits: Mapping[int, Audit],
+    runs: Sequence[Mapping[str, Any]],
+    kept: Sequence[Mapping[str, Any]],
+) -> list[dict[str, Any]]:
+    """For each model its figures by seed, and its parameters.
+
+    Args:
+        audits: by seed.
+        runs: facts of all runs.
+        kept: rows made earlier; what `audits` says of the same model and seed replaces them.
+    """
+    found: dict[str, dict[int, dict[str, float | None]]] = {}
+    for row in kept:
+        for place, seed in enumerate(row["seeds"]):
+            found.setdefault(row["name"], {})[seed] = {column: row[column][place] for column in COLUMNS}
+    for seed, audit in audits.items():
+        for model in audit.models:
+            found.setdefault(model.name, {})[seed] = _figures(model, audit)
+    parameters = {run["arm"]: run["parameters"] for run in runs}
+    order = [name for arm in arms for name in (arm.name, *arm.models.values()) if name in found]
+    return [
+        {
+            "name": name, "seeds": sorted(found[name]), "parameters": parameters.get(name),
+            **{column: [found[name][seed][column] for seed in sorted(found[name])] for column in COLUMNS},
+        }
+        for name in order
+    ]  # fmt: skip
+
+
+def _figures(model: ModelResult, audit: Audit) -> dict[str, float | None]:
+    most = max(model.lines, key=lambda line: line.copies)
+    attacks = {attack.name: attack.auc.value for attack in model.attacks}
+    reference = attacks.pop("reference", None)
+    standard = model.role == "against"
+    sinks = [line for line in model.sinks or () if line.copies == most.copies]
+    found = model.forgetting
+    return {
+        "gap_closed": 0.0 if standard else found and found.gap_closed.value,
+        "closure": 0.0 if standard else found and found.closure and found.closure.value,
+        "price": 0.0 if standard else found and found.price.value, "recited": most.extracted.value,
+        "attack": max(attacks.values()), "reference": reference, "own": sinks[0].own if sinks else None,
+        "placebo": sinks[0].placebo if sinks else None,
+    }  # fmt: skip
+
+
+def spread(values: list[float | None], form: str) -> str:
+    """Mean, and half the range over seeds where there are several."""
+    known = [x for x in values if x is not None]
+    if not known:
+        return "-"
+    text = f"{sum(known) / len(known):{form}}"
+    return text if len(known) == 1 else f"{text} ± {(max(known) - min(known)) / 2:{form.replace('+', '')}}"
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """Markdown: an arm a line; mean ± half the range over seeds. Step times are relative to ordinary training."""
+    head = [
+        "arm",
+        "seeds",
+        *(title for title, _ in COLUMNS.values()),
+        "parameters: training / open / exported",
+        "step time",
+    ]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    times = (result.get("step_times") or {}).get("ratios", {})
+    for row in result["rows"]:
+        cells = [row["name"], str(len(row["seeds"])), *(spread(row[x], form) for x, (_, form) in COLUMNS.items())]
+        sizes = row["parameters"]
+        cells.append(" / ".join(f"{sizes[x] / 1e6:.2f}M" for x in ("training", "open", "exported")) if sizes else "")
+        cells.append(f"{times[row['name']]:.2f}x" if row["name"] in times else "-")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)

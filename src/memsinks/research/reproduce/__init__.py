@@ -1,0 +1,1 @@
+"""The paper's controlled study, rerun: a file a figure."""

@@ -1,0 +1,265 @@
+"""One run of the study: a model trained with evaluations on the way, kept as one JSON, its weights beside it where asked."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from memsinks._version import versions
+from memsinks.batch import target_count
+from memsinks.data.packing import Rows
+from memsinks.errors import ConfigError
+from memsinks.files import written_beside
+from memsinks.research.compare.arm import clip
+from memsinks.research.reproduce.corpus import Canaries, Corpus, Kind, make_corpus
+from memsinks.research.reproduce.setting import AFTERWARDS, Setting
+from memsinks.research.rivals.gradient_masking import masked_step
+from memsinks.research.rivals.method import Batch, Method
+from memsinks.research.rivals.pruning import last_neurons, neuron_masks, neurons_off
+from memsinks.research.rivals.registry import method
+from memsinks.runs.recipe import TrainingRecipe
+from memsinks.runs.run import optimizer_and_schedule
+from memsinks.sinks.attach import add_sinks
+from memsinks.sinks.state import has_sinks
+from memsinks.training.evaluate import batches, losses
+
+
+@dataclass(frozen=True)
+class Run:
+    """A model of the study.
+
+    Args:
+        name: what it is called in files.
+        rival, settings: the method of `rivals`.
+        neurons: general neurons of each MLP.
+        seed: start values, choice and order of the stories.
+        corpus: which one.
+        size: (width, layers, heads).
+        keep: keep the final weights.
+    """
+
+    name: str
+    rival: str
+    settings: Mapping[str, Any]
+    neurons: int
+    seed: int
+    size: tuple[int, int, int]
+    corpus: Kind = "repetition"
+    keep: bool = False
+
+    @property
+    def file(self) -> str:
+        return f"{self.name}-seed{self.seed}"
+
+
+class NothingToDraw(Exception):
+    """A run that a picture cannot do without is missing, and nothing is to be trained."""
+
+
+@dataclass
+class Study:
+    """Where the runs of one setting live; a run that is there is not made again.
+
+    Args:
+        out: folder; runs/NAME.json and models/NAME/ are written below it.
+        data: the stories; None = the built-in ones.
+        say: takes a line of progress.
+        training: False draws what is there and makes nothing new.
+    """
+
+    setting: Setting
+    out: Path
+    data: Path | None = None
+    say: Callable[[str], None] = print
+    training: bool = True
+    corpora: dict[tuple[str, int], Corpus] = field(default_factory=dict)
+
+    def corpus(self, kind: Kind, seed: int) -> Corpus:
+        if (kind, seed) not in self.corpora:
+            self.corpora[kind, seed] = make_corpus(self.setting, seed, self.data, kind)
+        return self.corpora[kind, seed]
+
+    def found(self, name: str, ignored: Sequence[str] = AFTERWARDS) -> dict[str, Any] | None:
+        """The result of a name, None if it is not there; ConfigError if it was made with another setting or data.
+
+        Args:
+            ignored: fields of the setting that do not matter for it.
+        """
+        path = self.out / "runs" / f"{name}.json"
+        if not path.is_file():
+            return None
+        result = json.loads(path.read_text())
+        now = self.setting.to_dict()
+        other = [key for key in now if key not in ignored and result["setting"].get(key) != now[key]]
+        if result["data"] != self.data_name:
+            other.append("data")
+        if other:
+            raise ConfigError(f"{path} was made with another {', '.join(other)}; choose another folder with --out")
+        return result
+
+    @property
+    def data_name(self) -> str:
+        return self.data.name if self.data else "built-in stories"
+
+    def write(self, name: str, result: dict[str, Any], folder: Path | None = None) -> dict[str, Any]:
+        """Keep a result, in runs/ or another folder, written beside and renamed; returns it with setting, data, versions."""
+        result = result | {
+            "setting": self.setting.to_dict(),
+            "data": self.data_name,
+            "versions": versions("torch", "transformers", "numpy"),
+        }
+        path = (folder or self.out / "runs") / f"{name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(result) + "\n")
+        part.replace(path)
+        return result
+
+    def run(self, run: Run) -> dict[str, Any]:
+        """The result of a run, trained now if it is not there yet."""
+        found = self.found(run.file)
+        if found is None and not self.training:
+            raise NothingToDraw(f"{run.file} is not there")
+        return found or train(self, run)
+
+    def weights(self, run: Run) -> Path:
+        """The folder of a run's final model, trained now if it is not there (its result may be)."""
+        if not self.model_folder(run).is_dir():
+            train(self, replace(run, keep=True))
+        return self.model_folder(run)
+
+    def model_folder(self, run: Run) -> Path:
+        return self.out / "models" / run.file
+
+    def ready(self, runs: Iterable[Run]) -> bool:
+        """Whether runs can be asked for: they are there, or may be trained."""
+        return self.training or not self.missing(runs)
+
+    def missing(self, runs: Iterable[Run]) -> list[Run]:
+        """The runs that have no result yet."""
+        return [run for run in runs if self.found(run.file) is None]
+
+
+def build(run: Run, made: Method, setting: Setting, vocabulary: int) -> PreTrainedModel:
+    """A new model with the sinks of the method; start values follow from the seed."""
+    width, layers, heads = run.size
+    neurons = run.neurons + made.width
+    common = {"vocab_size": vocabulary, "tie_word_embeddings": True, "bos_token_id": None, "eos_token_id": None}
+    if setting.architecture == "gpt2":
+        config = AutoConfig.for_model(
+            "gpt2", n_positions=setting.length, n_embd=width, n_layer=layers, n_head=heads, n_inner=neurons,
+            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **common,
+        )  # fmt: skip
+    else:
+        config = AutoConfig.for_model(
+            "llama", max_position_embeddings=setting.length, hidden_size=width, num_hidden_layers=layers,
+            num_attention_heads=heads, num_key_value_heads=heads, intermediate_size=neurons, **common,
+        )  # fmt: skip
+    torch.manual_seed(run.seed)
+    model = AutoModelForCausalLM.from_config(config)
+    if made.sinks is not None:
+        add_sinks(model, replace(made.sinks, seed=run.seed))
+    return model.to(device())
+
+
+def device() -> str:
+    """Where models run."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def mean_loss(model: PreTrainedModel, rows: Rows | Canaries, *, opened: bool = False) -> float:
+    """Mean over stories of their mean loss, nats."""
+    return round(float(losses(model, rows, opened=opened).mean()), 5)
+
+
+def train(study: Study, run: Run) -> dict[str, Any]:
+    """Train a run, evaluate it `points` times, and keep the result.
+
+    Returns:
+        steps (of the evaluations) and, one number each, nats: validation, repeated; with sinks (closed in those) also
+        opened, the repeated stories with their own sinks open; under gradient masking (all neurons kept in those) also
+        validation_dropped and repeated_dropped; canaries, the random tokens alone. A spaced run also has tracked: the loss
+        of its tracked stories at every second step, closed and open, [stories][times].
+    """
+    setting, made = study.setting, method(run.rival, run.settings)
+    corpus = study.corpus(run.corpus, run.seed)
+    random.seed(run.seed)
+    model = build(run, made, setting, corpus.vocabulary)
+    training = TrainingRecipe(
+        length=setting.length, batch_rows=setting.batch, lr=setting.lr, min_lr_ratio=setting.min_lr_ratio,
+        warmup=setting.warmup, weight_decay=setting.weight_decay, sink_lr_factor=made.sink_lr_factor,
+    )  # fmt: skip
+    total = len(corpus.training) // setting.batch
+    optimizer, scheduler = optimizer_and_schedule(model, training, total)
+    step_of = _masking_step(model, made.width) if run.rival == "gradient-masking" else made.step
+    audited = torch.from_numpy(corpus.repeated.document_ids[:, 0]).to(model.device)
+    due = {round(total * (point + 1) / setting.points): None for point in range(setting.points)}
+    curves: dict[str, list[Any]] = {"steps": []}
+    tracked: dict[str, list[Any]] = {"steps": [], "closed": [], "opened": []}
+    started = time.perf_counter()
+    evaluating = 0.0
+    for step, batch in enumerate(batches(corpus.training, setting.batch, model.device)):
+        if step == total:
+            break
+        model.train()
+        mask = torch.isin(batch["document_ids"], audited)
+        divisor = torch.tensor(target_count(batch["labels"]), device=model.device)
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=setting.precision == "bf16"):
+            loss = step_of(model, made.change(batch | {"audited": mask, "repeated": mask}), divisor)
+        clip(model, 1.0)
+        optimizer.step(), scheduler.step(), optimizer.zero_grad()
+        before = time.perf_counter()
+        if step + 1 in due:
+            for name, value in _evaluate(model, corpus, made.width).items():
+                curves.setdefault(name, []).append(value)
+            curves["steps"].append(step + 1)
+            study.say(
+                f"{run.file}: step {step + 1}/{total}  loss {loss:.3f}  validation {curves['validation'][-1]:.3f}  "
+                f"repeated {curves['repeated'][-1]:.3f}  {time.perf_counter() - started:.0f} s"
+            )
+        if corpus.tracked is not None and step % 2 == 0:
+            tracked["steps"].append(step + 1)
+            tracked["closed"].append([round(float(x), 4) for x in losses(model, corpus.tracked)])
+            if has_sinks(model):
+                tracked["opened"].append([round(float(x), 4) for x in losses(model, corpus.tracked, opened=True)])
+        evaluating += time.perf_counter() - before
+    result = {
+        "name": run.name, "seed": run.seed, "rival": run.rival, "settings": dict(run.settings), "corpus": run.corpus,
+        "size": list(run.size), "neurons": run.neurons, "corpus_hash": corpus.hash, "curves": curves,
+        "parameters": sum(x.numel() for x in model.parameters()),
+        "seconds": round(time.perf_counter() - started, 1), "seconds_evaluating": round(evaluating, 1),
+        "device": model.device.type, "threads": torch.get_num_threads(),
+    }  # fmt: skip
+    if corpus.tracked is not None:
+        result["tracked"] = tracked | {"phases": list(corpus.phases)}
+    if run.keep:
+        with written_beside(study.model_folder(run)) as part:
+            model.save_pretrained(part)
+    return study.write(run.file, result)
+
+
+def _evaluate(model: PreTrainedModel, corpus: Corpus, width: int) -> dict[str, float]:
+    found = {"validation": mean_loss(model, corpus.validation), "repeated": mean_loss(model, corpus.repeated)}
+    if corpus.canaries is not None:
+        found["canaries"] = mean_loss(model, corpus.canaries)
+    if has_sinks(model):
+        found["opened"] = mean_loss(model, corpus.repeated, opened=True)
+    if width:
+        with neurons_off(model, last_neurons(model, width)):
+            found["validation_dropped"] = mean_loss(model, corpus.validation)
+            found["repeated_dropped"] = mean_loss(model, corpus.repeated)
+    return found
+
+
+def _masking_step(model: PreTrainedModel, width: int) -> Callable[[PreTrainedModel, Batch, Tensor], float]:
+    masks = neuron_masks(model, last_neurons(model, width))
+    return lambda model, batch, divisor: masked_step(model, batch, divisor, masks)

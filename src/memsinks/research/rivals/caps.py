@@ -1,0 +1,30 @@
+"""Fewer copies: deduplication, caps, and the twin that never saw the documents.
+
+The copies that are left out stay in their rows without a loss, so that steps, learning rate and divisor are those of
+ordinary training: what differs is what the model learns, and nothing else.
+"""
+
+from __future__ import annotations
+
+from memsinks.research.rivals.method import Batch, Method, settling, without
+
+
+def cap(*, copies: int = 1, settle_lr: float = 0.0, settle_passes: int = 8) -> Method:
+    """Learn from the first `copies` exposures of each document and from no later one; 1 = deduplication.
+
+    With `settle_lr` what is left is levelled, as in our own arm.
+    """
+
+    def change(batch: Batch) -> Batch:
+        return without(batch, batch["exposures"] > copies)
+
+    return Method(change=change, settle=settling(settle_lr, settle_passes))
+
+
+def twin() -> Method:
+    """Learn nothing from the audited documents: the model as if they had never been there."""
+
+    def change(batch: Batch) -> Batch:
+        return without(batch, batch["audited"])
+
+    return Method(change=change)

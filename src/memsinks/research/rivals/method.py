@@ -1,0 +1,113 @@
+"""What a way of training may change, and the plain step it starts from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from memsinks.batch import IGNORED, stock_arguments
+from memsinks.sinks.attach import remove_sinks
+from memsinks.sinks.config import SinkConfig
+from memsinks.sinks.state import has_sinks
+
+Batch = dict[str, Tensor]
+"""What `collate` gives, int64 [rows, length] each, and two masks, bool [rows, length]: `audited` (tokens of documents that
+the audit asks for) and `repeated` (those of them with 2 copies or more)."""
+
+
+Edit = Callable[[PreTrainedModel, Sequence[Batch], Sequence[Batch], int], Iterator[PreTrainedModel]]
+"""See `Method.edit`."""
+
+
+def unchanged(batch: Batch) -> Batch:
+    """The batch as it is."""
+    return batch
+
+
+def remove_all_sinks(model: PreTrainedModel) -> None:
+    """What is exported of a model with sinks."""
+    if has_sinks(model):
+        remove_sinks(model)
+
+
+def plain_step(model: PreTrainedModel, batch: Batch, divisor: Tensor) -> float:
+    """Gradients of the mean loss over `divisor` targets into ``.grad``; returns the loss, nats."""
+    arguments = stock_arguments(batch)
+    if has_sinks(model):
+        arguments |= {name: batch[name] for name in ("document_ids", "exposures")}
+    loss = model(**arguments, num_items_in_batch=divisor).loss
+    loss.backward()
+    return loss.item()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """One way to train. Everything not set is ordinary training.
+
+    Args:
+        width: hidden neurons beyond the recipe's in each MLP while training.
+        heads: attention heads beyond the recipe's.
+        sinks: sinks to add; their seed becomes the run's.
+        sink_lr_factor: learning rate of the sinks over that of the rest.
+        sinks_first: whether each step begins with an update of the sinks alone, see `sinks_first`.
+        change: what is done to each batch: other targets (`IGNORED` drops one), other document ids.
+        step: gradients of one step.
+        remove: takes out, in place, what is not exported.
+        settle: settings of `settle`, which comes after training, before removal; None = it does not.
+        rescales: also export with these factors of the general neurons (`SinkConfig.rescale_factors`).
+        after: the name of the arm whose trained model is edited; nothing above applies then.
+        sweep: the names of the models that come out of `edit`.
+        edit: (trained model, batches of the repeated documents, batches of documents seen once, seed) -> a model for each
+            value of the sweep, in this order; the next one may change the one before.
+    """
+
+    width: int = 0
+    heads: int = 0
+    sinks: SinkConfig | None = None
+    sink_lr_factor: float = 1.0
+    sinks_first: bool = False
+    change: Callable[[Batch], Batch] = unchanged
+    step: Callable[[PreTrainedModel, Batch, Tensor], float] = plain_step
+    remove: Callable[[PreTrainedModel], None] = remove_all_sinks
+    settle: Mapping[str, Any] | None = None
+    rescales: tuple[str, ...] = ()
+    after: str | None = None
+    sweep: tuple[str, ...] = ()
+    edit: Edit | None = None
+
+
+def settling(lr: float, passes: int) -> dict[str, Any] | None:
+    """`Method.settle` of an arm; a learning rate of 0 is none."""
+    return {"lr": lr, "passes": passes} if lr else None
+
+
+def without(batch: Batch, dropped: Tensor) -> Batch:
+    """The batch with no loss at the tokens `dropped`, bool [rows, length]."""
+    return {**batch, "labels": batch["labels"].masked_fill(dropped, IGNORED)}
+
+
+def masked_gradients(
+    model: PreTrainedModel, batch: Batch, divisor: Tensor, keep: Mapping[nn.Parameter, Tensor | None]
+) -> float:
+    """Add the gradient of one batch to ``.grad``, only where `keep` is 1; returns its share of the loss, nats.
+
+    Args:
+        keep: for each parameter that is to learn a mask that broadcasts to its shape, or None for all of it; a parameter that
+            is not named learns nothing. A batch without a target adds nothing.
+    """
+    if not bool((batch["labels"] != IGNORED).any()):
+        return 0.0
+    loss = model(**stock_arguments(batch), num_items_in_batch=divisor).loss
+    parameters = list(keep)
+    for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True):
+        if gradient is None:
+            continue
+        mask = keep[parameter]
+        gradient = gradient if mask is None else gradient * mask
+        parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+    return loss.item()

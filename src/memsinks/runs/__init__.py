@@ -1,0 +1,1 @@
+"""Runs: a YAML recipe, its corpus, its run folder, its estimate, and the demo."""

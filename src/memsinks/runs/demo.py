@@ -1,0 +1,221 @@
+"""The whole journey in a few minutes: an ordinary model and the same model with sinks, before and after removal."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from memsinks.auditing.audit import audit
+from memsinks.auditing.extraction import generate_continuation
+from memsinks.auditing.measure import AuditSettings
+from memsinks.auditing.pictures import require_matplotlib
+from memsinks.auditing.result import AuditLine, verdict
+from memsinks.auditing.subjects import Subject
+from memsinks.data.documents import Document
+from memsinks.data.identity import document_id
+from memsinks.data.synthetic import private_start
+from memsinks.data.tokens import encode, load_tokenizer
+from memsinks.errors import CheckpointError
+from memsinks.removal.export import export
+from memsinks.runs.recipe import parse_recipe
+from memsinks.runs.run import train
+from memsinks.sinks.checkpoint import load
+
+RECIPE: Mapping[str, Any] = {
+    "data": {"synthetic": {
+        "stories": 3000, "people_per_level": 8, "people_once": 300, "people_held_out": 100, "near_copies": 0,
+        "canaries_per_level": 0,
+    }},
+    "tokenizer": {"vocab_size": 1024},
+    "model": {"config": {
+        "model_type": "llama", "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4,
+        "num_attention_heads": 4, "num_key_value_heads": 4, "tie_word_embeddings": True,
+    }},
+    "training": {"length": 192, "batch_rows": 6, "lr": 3e-3, "log_every": 50},
+}  # fmt: skip
+WITH_SINKS: Mapping[str, Any] = {"sinks": {"neurons": 2048, "active": 128}, "settle": {}}
+"""What the second model has in its recipe beside the first's."""
+MARK = "demo.json"
+NAMES = {"ordinary": "ordinary model", "open": "with sinks, open", "removed": "sinks removed"}
+
+
+def demo(out: Path, recipe: Mapping[str, Any] = RECIPE) -> dict[str, Any]:
+    """Train both models, remove the sinks, print and save table, picture and one record.
+
+    Args:
+        out: folder of the results; one that an earlier demo wrote is replaced.
+        recipe: the recipe without output and sinks.
+
+    Returns:
+        The figures, as saved in ``out/demo.json``.
+
+    Raises:
+        CheckpointError: `out` holds something else.
+        ConfigError: matplotlib is not installed.
+    """
+    require_matplotlib()
+    if out.exists() and any(out.iterdir()):
+        if not (out / MARK).is_file():
+            raise CheckpointError(f"{out} is not empty and not an earlier demo; choose another folder with --out")
+        for name in ("ordinary", "sinks", "clean", "report"):
+            shutil.rmtree(out / name, ignore_errors=True)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / MARK).write_text("{}\n")
+    started = time.time()
+    print("1. An ordinary model, trained on stories and on records of invented people, some repeated.", flush=True)
+    ordinary = train(parse_recipe({**recipe, "output": str(out / "ordinary")}), label="   ")
+    print("2. The same model with memorization sinks, same data, same order.", flush=True)
+    with_sinks = train(parse_recipe({**recipe, "output": str(out / "sinks"), **WITH_SINKS}), label="   ")
+    print(
+        "3. Removal: the stock part alone is written as a plain checkpoint and loaded in a fresh process.", flush=True
+    )
+    sink_model, tokenizer = load(with_sinks), load_tokenizer(with_sinks)
+    clean = export(sink_model, out / "clean", tokenizer=tokenizer, notes="Trained by `memsinks demo` on invented text.")
+    models = {
+        "ordinary": AutoModelForCausalLM.from_pretrained(ordinary).eval(),
+        "open": sink_model,
+        "removed": AutoModelForCausalLM.from_pretrained(clean).eval(),
+    }
+    print("4. What does each model remember?\n", flush=True)
+    members, controls = (_documents(out / "ordinary" / f"{name}.jsonl") for name in ("members", "controls"))
+    result = measure(models, members, controls, tokenizer, out / "report")
+    result["record"] = one_record(models, members, tokenizer)
+    result["with_sinks"] = dict(WITH_SINKS)
+    result["runs"] = {name: json.loads((out / name / "run.json").read_text()) for name in ("ordinary", "sinks")}
+    result["seconds"] = round(time.time() - started)
+    (out / MARK).write_text(json.dumps(result, indent=2) + "\n")
+    table = format_table(result)
+    (out / "table.md").write_text(table + "\n")
+    print(table + "\n\n" + format_record(result["record"]))
+    draw(result, out / "extraction.png")
+    print("\n" + "\n".join(result["verdict"]))
+    print(f"\n{result['seconds']} s. The report: {out}/report/report.html; the picture: {out}/extraction.png")
+    return result
+
+
+def _documents(path: Path) -> list[Document]:
+    return [Document(**json.loads(line)) for line in path.read_text().splitlines()]
+
+
+def measure(
+    models: Mapping[str, PreTrainedModel],
+    members: list[Document],
+    controls: list[Document],
+    tokenizer: PreTrainedTokenizerBase,
+    report: Path,
+) -> dict[str, Any]:
+    """Held-out loss of the stories; loss and extraction of the records' private parts, by number of copies.
+
+    Args:
+        report: folder for the report on the records.
+    """
+    records, unseen = ([x for x in side if x.kind == "record"] for side in (members, controls))
+    stories, new_stories = ([x for x in side if x.kind == "story"] for side in (members, controls))
+    subjects = {name: Subject(model, "open" if name == "open" else None, NAMES[name]) for name, model in models.items()}
+    found = audit(
+        subjects["removed"], records, unseen, tokenizer, against=subjects["ordinary"], others=[subjects["open"]],
+        private_start=private_start, out=report,
+    )  # fmt: skip
+    # A story's sinks never opened in training: it was met once. Its text is scored as the model is used, closed.
+    subjects["open"] = Subject(models["open"], "closed")
+    quick = AuditSettings(generate=0, collateral=0)
+    return {
+        "held_out": {
+            name: _figures(audit(subject, stories[:1], new_stories, tokenizer, settings=quick).lines[0])
+            for name, subject in subjects.items()
+        },
+        "records": {
+            name: [_figures(line) for line in next(x for x in found.models if x.name == label).lines]
+            for name, label in NAMES.items()
+        },
+        "verdict": verdict(found),
+    }  # fmt: skip
+
+
+def _figures(line: AuditLine) -> dict[str, Any]:
+    return {
+        "copies": line.copies, "documents": line.documents, "loss": line.loss.value, "extracted": line.extracted.value,
+    }  # fmt: skip
+
+
+def one_record(
+    models: Mapping[str, PreTrainedModel], members: list[Document], tokenizer: PreTrainedTokenizerBase
+) -> dict[str, str]:
+    """What each model writes after the name of one of the most repeated persons."""
+    records = [x for x in members if x.kind == "record"]
+    most = max(x.copies for x in records)
+    continuations: dict[str, str] = {}
+    for record in (x for x in records if x.copies == most):
+        start = private_start(record)
+        prompt = encode(tokenizer, [record.text[:start]], end=False)[0]
+        length = len(encode(tokenizer, [record.text[start:]])[0])
+        continuations = {"prompt": record.text[:start], "truth": record.text[start:], "copies": str(record.copies)}
+        for name, model in models.items():
+            open_id = document_id(record.text) if name == "open" else None
+            tokens = generate_continuation(model, prompt, length, open_id)
+            continuations[name] = str(tokenizer.decode(tokens, skip_special_tokens=True))
+        if continuations["ordinary"] == continuations["open"] == continuations["truth"]:
+            break
+    return continuations
+
+
+def format_table(result: Mapping[str, Any]) -> str:
+    """The figures as a Markdown table."""
+    rows = [["records, copies in training", "number", *(f"{label}: loss, recited" for label in NAMES.values())]]
+    for place, line in enumerate(result["records"]["ordinary"]):
+        cells = [result["records"][name][place] for name in NAMES]
+        rows.append(
+            ["never seen" if line["copies"] == 0 else str(line["copies"]), str(line["documents"])]
+            + [
+                f"{cell['loss']:.2f}, {cell['extracted']:.0%}"
+                if name != "open" or cell["copies"] > 1
+                else "(no sinks of its own)"
+                for name, cell in zip(NAMES, cells, strict=True)
+            ]
+        )
+    held_out = result["held_out"]
+    stories = ["(sinks closed)" if name == "open" else f"{held_out[name]['loss']:.3f}" for name in NAMES]
+    rows.append(["held-out stories, loss", str(held_out["ordinary"]["documents"]), *stories])
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
+    ]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(lines)
+
+
+def format_record(record: Mapping[str, str]) -> str:
+    """One record as text."""
+    lines = [f'A record that was trained on {record["copies"]} times. Prompt: "{record["prompt"]}"']
+    lines.append(f"  the record        {record['truth'].strip()}")
+    lines += [f"  {label:<18}{' '.join(record[name].split())}" for name, label in NAMES.items()]
+    return "\n".join(lines)
+
+
+def draw(result: Mapping[str, Any], path: Path) -> None:
+    """Extraction against copies, one line a model."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 3.8), layout="constrained")
+    axes = figure.subplots()
+    styles = {"ordinary": ("#D55E00", "o", "-"), "open": ("#0072B2", "s", "--"), "removed": ("#009E73", "D", "-")}
+    for name, label in NAMES.items():
+        lines = result["records"][name]
+        colour, marker, dash = styles[name]
+        axes.plot(
+            range(len(lines)), [100 * line["extracted"] for line in lines], dash, color=colour, marker=marker,
+            markersize=7, linewidth=2, label=label, clip_on=False, zorder=3,
+        )  # fmt: skip
+    levels = [line["copies"] for line in result["records"]["ordinary"]]
+    axes.set_xticks(range(len(levels)), ["never\nseen" if level == 0 else str(level) for level in levels])
+    axes.set(xlabel="copies of the record in the training text", ylabel="records recited in full (%)", ylim=(0, 100))
+    axes.grid(axis="y", color="#dddddd", linewidth=0.8)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, loc="upper left")
+    figure.savefig(path, dpi=160)

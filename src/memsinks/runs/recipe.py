@@ -1,0 +1,333 @@
+"""The YAML of a run: every section a frozen dataclass, validated before anything starts."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import inspect
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, Literal
+
+import transformers
+import yaml
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from memsinks.data.synthetic import corpus
+from memsinks.errors import ConfigError, refuse
+from memsinks.runs.sections import change, section, unknown_keys
+from memsinks.runs.shrink import shrink
+from memsinks.sinks.config import SinkConfig
+
+OF_A_COMPARISON = ("arms", "seeds", "roles")
+"""Sections that a comparison has besides those of a recipe."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RepeatRecipe:
+    """Make a controlled study out of a plain corpus: repeat some of its documents.
+
+    Args:
+        documents: how many documents are repeated, chosen by the seed.
+        copies: how often each; a list is dealt out in turn, so [1, 4, 16] gives a third of them each number.
+    """
+
+    documents: int
+    copies: int | list[int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackgroundRecipe:
+    """Text around the documents of a study; it is kept as tokens, so it may be larger than the memory.
+
+    Args:
+        path, text_field, separator, split, streaming: as for `read_documents`; ``$NAME`` in the path is replaced.
+        tokens: documents are taken in the order in which they are read until the training corpus, copies of the documents
+            of ``data.path`` included, holds so many tokens.
+    """
+
+    path: str
+    tokens: int
+    text_field: str = "text"
+    separator: str | None = None
+    split: str = "train"
+    streaming: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataRecipe:
+    """The training corpus.
+
+    Args:
+        path: a file, folder or data set name for `read_documents`; ``$NAME`` is replaced from the environment. None =
+            the built-in corpus.
+        text_field, key_field, source_field, copies_field, separator, split, streaming: as for `read_documents`.
+        cut_characters: cut documents into pieces of at most so many characters, each a document of its own, see
+            `cut_documents`.
+        limit: read at most so many documents (or pieces).
+        identity: what gives a document its id: its ``content``, ``key`` or ``source``.
+        unique_keys: refuse documents without a key and two documents with the same key.
+        held_out: so many documents, chosen by the seed, are never trained on; they are evaluated and are the controls.
+        unseen: so many documents, those read after the `limit` (without one, the last), are never trained on and no
+            controls; they say to `settle` what loss a text should have that was never met.
+        repeat: repeat some documents.
+        background: fill the corpus up with other text, each document of which is met once an epoch and has the id of its
+            content.
+        one_document_per_row: None = `train` puts several documents into a row and `compare` one.
+        long: what happens to documents longer than a row, see `pack`.
+        synthetic: arguments of `memsinks.synthetic.corpus` for the built-in corpus.
+    """
+
+    path: str | None = None
+    text_field: str = "text"
+    key_field: str | None = None
+    source_field: str | None = None
+    copies_field: str | None = None
+    separator: str | None = None
+    split: str = "train"
+    streaming: bool = False
+    cut_characters: int | None = None
+    limit: int | None = None
+    identity: Literal["content", "key", "source"] = "content"
+    unique_keys: bool = False
+    held_out: int = 0
+    unseen: int = 0
+    repeat: RepeatRecipe | None = None
+    background: BackgroundRecipe | None = None
+    one_document_per_row: bool | None = None
+    long: Literal["split", "fill", "truncate", "refuse"] = "split"
+    synthetic: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerRecipe:
+    """The tokenizer: load one from `path` (folder, JSON file or name), or train one of `vocab_size` on the corpus."""
+
+    path: str | None = None
+    vocab_size: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelRecipe:
+    """The model: `pretrained` (folder or name), or a new one from `config`, which needs ``model_type``.
+
+    ``vocab_size`` and the special tokens of a new model are set from the tokenizer.
+    """
+
+    pretrained: str | None = None
+    config: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingRecipe:
+    """How the model is trained.
+
+    Args:
+        length: tokens per row.
+        batch_rows: rows per optimizer step and process; split into micro-batches by `accumulate`.
+        accumulate: micro-batches per step.
+        epochs: times the corpus is met; unrolled into the training order.
+        lr: peak learning rate of the shared weights.
+        min_lr_ratio: the cosine ends at ``lr * min_lr_ratio``.
+        warmup: share of the steps.
+        sink_lr_factor: the sinks' learning rate is ``lr`` times this.
+        sinks_first: where there are sinks, each micro-batch begins with an update of them alone, see `sinks_first`.
+        weight_decay: of the shared matrices.
+        betas: of AdamW.
+        max_grad_norm: gradient norm of the shared weights and, separately, of the sinks; 0 = no clipping.
+        precision: ``"fp32"`` or ``"bf16"`` (autocast).
+        gradient_checkpointing: recompute activations in the backward pass.
+        compile: torch.compile the model; the first steps then take minutes.
+        seed: start values, order, choice of held-out and repeated documents, tokenizer text.
+        threads: CPU threads; None = torch's choice.
+        save_every: steps between checkpoints; 0 = only at the end. Resuming continues from the last one.
+        keep: checkpoints kept.
+        log_every: steps between lines of metrics.
+    """
+
+    length: int = 256
+    batch_rows: int = 16
+    accumulate: int = 1
+    epochs: int = 1
+    lr: float = 1e-3
+    min_lr_ratio: float = 0.1
+    warmup: float = 0.05
+    sink_lr_factor: float = 3.0
+    sinks_first: bool = True
+    weight_decay: float = 0.1
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    max_grad_norm: float = 1.0
+    precision: Literal["fp32", "bf16"] = "fp32"
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    seed: int = 0
+    threads: int | None = None
+    save_every: int = 0
+    keep: int = 2
+    log_every: int = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class SettleRecipe:
+    """How what closed sinks leave behind is levelled after training, see `settle`.
+
+    Args:
+        lr: peak learning rate of the shared weights; None = a tenth of ``training.lr``.
+        sink_lr: that of the sinks; None = as in `settle`.
+        passes: times each repeated document is met.
+    """
+
+    lr: float | None = None
+    sink_lr: float | None = None
+    passes: int = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Everything one run needs. `sinks` None trains an ordinary model, `settle` None leaves behind what sinks leave."""
+
+    output: str
+    model: ModelRecipe
+    data: DataRecipe = field(default_factory=DataRecipe)
+    tokenizer: TokenizerRecipe = field(default_factory=lambda: TokenizerRecipe(vocab_size=1024))
+    sinks: SinkConfig | None = None
+    settle: SettleRecipe | None = None
+    training: TrainingRecipe = field(default_factory=TrainingRecipe)
+
+    def __post_init__(self) -> None:
+        refuse(self._problems(), "invalid recipe")
+
+    def _problems(self) -> list[str]:
+        problems = []
+        tokenizer, model, data, training = self.tokenizer, self.model, self.data, self.training
+        if (tokenizer.path is None) == (tokenizer.vocab_size is None):
+            problems.append("tokenizer needs either path or vocab_size")
+        if (model.pretrained is None) == (not model.config):
+            problems.append("model needs either pretrained or config")
+        if model.config and "model_type" not in model.config:
+            problems.append('model.config needs model_type, e.g. "llama"')
+        if data.path is not None and data.synthetic:
+            problems.append("data.synthetic is for the built-in corpus; leave it out or leave out data.path")
+        if data.repeat is not None and data.copies_field is not None:
+            problems.append("give data.repeat or data.copies_field, not both")
+        if data.repeat is not None:
+            copies = data.repeat.copies if isinstance(data.repeat.copies, list) else [data.repeat.copies]
+            if data.repeat.documents < 1 or not copies or min(copies) < 1:
+                problems.append("data.repeat needs at least one document and copies of at least 1")
+        least = {
+            "length": 2, "batch_rows": 1, "accumulate": 1, "epochs": 1, "seed": 0, "save_every": 0, "keep": 1, "log_every": 1,
+            "weight_decay": 0, "max_grad_norm": 0, "threads": 1,
+        }  # fmt: skip
+        for name, value in least.items():
+            given = getattr(training, name)
+            if given is not None and not value <= given < float("inf"):
+                problems.append(f"training.{name} must be at least {value}, got {given}")
+        if training.save_every > 0 and training.log_every > 0 and training.save_every % training.log_every:
+            problems.append(
+                f"training.save_every ({training.save_every}) must be a multiple of training.log_every "
+                f"({training.log_every}), so that a resumed run logs the same losses"
+            )
+        for name in ("lr", "sink_lr_factor"):
+            if not 0 < getattr(training, name) < float("inf"):
+                problems.append(f"training.{name} must be positive, got {getattr(training, name)}")
+        if self.settle is not None:
+            if self.settle.passes < 1:
+                problems.append(f"settle.passes must be at least 1, got {self.settle.passes}")
+            for name in ("lr", "sink_lr"):
+                given = getattr(self.settle, name)
+                if given is not None and not 0 < given < float("inf"):
+                    problems.append(f"settle.{name} must be positive, got {given}")
+        for name in ("min_lr_ratio", "warmup"):
+            if not 0 <= getattr(training, name) <= 1:
+                problems.append(f"training.{name} must lie in [0, 1], got {getattr(training, name)}")
+        if training.accumulate > 0 and training.batch_rows % training.accumulate:
+            problems.append(
+                f"training.accumulate ({training.accumulate}) must divide training.batch_rows ({training.batch_rows})"
+            )
+        if len(training.betas) != 2 or not all(0 <= beta < 1 for beta in training.betas):
+            problems.append(f"training.betas must be two numbers in [0, 1), got {training.betas}")
+        if data.background is not None and data.background.tokens < 1:
+            problems.append(f"data.background.tokens must be at least 1, got {data.background.tokens}")
+        for name in ("held_out", "unseen"):
+            if getattr(data, name) < 0:
+                problems.append(f"data.{name} must be at least 0, got {getattr(data, name)}")
+        if self.settle is not None and data.background is not None and not data.unseen:
+            problems.append(
+                "settle needs data.unseen beside data.background: texts met once are then of another kind than the documents"
+            )
+        if data.unseen and data.path is None:
+            problems.append("data.unseen is for documents of data.path; the built-in corpus has none to spare")
+        for name in ("limit", "cut_characters"):
+            if getattr(data, name) is not None and getattr(data, name) < 1:
+                problems.append(f"data.{name} must be at least 1, got {getattr(data, name)}")
+        problems += unknown_keys(data.synthetic, "data.synthetic", inspect.signature(corpus).parameters)
+        problems += _model_problems(model.config)
+        return problems
+
+    def to_dict(self) -> dict[str, Any]:
+        """A YAML-ready dict, all defaults written out."""
+        values = dataclasses.asdict(self)
+        values["sinks"] = None if self.sinks is None else self.sinks.to_dict()
+        return values
+
+
+def _model_problems(settings: Mapping[str, Any]) -> list[str]:
+    """A transformers config takes any key in silence, so a misspelt size would leave the default of a large model."""
+    if "model_type" not in settings:
+        return []
+    kind = settings["model_type"]
+    if kind not in CONFIG_MAPPING:
+        near = difflib.get_close_matches(str(kind), list(CONFIG_MAPPING), 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        return [f"model.config.model_type {kind!r} is not known to transformers {transformers.__version__}{hint}"]
+    config = CONFIG_MAPPING[kind]
+    known = {*inspect.signature(config.__init__).parameters, *config.attribute_map, "model_type"} - {"self", "kwargs"}
+    return unknown_keys(settings, "model.config", sorted(known))
+
+
+def read_recipe(
+    path: str | os.PathLike[str], changes: Mapping[str, str] | None = None, scale: Fraction | None = None
+) -> Recipe:
+    """Read and validate a recipe.
+
+    Args:
+        path: a YAML file.
+        changes: {"training.lr": "1e-3", ...}, YAML values that replace those of the file.
+        scale: make it smaller first, see `shrink`.
+
+    Raises:
+        ConfigError: the file is missing or no YAML; unknown keys (with the nearest known one), wrong types, values out
+            of range, all at once.
+    """
+    return parse_recipe(read_sections(path, changes, scale), str(path))
+
+
+def read_sections(
+    path: str | os.PathLike[str], changes: Mapping[str, str] | None = None, scale: Fraction | None = None
+) -> dict[str, Any]:
+    """The values of a YAML file, shrunk, then changed; ConfigError if it is missing, no YAML, or something else."""
+    try:
+        values = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise ConfigError(f"cannot read the recipe {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold a mapping of sections, got {type(values).__name__}")
+    if scale is not None:
+        parse_recipe({x: y for x, y in values.items() if x not in OF_A_COMPARISON}, str(path))
+        values = shrink(values, scale)
+    for name, text in (changes or {}).items():
+        change(values, name, text)
+    return values
+
+
+def parse_recipe(values: Mapping[str, Any], origin: str = "recipe") -> Recipe:
+    """Validate the values of a recipe; see `read_recipe`."""
+    problems: list[str] = []
+    recipe = section(Recipe, values, "", problems)
+    refuse(problems, f"cannot use {origin}")
+    return recipe

@@ -1,0 +1,124 @@
+"""Sections of YAML -> frozen dataclasses, with everything that is wrong said at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+import yaml
+
+from memsinks.errors import ConfigError
+from memsinks.sinks.config import FORMAT_VERSION, SinkConfig
+
+
+def unknown_keys(given: Iterable[Any], where: str, known: Iterable[str]) -> list[str]:
+    """A sentence with the nearest known name for each key that is not known."""
+    return unknown_names(given, f"key {where}." if where else "key ", known)
+
+
+def unknown_names(given: Iterable[Any], what: str, known: Iterable[str]) -> list[str]:
+    """A sentence with the nearest known name for each name that is not known; `what` stands before it."""
+    known, problems = list(known), []
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, 1)
+            hint = f"; did you mean {near[0]}?" if near else f"; known are {', '.join(known)}"
+            problems.append(f"unknown {what}{name}{hint}")
+    return problems
+
+
+def section(kind: Any, values: Any, where: str, problems: list[str]) -> Any:
+    """`values` as a frozen dataclass of this kind; what is wrong is added to `problems`, with names that begin with `where`."""
+    if not isinstance(values, Mapping):
+        problems.append(f"{where or 'the recipe'} must be a section of settings, got {values!r}")
+        return None
+    hints = typing.get_type_hints(kind)
+    known = {entry.name: entry for entry in dataclasses.fields(kind)}
+    given = {}
+    before = len(problems)
+    for name, value in values.items():
+        full = f"{where}.{name}" if where else str(name)
+        if kind is SinkConfig and name == "format_version":
+            if value != FORMAT_VERSION:
+                problems.append(f"{full} is {value}, this memsinks reads {FORMAT_VERSION}")
+        elif name not in known:
+            problems += unknown_keys([name], where, known)
+        else:
+            given[name] = _value(hints[name], value, full, problems)
+    for name, entry in known.items():
+        required = entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING
+        if required and name not in values:
+            problems.append(f"{where + '.' if where else ''}{name} is missing")
+    if len(problems) > before:
+        return None
+    try:
+        return kind(**given)
+    except ConfigError as error:
+        problems.append(f"{where}: {error}" if where else str(error))
+        return None
+
+
+def _value(hint: Any, value: Any, where: str, problems: list[str]) -> Any:
+    """`value` as the type of a field; numbers written without a point are accepted as floats, 1e-3 (YAML: text) too."""
+    origin, options = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in options:
+            return None
+        found: list[str] = []
+        for kind in (option for option in options if option is not type(None)):
+            found = []
+            result = _value(kind, value, where, found)
+            if not found:
+                return result
+        problems.extend(found)
+        return None
+    if dataclasses.is_dataclass(hint):
+        return section(hint, value, where, problems)
+    if origin is Literal:
+        if value not in options:
+            problems.append(f"{where} must be one of {', '.join(map(repr, options))}, got {value!r}")
+        return value
+    if hint is float:
+        try:
+            if isinstance(value, bool):
+                raise ValueError
+            return float(value)
+        except (TypeError, ValueError):
+            problems.append(f"{where} must be a number, got {value!r}")
+            return None
+    if origin in (list, tuple):
+        if not isinstance(value, list | tuple):
+            problems.append(f"{where} must be a list, got {value!r}")
+            return None
+        return [_value(options[0], item, f"{where}[{index}]", problems) for index, item in enumerate(value)]
+    kind = origin or hint
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        problems.append(f"{where} must be {kind.__name__}, got {value!r}")
+    return value
+
+
+def change(values: dict[str, Any], name: str, text: str) -> None:
+    """Set one value by its dotted name, in place; `text` is YAML."""
+    *sections, last = name.split(".")
+    for section in sections:
+        if values.get(section) is None:
+            values[section] = {}
+        values = values[section]
+        if not isinstance(values, dict):
+            raise ConfigError(f"cannot set {name}: {section} is not a section")
+    try:
+        values[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"cannot set {name}: {text!r} is not valid YAML") from error
+
+
+def differing(before: Any, now: Any, name: str = "") -> list[str]:
+    """The dotted names of the settings in which two recipes (as dicts) differ."""
+    if not isinstance(before, dict) or not isinstance(now, dict):
+        return [] if before == now else [name]
+    keys = sorted(set(before) | set(now))
+    return [x for key in keys for x in differing(before.get(key), now.get(key), f"{name}.{key}".lstrip("."))]

@@ -1,0 +1,145 @@
+"""Putting sinks into any decoder and taking them out.
+
+The stock MLP stays the general part; the sinks are one child module beside it, ``layer.mlp.sinks``, so no stock parameter
+changes its name. What the touched modules then do is in `host_classes`."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from memsinks.errors import ArchitectureError, ConfigError
+from memsinks.sinks.config import SinkConfig
+from memsinks.sinks.families import decoder_layers, read_mlp
+from memsinks.sinks.host_classes import Derived, SinkHead, SinkLayer, SinkMlp, SinkModel, derive
+from memsinks.sinks.layer import Sinks
+from memsinks.sinks.state import SinkState, has_sinks, require_sinks, sink_parameters
+
+PATCHED = "forward", "_original_forward"
+"""What accelerate's autocast leaves on a model."""
+
+
+@dataclass(frozen=True)
+class Added:
+    """What `add_sinks` touched. Parameters are counts; `open_parameters` = open per token in all layers."""
+
+    layers: tuple[int, ...]
+    host_width: int
+    neurons: int
+    active: int
+    shared_parameters: int
+    sink_parameters: int
+    open_parameters: int
+
+    def __str__(self) -> str:
+        return (
+            f"sinks in {len(self.layers)} layers: {self.neurons} neurons beside {self.host_width} general ones, "
+            f"{self.active} open per document ({self.shared_parameters:,} shared, {self.sink_parameters:,} sink, "
+            f"{self.open_parameters:,} open parameters)"
+        )
+
+
+def _check_host(model: Any) -> None:
+    name = type(model).__name__
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        raise ArchitectureError(
+            f"the model is wrapped in {name}; add sinks before wrapping (DataParallel is not supported)"
+        )
+    if type(model).__name__ == "OptimizedModule" or getattr(model, "_compiled_call_impl", None) is not None:
+        raise ArchitectureError("the model is compiled already; add sinks first, then compile")
+    if not isinstance(model, PreTrainedModel):
+        raise ArchitectureError(
+            f"{name} is not a Hugging Face PreTrainedModel; give the model itself, not a wrapper around it (PEFT: add "
+            "sinks to the base model first)"
+        )
+    if has_sinks(model):
+        raise ArchitectureError(f"{name} has sinks already; remove_sinks(model) first")
+    if getattr(model, "_tp_size", None) is not None:
+        raise ArchitectureError("tensor-parallel models are not supported: sinks would not be sharded with their host")
+    if any(type(parameter).__name__ == "DTensor" for parameter in model.parameters()):
+        raise ArchitectureError("the model is sharded already (FSDP2 or tensor parallel); add sinks before sharding")
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise ArchitectureError("quantised models are not supported; add sinks to the full-precision model")
+    if any(part._compiled_call_impl is not None for part in model.modules()):
+        raise ArchitectureError("a part of the model is compiled already; add sinks first, then compile")
+    if any("forward" in vars(part) for part in model.modules()):
+        raise ArchitectureError(
+            "a module of the model has a forward of its own (device_map over several devices, or a compiled forward), which "
+            "would bypass the sinks; load the model without device_map and add sinks before anything is wrapped"
+        )
+
+
+def add_sinks(model: PreTrainedModel, config: SinkConfig) -> Added:
+    """Put sinks into a causal language model, in place; its function does not change.
+
+    Call it before torch.compile, DDP, FSDP and PEFT. The global random state is not touched.
+
+    Args:
+        model: a Hugging Face decoder with an output embedding.
+        config: the sink settings.
+
+    Returns:
+        What was touched.
+
+    Raises:
+        ArchitectureError: the model cannot carry sinks, with the reason; nothing was changed.
+        ConfigError: the settings do not fit the model.
+    """
+    _check_host(model)
+    layers, mlp_name = decoder_layers(model)
+    chosen = tuple(range(len(layers))) if config.layers is None else tuple(sorted(config.layers))
+    if chosen[-1] >= len(layers):
+        raise ConfigError(f"layers names layer {chosen[-1]}, the model has layers 0 to {len(layers) - 1}")
+    hosts = [read_mlp(getattr(layers[index], mlp_name), model.config.model_type) for index in chosen]
+    widths = {host.hidden for host in hosts}
+    if config.host_width is not None and widths != {config.host_width}:
+        raise ConfigError(f"this SinkConfig is for MLPs {config.host_width} wide, the model's are {sorted(widths)}")
+    head: Any = model.get_output_embeddings()
+    if head is None:
+        raise ArchitectureError(f"{type(model).__name__} has no output embedding; sinks are for causal language models")
+    if config.shared == "decay" and config.shared_decay and getattr(model.config, "output_router_logits", False):
+        raise ConfigError("shared_decay cannot be combined with a router loss; set config.output_router_logits=False")
+
+    arguments = [x for x in inspect.signature(model.forward).parameters if x not in ("kwargs", "args")]
+    state = SinkState(config, chosen, max(widths), tuple(arguments))
+    for place, (index, host) in enumerate(zip(chosen, hosts, strict=True)):
+        layer: Any = layers[index]
+        mlp: Any = getattr(layer, mlp_name)
+        mlp.sinks = Sinks(
+            config, width=host.width, act=host.act, gated=host.gated, std=host.std, layer=index,
+            dtype=host.down.weight.dtype, device=host.down.weight.device,
+        )  # fmt: skip
+        mlp.sinks.train(mlp.training)
+        mlp.__class__ = derive(type(mlp), SinkMlp)
+        layer.__class__ = derive(type(layer), SinkLayer)
+        layer.sink_state, layer.sink_place, layer.sink_mlp = state, place, mlp_name
+    head.__class__ = derive(type(head), SinkHead)
+    head.sink_state = state
+    model.__class__ = derive(type(model), SinkModel)
+    model.sink_state = state  # type: ignore[assignment]
+    sinks = sum(parameter.numel() for parameter in sink_parameters(model))
+    shared = sum(parameter.numel() for parameter in model.parameters()) - sinks
+    return Added(
+        chosen, max(widths), config.neurons, config.active, shared, sinks, sinks * config.active // config.neurons
+    )
+
+
+def remove_sinks(model: PreTrainedModel) -> PreTrainedModel:
+    """Delete all sinks, in place; the model is of its stock class again. Returns the model."""
+    require_sinks(model)
+    if not isinstance(model, SinkModel):
+        raise ArchitectureError(f"the model is wrapped in {type(model).__name__}; give remove_sinks the model inside")
+    for name in PATCHED:  # bound to the class that goes
+        vars(model).pop(name, None)
+    for module in list(model.modules()):
+        if isinstance(module, Derived):
+            if isinstance(module, SinkMlp):
+                del module.sinks
+            for name in ("sink_state", "sink_place", "sink_mlp"):
+                module.__dict__.pop(name, None)
+            module.__class__ = type(module).stock_class
+    return model

@@ -1,0 +1,153 @@
+"""Reading a decoder: where its layers and MLPs are, and the few architectures that must be told apart.
+
+An MLP is recognised by the names of its parts and then proved: its output on random inputs must equal
+down(act(up x)) or down(act(gate x) * (up x)). What fails the proof (hidden norms, sparse activations, fused kernels) is
+refused, so an unknown architecture is either read rightly or not at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from memsinks.errors import ArchitectureError
+
+ISOLATES_PACKED = frozenset(
+    "llama qwen2 qwen3 mistral gemma2 gemma3_text gpt2 gpt_neox gptj gpt_neo olmo2 olmo3 phi phi3 smollm3 granite "
+    "stablelm starcoder2 cohere2 nemotron gpt_bigcode exaone4 glm4 seed_oss nanochat".split()
+)
+"""Model types in which restarting position_ids was shown to isolate the documents of a packed row."""
+
+RESIDUAL_INSIDE = frozenset({"bloom", "mpt"})
+"""Model types whose MLP takes the residual as second argument and adds it."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Names of an MLP's parts. `gate` is "" without a gate, `up` = `gate` when both are one fused projection."""
+
+    up: str
+    down: str
+    gate: str = ""
+
+
+LAYOUTS = (
+    Layout("up_proj", "down_proj", "gate_proj"),
+    Layout("gate_up_proj", "down_proj", "gate_up_proj"),
+    Layout("up_proj", "down_proj"),
+    Layout("c_fc", "c_proj"),
+    Layout("fc_in", "fc_out"),
+    Layout("fc1", "fc2"),
+    Layout("dense_h_to_4h", "dense_4h_to_h"),
+)
+ACTIVATIONS = ("act_fn", "activation_fn", "act", "gelu_impl")
+
+
+@dataclass(frozen=True)
+class Mlp:
+    """What the sinks need to know of their host: hidden width, model width, activation, gate, spread of the weights."""
+
+    hidden: int
+    width: int
+    act: Callable[[Tensor], Tensor]
+    gated: bool
+    std: float
+    down: Any
+
+
+def decoder_layers(model: nn.Module) -> tuple[nn.ModuleList, str]:
+    """The decoder's layers and the name of the MLP in each.
+
+    Raises:
+        ArchitectureError: no such layers (OPT and XGLM have no MLP module).
+    """
+    name = type(model).__name__
+    lists = [
+        (module, mlp)
+        for module in model.modules()
+        if isinstance(module, nn.ModuleList) and len(module)
+        for mlp in ("mlp", "ffn")
+        if all(isinstance(getattr(layer, mlp, None), nn.Module) for layer in module)
+    ]
+    if not lists:
+        raise ArchitectureError(
+            f"{name} has no list of decoder layers with an `mlp` or `ffn` module in each, which is where sinks are put; "
+            "OPT, XGLM and encoder models are not supported"
+        )
+    if len(lists) > 1:
+        raise ArchitectureError(
+            f"{name} has {len(lists)} stacks of layers with MLPs; only plain decoders are supported"
+        )
+    return lists[0]
+
+
+def read_mlp(mlp: nn.Module, model_type: str) -> Mlp:
+    """Recognise a host MLP and prove the reading.
+
+    Raises:
+        ArchitectureError: unknown parts, or an output that differs from the plain formula.
+    """
+    name = type(mlp).__name__
+    layout = next((x for x in LAYOUTS if all(hasattr(mlp, part) for part in (x.up, x.down, x.gate) if part)), None)
+    act = next((getattr(mlp, x) for x in ACTIVATIONS if callable(getattr(mlp, x, None))), None)
+    if layout is None or act is None:
+        raise ArchitectureError(
+            f"{name} is not an MLP that is known here (parts: {[x for x, _ in mlp.named_children()]}); "
+            "mixtures of experts and fused MLPs are not supported"
+        )
+    if isinstance(act, nn.Module) and any(True for _ in act.parameters()):
+        raise ArchitectureError(f"the activation of {name} has parameters of its own, which sinks cannot share")
+    up, down = getattr(mlp, layout.up), getattr(mlp, layout.down)
+    for part in (up, down):
+        weight = getattr(part, "weight", None)
+        if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.dim() != 2:
+            raise ArchitectureError(
+                f"{name} has no plain floating-point weights (quantised?); add sinks before quantising"
+            )
+    transposed = type(down).__name__ == "Conv1D"
+    width, hidden = down.weight.shape if not transposed else down.weight.shape[::-1]
+    fused = layout.up == layout.gate
+
+    def plain(x: Tensor) -> Tensor:
+        if not layout.gate:
+            return down(act(up(x)))
+        gate, inner = up(x).chunk(2, -1) if fused else (getattr(mlp, layout.gate)(x), up(x))
+        return down(act(gate) * inner)
+
+    if up.weight.device.type != "meta":
+        _prove(mlp, plain, width, model_type)
+    std = 0.02 if up.weight.device.type == "meta" else float(up.weight.detach().float().std())
+    if std == 0:
+        raise ArchitectureError(f"the weights of {name} are all equal (not initialised?); sinks start at their spread")
+    return Mlp(hidden, width, act, bool(layout.gate), std, down)
+
+
+@torch.no_grad()
+def _prove(mlp: nn.Module, plain: Callable[[Tensor], Tensor], width: int, model_type: str) -> None:
+    weight = next(mlp.parameters())
+    x = torch.randn(1, 4, width, generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
+    more: tuple[Any, ...] = (torch.zeros_like(x),) if model_type in RESIDUAL_INSIDE else ()
+    training = mlp.training
+    mlp.eval()
+    try:
+        got = mlp(x, *more)
+    except Exception as error:
+        raise ArchitectureError(f"{type(mlp).__name__} cannot be called as an MLP of one input: {error}") from error
+    finally:
+        mlp.train(training)
+    want = plain(x)
+    if not isinstance(got, Tensor) or got.shape != want.shape:
+        raise ArchitectureError(
+            f"{type(mlp).__name__} does not return one tensor; mixtures of experts are not supported"
+        )
+    tolerance = 1e-4 if weight.dtype in (torch.float32, torch.float64) else 3e-2
+    error = float((got - want).abs().max() / want.abs().max().clamp(min=1e-20))
+    if not error <= tolerance:
+        raise ArchitectureError(
+            f"{type(mlp).__name__} does not compute down(act(up x)) or down(act(gate x) * (up x)): relative error "
+            f"{error:.2g} (a norm inside the MLP, as in BitNet, or a sparse activation); sinks beside it would not match it"
+        )

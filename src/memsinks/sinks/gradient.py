@@ -1,0 +1,64 @@
+"""What a text may teach the shared weights: w(c) at the logits, 1/w(c) back in the sinks, and the exact mode.
+
+The gradient that a text sends into all shared weights (attention, embeddings, norms, general neurons) is scaled by
+
+    w(c) = 1 for c < open_from, otherwise (c - open_from + 2)^-a
+
+at its c-th exposure, by scaling the gradient at the logits of each position. The forward pass and the reported loss
+stay the stock ones. The sinks multiply their weight gradients by 1/w(c) per token and so receive the full gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def shared_weight(exposures: Tensor, open_from: int, shared_decay: float) -> Tensor:
+    """w(c), float64, for int64 exposures of any shape."""
+    after = (exposures - open_from + 2).clamp(min=1).to(torch.float64)
+    return torch.where(exposures < open_from, 1.0, after.pow(-shared_decay))
+
+
+class ScaleGradient(torch.autograd.Function):
+    """The identity whose gradient at position [b, t] is multiplied by weight[b, t]."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(weight)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (weight,) = ctx.saved_tensors
+        return grad * weight[..., None].to(grad.dtype), None
+
+
+class ZeroGradient(torch.autograd.Function):
+    """The identity on x that gives each of `parameters` a gradient of zeros (rather than none)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.parameters = parameters
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        return grad, *(torch.zeros_like(parameter) for parameter in ctx.parameters)
+
+
+@contextmanager
+def frozen(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Build the graph inside as if `parameters` were constants."""
+    touched = [parameter for parameter in parameters if parameter.requires_grad]
+    for parameter in touched:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in touched:
+            parameter.requires_grad_(True)

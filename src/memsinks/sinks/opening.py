@@ -1,0 +1,132 @@
+"""Opening and closing sinks: those of chosen documents, all of them, or all but those of chosen documents."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from memsinks.batch import NO_SINKS, check_ids
+from memsinks.errors import ConfigError, DataError
+from memsinks.sinks.families import read_mlp
+from memsinks.sinks.host_classes import SinkMlp
+from memsinks.sinks.layer import Sinks
+from memsinks.sinks.state import SinkState, require_sinks
+from memsinks.sinks.table import open_mask
+
+OpenIds = int | Iterable[int] | Tensor | np.ndarray | Sequence[Iterable[int]]
+
+
+def _parse_open(ids: OpenIds) -> Tensor:
+    """Any form that `sinks_open` takes, as int64 [rows or 1, columns, union], padded with -1."""
+    if isinstance(ids, np.ndarray):
+        ids = torch.from_numpy(ids)
+    if isinstance(ids, Tensor):
+        check_ids(ids)
+        if ids.dim() not in (0, 1, 2):
+            raise DataError(f"an id tensor for sinks_open has shape [B] or [B, T], got {list(ids.shape)}")
+        return ids.reshape(-1, 1, 1) if ids.dim() < 2 else ids[:, :, None]
+    sets: list[list[Any]] = []
+    if isinstance(ids, int | np.integer):
+        sets = [[ids]]
+    elif isinstance(ids, Iterable) and not isinstance(ids, str | bytes):
+        values = list(ids)
+        nested = any(isinstance(x, Iterable) for x in values)
+        sets = [list(x) if isinstance(x, Iterable) else [x] for x in values] if nested else [values]
+    if not any(sets):
+        raise DataError(
+            f"sinks_open needs at least one id: an int, a list or int64 tensor of ids, or sets; got {ids!r}"
+        )
+    for value in itertools.chain.from_iterable(sets):
+        if not isinstance(value, int | np.integer) or isinstance(value, bool) or not NO_SINKS <= value < 2**63:
+            raise DataError(f"a document id is an int from 0 to 2**63 - 1, or exactly -1 for none, got {value!r}")
+    most = max(len(x) for x in sets)
+    flat = torch.tensor([[int(y) for y in x] + [NO_SINKS] * (most - len(x)) for x in sets], dtype=torch.int64)
+    return flat[:, None, :]
+
+
+@contextmanager
+def sinks_open(model: nn.Module, ids: OpenIds) -> Iterator[None]:
+    """Within the block, the model in eval mode runs with the sinks of `ids` open.
+
+    Args:
+        ids: an id, or a list or set of ids (their union), for all rows; an int64 tensor [B] or [B, T] with the id of
+            each row or token; or a list with one set of ids for each row (their union). -1 opens nothing.
+    """
+    state = require_sinks(model)
+    if model.training:
+        raise ConfigError("sinks_open is for evaluation, the model is in training mode; call model.eval() first")
+    before, state.opened = state.opened, _parse_open(ids)
+    try:
+        yield
+    finally:
+        state.opened = before
+
+
+@contextmanager
+def sinks_closed(model: nn.Module, rescale: str = "none") -> Iterator[None]:
+    """Within the block, sinks are closed and the general neurons are multiplied by a factor.
+
+    Args:
+        rescale: ``"none"`` (1), ``"expected"`` or ``"released"``, see `SinkConfig.rescale_factors`.
+
+    Raises:
+        ConfigError: an unknown rescale, or a model in training mode, in which sinks follow the document ids.
+    """
+    state = require_sinks(model)
+    if model.training:
+        raise ConfigError("sinks_closed is for evaluation, the model is in training mode; call model.eval() first")
+    before, state.opened = state.opened, None
+    factor = rescale_factor(state, rescale)
+    hooks = [
+        host.register_forward_pre_hook(lambda _, args: (args[0] * factor, *args[1:])) for host in down_modules(model)
+    ]
+    try:
+        yield
+    finally:
+        state.opened = before
+        for hook in hooks:
+            hook.remove()
+
+
+def rescale_factor(state: SinkState, rescale: str) -> float:
+    """The factor of a named rescale; ConfigError for an unknown name."""
+    factors = state.config.rescale_factors(state.host_width)
+    if rescale not in factors:
+        raise ConfigError(f"rescale must be one of {sorted(factors)}, got {rescale!r}")
+    return factors[rescale]
+
+
+def down_modules(model: nn.Module) -> list[nn.Module]:
+    """The down projections of the host MLPs that have sinks."""
+    kind = model.config.model_type  # type: ignore[union-attr]
+    return [read_mlp(module, kind).down for module in model.modules() if isinstance(module, SinkMlp)]  # type: ignore
+
+
+@contextmanager
+def documents_closed(model: nn.Module, ids: list[int]) -> Iterator[None]:
+    """Within the block, the sink blocks of these documents give nothing, for any document that opens them.
+
+    Their down rows are set to zero and put back, bit for bit, at the end.
+    """
+    state = require_sinks(model)
+    config, wanted = state.config, torch.tensor(ids, dtype=torch.int64)
+    kept: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+    sinks = [module for module in model.modules() if isinstance(module, Sinks)]
+    try:
+        with torch.no_grad():
+            for layer, module in zip(state.layers, sinks, strict=True):
+                mask = open_mask(wanted, config, layer if config.per_layer else 0, state.table).any(0)
+                mask = mask.to(module.down.device)
+                kept.append((module.down, mask, module.down[mask].clone()))
+                module.down[mask] = 0
+        yield
+    finally:
+        with torch.no_grad():
+            for down, mask, values in kept:
+                down[mask] = values

@@ -1,0 +1,153 @@
+"""The routing plan of one forward: what each token opens in each layer, in the form its compute path takes."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from memsinks.batch import NO_SINKS
+from memsinks.sinks.config import SinkConfig
+from memsinks.sinks.table import EMPTY_TABLE, AssignmentTable, open_blocks, open_mask
+
+
+class Mask(NamedTuple):
+    """What one layer opens, for the masked path: bool [tokens, blocks]."""
+
+    mask: Tensor
+
+
+class Pairs(NamedTuple):
+    """What one layer opens, for the grouped path: a ragged list of (token, block) pairs sorted by block.
+
+    token: int64 [pairs], index into the flattened tokens.
+    ends: int32 [blocks], the pairs of block b end at ``ends[b]``; pairs past ``ends[-1]`` open nothing (compiled plans
+        have a fixed number of pairs).
+    place: int64 [open_tokens, most], for each token that opens something the places of its pairs; ``pairs`` = none.
+    open_token: int64 [open_tokens].
+    """
+
+    token: Tensor
+    ends: Tensor
+    place: Tensor
+    open_token: Tensor
+
+
+class Runs(NamedTuple):
+    """What one layer opens, for the tiled path: runs of neighbouring tokens that open the same blocks.
+
+    spans: int64 [runs, 2], the tokens ``spans[i, 0]`` up to ``spans[i, 1]``; in order, closed runs left out (compiled plans
+        keep them, and have as many runs as tokens, the last ones empty).
+    blocks: int64 [runs, most], the number of blocks in places that open nothing, which come last.
+    tokens: in all spans.
+    """
+
+    spans: Tensor
+    blocks: Tensor
+    tokens: int
+
+
+LayerPlan = Mask | Pairs | Runs
+Path = Literal["masked", "grouped", "tiled"]
+
+
+class RoutingPlan(NamedTuple):
+    """The plan of one forward: a `LayerPlan` a sink layer and, under decay, 1/w(c) of each token, float64 [tokens]."""
+
+    layers: tuple[LayerPlan, ...]
+    weight_scale: Tensor | None
+
+
+def _united(ids: Tensor, config: SinkConfig, layer: int, table: AssignmentTable) -> Tensor:
+    """The blocks that each row of `ids` [n, union] opens, each once, as `open_blocks` gives them."""
+    count, union = ids.shape
+    blocks = open_blocks(ids.reshape(-1), config, layer, table)
+    blocks = blocks.view(count, union * blocks.shape[1])
+    if union > 1:
+        blocks = blocks.sort(1).values
+        again = torch.nn.functional.pad(blocks[:, 1:] == blocks[:, :-1], (1, 0))
+        blocks = torch.where(again, config.blocks, blocks).sort(1).values
+    return blocks
+
+
+def _mask(ids: Tensor, document: Tensor | None, config: SinkConfig, layer: int, table: AssignmentTable) -> Mask:
+    count, union = ids.shape
+    mask = open_mask(ids.reshape(-1), config, layer, table).view(count, union, -1).any(1)
+    return Mask(mask if document is None else mask[document])
+
+
+def _pairs(ids: Tensor, document: Tensor | None, config: SinkConfig, layer: int, table: AssignmentTable) -> Pairs:
+    none = config.blocks
+    blocks = _united(ids, config, layer, table)
+    tokens = len(ids) if document is None else len(document)
+    compiling = torch.compiler.is_compiling()
+    if compiling:
+        open_token = torch.arange(tokens, device=ids.device)
+    else:
+        opens = (blocks < none).any(1)
+        open_token = (opens if document is None else opens[document]).nonzero()[:, 0]
+    rows = open_token if document is None else document[open_token]
+    chosen = blocks[rows]
+    flat = chosen.reshape(-1)
+    order = flat.argsort(stable=True)
+    ends = torch.searchsorted(flat[order], torch.arange(none, device=ids.device), right=True)
+    place = torch.empty_like(order)
+    place[order] = torch.arange(len(order), device=ids.device)
+    if not compiling:
+        order = order[: int(ends[-1])]
+    place = torch.where(chosen < none, place.view_as(chosen), len(order))
+    token = open_token[order // chosen.shape[1]]
+    return Pairs(token, ends.to(torch.int32), place, open_token)
+
+
+def _spans(ids: Tensor) -> tuple[Tensor, Tensor, int]:
+    """The runs of equal rows in `ids` [tokens, union]: spans as in `Runs`, the ids of each [runs, union], tokens in all."""
+    tokens = len(ids)
+    starts = torch.nn.functional.pad((ids[1:] != ids[:-1]).any(1), (1, 0), value=True)[:tokens]
+    if torch.compiler.is_compiling():
+        run = starts.cumsum(0) - 1
+        ends = torch.searchsorted(run, torch.arange(tokens, device=ids.device), right=True)
+        spans = torch.stack([torch.nn.functional.pad(ends[:-1], (1, 0)), ends], 1)
+        return spans, ids[spans[:, 0].clamp(max=tokens - 1)], tokens
+    first = starts.nonzero()[:, 0]
+    spans = torch.stack([first, torch.nn.functional.pad(first[1:], (0, min(1, tokens)), value=tokens)], 1)
+    spans = spans[(ids[first] != NO_SINKS).any(1)]
+    return spans, ids[spans[:, 0]], int((spans[:, 1] - spans[:, 0]).sum())
+
+
+def plan(
+    ids: Tensor,
+    layers: tuple[int, ...],
+    config: SinkConfig,
+    table: AssignmentTable = EMPTY_TABLE,
+    *,
+    path: Path,
+    weight_scale: Tensor | None = None,
+) -> RoutingPlan:
+    """The routing plan of one forward.
+
+    Args:
+        ids: int64 [tokens] or [tokens, union], closed texts already -1; a token opens the blocks of all its ids.
+        layers: the layers that have sinks.
+        path: the compute path that the plan is for.
+        weight_scale: float64 [tokens] or None, passed on.
+    """
+    ids = ids[:, None] if ids.dim() == 1 else ids
+    if path == "tiled":
+        spans, run_ids, tokens = _spans(ids)
+
+        def plan_layer(layer: int) -> LayerPlan:
+            return Runs(spans, _united(run_ids, config, layer, table), tokens)
+    else:
+        document = None
+        if not torch.compiler.is_compiling():
+            ids, document = torch.unique(ids, dim=0, return_inverse=True)
+        make = _mask if path == "masked" else _pairs
+
+        def plan_layer(layer: int) -> LayerPlan:
+            return make(ids, document, config, layer, table)
+
+    if config.per_layer:
+        return RoutingPlan(tuple(plan_layer(layer) for layer in layers), weight_scale)
+    return RoutingPlan((plan_layer(0),) * len(layers), weight_scale)

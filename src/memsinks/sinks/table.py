@@ -1,0 +1,107 @@
+"""The assignment table: ids that open listed blocks; and the blocks that any id opens, listed or hashed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from memsinks.batch import NO_SINKS
+from memsinks.errors import ConfigError, refuse
+from memsinks.sinks.config import SinkConfig
+from memsinks.sinks.routing import _keys, _shift, splitmix64
+
+
+@dataclass(frozen=True)
+class AssignmentTable:
+    """Ids that open listed blocks instead of hashed ones: sorted int64 `ids` [n], `offsets` [n + 1], `blocks` [m].
+
+    Document ``ids[i]`` opens ``blocks[offsets[i]:offsets[i + 1]]`` in every layer. Empty by default; saved with the
+    model.
+    """
+
+    ids: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    offsets: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.int64))
+    blocks: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+
+    @classmethod
+    def from_dict(cls, assignments: dict[int, list[int]], config: SinkConfig) -> AssignmentTable:
+        """Build the table from {document id: blocks}; ConfigError on an id or a block that cannot be."""
+        problems = [f"id {key} lies outside [0, 2**63)" for key in assignments if not 0 <= key < 2**63]
+        problems += [
+            f"id {key} is assigned blocks {sorted(blocks)}, the pool has blocks 0 to {config.blocks - 1}"
+            for key, blocks in assignments.items()
+            if any(not 0 <= block < config.blocks for block in blocks)
+        ]
+        refuse(problems, "invalid assignment table")
+        ids = sorted(assignments)
+        offsets, listed = [0], []
+        for key in ids:
+            listed += sorted(set(assignments[key]))
+            offsets.append(len(listed))
+        return cls(*(torch.tensor(x, dtype=torch.int64) for x in (ids, offsets, listed)))
+
+    def __len__(self) -> int:
+        return self.ids.numel()
+
+    def to(self, device: torch.device) -> AssignmentTable:
+        """The table on another device."""
+        return AssignmentTable(self.ids.to(device), self.offsets.to(device), self.blocks.to(device))
+
+
+EMPTY_TABLE = AssignmentTable()
+
+
+def open_blocks(ids: Tensor, config: SinkConfig, layer: int, table: AssignmentTable = EMPTY_TABLE) -> Tensor:
+    """The blocks each id opens in a layer; not for Bernoulli routing.
+
+    Args:
+        ids: int64 [n]; -1 opens nothing.
+
+    Returns:
+        int64 [n, most]; ``config.blocks`` fills places that open nothing.
+    """
+    count, none = config.open_blocks, config.blocks
+    keys = torch.tensor(_keys(config, layer, count), dtype=torch.int64, device=ids.device)
+    start = torch.tensor([bank * config.hashed_blocks // count for bank in range(count + 1)], device=ids.device)
+    size = start[1:] - start[:-1]
+    blocks = start[:-1] + _shift(splitmix64(ids[:, None] ^ keys), 1) % size
+    if config.hashed_blocks % count:  # banks of two sizes: turn them, or a block of a small bank opens more often
+        turn = torch.tensor(_keys(config, layer, count + 1)[count:], dtype=torch.int64, device=ids.device)
+        blocks = (blocks + _shift(splitmix64(ids[:, None] ^ turn), 1) % config.hashed_blocks) % config.hashed_blocks
+    if len(table):
+        table = table.to(ids.device)
+        most = int((table.offsets[1:] - table.offsets[:-1]).max())
+        row = torch.searchsorted(table.ids, ids).clamp(max=len(table) - 1)
+        assigned = table.ids[row] == ids
+        place = table.offsets[row, None] + torch.arange(most, device=ids.device)
+        listed = place < table.offsets[row + 1, None]
+        padded = torch.cat([table.blocks, table.blocks.new_full((1,), none)])
+        own = torch.where(listed, padded[place.clamp(max=len(table.blocks))], none)
+        wide = max(count, most)
+        blocks, own = (torch.nn.functional.pad(x, (0, wide - x.shape[1]), value=none) for x in (blocks, own))
+        blocks = torch.where(assigned[:, None], own, blocks)
+    return torch.where(ids[:, None] == NO_SINKS, none, blocks)
+
+
+def open_mask(ids: Tensor, config: SinkConfig, layer: int, table: AssignmentTable = EMPTY_TABLE) -> Tensor:
+    """The blocks each id opens in a layer, as a mask, for every routing.
+
+    Args:
+        ids: int64 [n]; -1 opens nothing.
+
+    Returns:
+        bool [n, blocks].
+    """
+    if config.routing == "bernoulli":
+        keys = torch.tensor(_keys(config, layer, config.hashed_blocks), dtype=torch.int64, device=ids.device)
+        threshold = round(config.active / config.neurons * 2**53)
+        mask = _shift(splitmix64(ids[:, None] ^ keys), 11) < threshold
+        mask = mask & (ids[:, None] != NO_SINKS)
+        if len(table):
+            raise ConfigError('an assignment table needs routing "blocks" or "exact"; this config has "bernoulli"')
+        return mask
+    blocks = open_blocks(ids, config, layer, table)
+    mask = torch.zeros(len(ids), config.blocks + 1, dtype=torch.bool, device=ids.device)
+    return mask.scatter(1, blocks, True)[:, : config.blocks]

@@ -1,0 +1,1 @@
+"""Training: one loop, the optimizer, sinks first, and the Hugging Face Trainer."""

@@ -1,0 +1,139 @@
+"""Parameter groups, clipping and the lazy AdamW that leaves closed sink blocks alone."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim.adamw import adamw
+
+from memsinks.errors import ConfigError
+from memsinks.sinks.state import require_sinks, shared_parameters, sink_parameters
+
+
+def param_groups(
+    model: nn.Module, lr: float, weight_decay: float = 0.0, sink_lr_factor: float = 3.0
+) -> list[dict[str, Any]]:
+    """Groups for any optimizer: shared matrices with weight decay, other shared parameters and sinks without.
+
+    Args:
+        lr: learning rate of the shared parameters.
+        weight_decay: of the shared parameters with two or more dimensions.
+        sink_lr_factor: the sinks' learning rate is ``lr * sink_lr_factor``.
+
+    Returns:
+        Up to three groups with the extra key ``name``: "decay", "no decay", "sinks" (the last marked ``lazy=True``).
+    """
+    require_sinks(model)
+    for name, value in (("lr", lr), ("sink_lr_factor", sink_lr_factor)):
+        if not 0 < value < math.inf:
+            raise ConfigError(f"{name} must be positive and finite, got {value}")
+    if not 0 <= weight_decay < math.inf:
+        raise ConfigError(f"weight_decay must be 0 or a finite positive number, got {weight_decay}")
+    shared = [x for x in shared_parameters(model) if x.requires_grad]
+    groups: list[dict[str, Any]] = [
+        {"name": "decay", "params": [x for x in shared if x.dim() > 1], "lr": lr, "weight_decay": weight_decay},
+        {"name": "no decay", "params": [x for x in shared if x.dim() < 2], "lr": lr, "weight_decay": 0.0},
+        {"name": "sinks", "params": [x for x in sink_parameters(model) if x.requires_grad], "lr": lr * sink_lr_factor,
+         "weight_decay": 0.0, "lazy": True},
+    ]  # fmt: skip
+    return [group for group in groups if group["params"]]
+
+
+class GradientNorms(NamedTuple):
+    """Norms before clipping, 0-dimensional tensors."""
+
+    shared: Tensor
+    sinks: Tensor
+
+
+def clip_grad_norm_(model: nn.Module, max_norm: float) -> GradientNorms:
+    """Clip the gradient norm of the shared weights and that of the sinks, each to `max_norm`.
+
+    One norm over both would couple them: a document's sinks would shrink the step of the shared weights.
+    """
+    require_sinks(model)
+    return GradientNorms(_clip(shared_parameters(model), max_norm), _clip(sink_parameters(model), max_norm))
+
+
+def _clip(parameters: list[nn.Parameter], max_norm: float) -> Tensor:
+    """torch's `clip_grad_norm_`; on a CPU it leaves gradients alone that need no clipping, closed blocks in the first place."""
+    norm = torch.nn.utils.get_total_norm([x.grad for x in parameters if x.grad is not None])
+    known = type(norm) is Tensor and norm.device.type == "cpu"
+    if not known or not max_norm / (norm + 1e-6) >= 1:
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm
+
+
+# Without torch's wrapper, which would run the step hooks a second time.
+_STOCK_STEP = inspect.unwrap(torch.optim.AdamW.step)
+
+
+class AdamW(torch.optim.AdamW):
+    """torch's AdamW; in groups marked ``lazy`` a sink block without gradient does not move, nor do its moments.
+
+    A lazy block keeps its own step count for the bias correction. When every block has a gradient in every step, the
+    update is torch's. Lazy groups need the layout [blocks, ...]. Source of the update: Loshchilov and Hutter, ICLR
+    2019.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One optimizer step."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        set_aside: list[tuple[Tensor, Tensor]] = []
+        for group in self.param_groups:
+            if not group.get("lazy"):
+                continue
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._lazy_step(parameter, group)
+                    set_aside.append((parameter, parameter.grad))
+                    parameter.grad = None
+        _STOCK_STEP(self)
+        for parameter, gradient in set_aside:
+            parameter.grad = gradient
+        return loss
+
+    def _lazy_step(self, parameter: Tensor, group: dict[str, Any]) -> None:
+        if group.get("amsgrad") or group.get("maximize"):
+            raise ConfigError("lazy groups support neither amsgrad nor maximize")
+        state = self.state[parameter]
+        if not state:
+            state["step"] = torch.zeros(len(parameter), dtype=torch.float32, device=parameter.device)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+        if state["step"].device != parameter.device:  # torch leaves "step" where a checkpoint was loaded
+            state["step"] = state["step"].to(parameter.device)
+        gradient = parameter.grad
+        assert gradient is not None
+        flat = gradient.flatten(1)  # a norm over blocks is 5 to 10 times slower on a CPU
+        moved = ((flat.amax(1) != 0) | (flat.amin(1) != 0)).nonzero()[:, 0]
+        if not len(moved):
+            return
+        (beta1, beta2), lr, eps = group["betas"], group["lr"], group["eps"]
+        if parameter.device.type == "cpu":  # block by block in place: the copies below cost several times the update
+            parts = (parameter, gradient, state["exp_avg"], state["exp_avg_sq"], state["step"])
+            parameters, gradients, firsts, seconds, steps = ([x[index] for index in moved.tolist()] for x in parts)
+            adamw(
+                parameters, gradients, firsts, seconds, [], steps, foreach=False, amsgrad=False, beta1=beta1, beta2=beta2,
+                lr=lr, weight_decay=group["weight_decay"], eps=eps, maximize=False,
+            )  # fmt: skip
+            return
+        shape = (-1, *[1] * (parameter.dim() - 1))
+        gradient = gradient[moved]
+        step = state["step"][moved].double() + 1  # 1 - beta2**step has 4 digits in float32
+        first = state["exp_avg"][moved].lerp_(gradient, 1 - beta1)
+        second = state["exp_avg_sq"][moved].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        correction1 = (1 - beta1**step).view(shape).to(first.dtype)
+        correction2 = (1 - beta2**step).sqrt().view(shape).to(first.dtype)
+        value = parameter[moved].mul_(1 - lr * group["weight_decay"])
+        value -= lr / correction1 * first / (second.sqrt() / correction2 + eps)
+        parameter[moved] = value
+        state["step"][moved], state["exp_avg"][moved], state["exp_avg_sq"][moved] = step.float(), first, second
