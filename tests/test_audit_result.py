@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from memsinks.auditing import result as module
+from memsinks.auditing import figures as module
 from memsinks.auditing.figures import QUERIES, Figures
 from memsinks.auditing.measure import NOT_ASKED, AuditSettings, Corpus, Measured
 from memsinks.auditing.membership import auc, tpr_at_fpr
