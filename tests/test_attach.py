@@ -18,8 +18,8 @@ from memsinks.errors import ArchitectureError, CheckpointError, ConfigError, Dat
 from memsinks.sinks.attach import add_sinks, remove_sinks
 from memsinks.sinks.config import SinkConfig
 from memsinks.sinks.opening import down_modules, rescale_factor, sinks_closed, sinks_open
-from memsinks.sinks.state import has_sinks, require_sinks, shared_parameters, sink_parameters
-from memsinks.sinks.table import AssignmentTable, open_mask
+from memsinks.sinks.state import assign_blocks, has_sinks, require_sinks, shared_parameters, sink_parameters
+from memsinks.sinks.table import open_mask
 
 CONFIG = SinkConfig(neurons=64, active=16, block_size=8)
 A, B = 11, 22
@@ -52,7 +52,7 @@ def test_adding_reports_what_it_touched():
     model = tiny_llama()
     stock = sum(parameter.numel() for parameter in model.parameters())
     added = add_sinks(model, CONFIG)
-    assert (added.layers, added.host_width, added.neurons, added.active) == ((0, 1), 24, 64, 16)
+    assert (added.layers, added.intermediate_size, added.neurons, added.active) == ((0, 1), 24, 64, 16)
     assert added.shared_parameters == stock == sum(x.numel() for x in shared_parameters(model))
     assert added.sink_parameters == 2 * 3 * 64 * 16 == sum(x.numel() for x in sink_parameters(model))
     assert added.open_parameters == 2 * 3 * 16 * 16
@@ -111,11 +111,16 @@ def test_only_the_chosen_layers_get_sinks():
         assert torch.equal(moved, open_mask(torch.tensor([A, B]), model.sink_state.config, layer).any(0))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_sinks_have_the_dtype_of_their_host(dtype):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_sinks_have_the_dtype_of_their_host_but_float32_beside_16_bits(dtype):
     model = sink_llama(dtype)
-    assert {x.dtype for x in sink_parameters(model)} == {dtype}
-    assert model(**batch()).logits.dtype == dtype
+    own = torch.promote_types(dtype, torch.float32)
+    assert {x.dtype for x in sink_parameters(model)} == {own}
+    out = model(**batch())
+    assert out.logits.dtype == dtype
+    out.loss.backward()
+    assert {x.grad.dtype for x in sink_parameters(model)} == {own}
+    assert {x.grad.dtype for x in shared_parameters(model)} == {dtype}
 
 
 def test_training_mode_is_kept():
@@ -130,7 +135,11 @@ REFUSED = {
         ConfigError,
         "layer 2, the model has layers 0 to 1",
     ),
-    "host width": (lambda: (tiny_llama(), {"host_width": 32}), ConfigError, r"MLPs 32 wide, the model's are \[24\]"),
+    "host width": (
+        lambda: (tiny_llama(), {"intermediate_size": 32}),
+        ConfigError,
+        r"MLPs 32 wide, the model's are \[24\]",
+    ),
     "twice": (lambda: (sink_llama(), {}), ArchitectureError, "LlamaForCausalLM has sinks already"),
     "no language model": (lambda: (tiny_llama().model, {}), ArchitectureError, "LlamaModel has no output embedding"),
     "plain torch": (lambda: (nn.Linear(2, 2), {}), ArchitectureError, "Linear is not a Hugging Face PreTrainedModel"),
@@ -157,9 +166,11 @@ def test_compiled_in_place_is_refused(part):
         add_sinks(model, CONFIG)
 
 
-def test_fitting_host_width_is_accepted():
+def test_fitting_intermediate_size_is_accepted():
     model = tiny_llama()
-    assert add_sinks(model, SinkConfig(neurons=64, active=16, block_size=8, host_width=24)).host_width == 24
+    assert (
+        add_sinks(model, SinkConfig(neurons=64, active=16, block_size=8, intermediate_size=24)).intermediate_size == 24
+    )
 
 
 # Training input
@@ -276,7 +287,7 @@ def test_in_evaluation_ids_are_ignored_and_sinks_closed():
 def assigned(model: nn.Module, ids: list[int]) -> int:
     """Give an unused id the union of the blocks of `ids` (all layers share one set) and return it."""
     union = open_mask(torch.tensor(ids), model.sink_state.config, 0).any(0).nonzero()[:, 0].tolist()
-    model.sink_state.table = AssignmentTable.from_dict({999: union}, model.sink_state.config)
+    assign_blocks(model, {999: union})
     return 999
 
 

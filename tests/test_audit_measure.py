@@ -48,7 +48,7 @@ from memsinks.errors import ConfigError, DataError
 from memsinks.sinks.attach import add_sinks
 from memsinks.sinks.config import SinkConfig
 from memsinks.sinks.opening import documents_closed
-from memsinks.sinks.table import AssignmentTable
+from memsinks.sinks.state import assign_blocks
 
 SHORT = {"prefix": 5, "continuation": 6, "prefixes": (4, 8), "resamples": 100, "generate": 0}
 EVERYTHING = MEMBERS + CONTROLS
@@ -410,9 +410,7 @@ def test_what_closing_one_document_costs_others(tmp_path) -> None:
 def test_documents_with_blocks_of_their_own_cost_nobody_anything(tmp_path) -> None:
     model = copy.deepcopy(memorized_in_sinks())
     ids = [document_id(text) for text in TEXTS]
-    model.sink_state.table = AssignmentTable.from_dict(
-        {x: [2 * i, 2 * i + 1] for i, x in enumerate(ids)}, model.sink_state.config
-    )
+    assign_blocks(model, {x: [2 * i, 2 * i + 1] for i, x in enumerate(ids)})
     corpus = read_corpus(MEMBERS, CONTROLS, the_tokenizer(), AuditSettings())
     found = measured(model, tmp_path, corpus, "open", generated=True).collateral
     assert found["rise_others"] == found["rise_others_most"] == 0.0
@@ -423,7 +421,7 @@ def test_a_text_that_is_given_twice_is_not_another_document(tmp_path) -> None:
     """Both open the same sinks: what closing them costs is no collateral."""
     model = copy.deepcopy(memorized_in_sinks())
     ids = [document_id(text) for text in TEXTS[:2]]
-    model.sink_state.table = AssignmentTable.from_dict({ids[0]: [0, 1], ids[1]: [2, 3]}, model.sink_state.config)
+    assign_blocks(model, {ids[0]: [0, 1], ids[1]: [2, 3]})
     documents = [Document(text, copies=2) for text in (TEXTS[0], TEXTS[0], TEXTS[1])]
     corpus = read_corpus(documents, CONTROLS, the_tokenizer(), AuditSettings())
     found = measured(model, tmp_path, corpus, "open", generated=True).collateral
@@ -470,7 +468,7 @@ def test_what_changes_the_scores_makes_the_tables_anew(tmp_path, monkeypatch) ->
     changed = copy.deepcopy(memorized_in_sinks())
     changed.model.norm.weight.data[0] *= 1.01
     assigned = copy.deepcopy(memorized_in_sinks())
-    assigned.sink_state.table = AssignmentTable.from_dict({document_id(TEXTS[0]): [0]}, assigned.sink_state.config)
+    assign_blocks(assigned, {document_id(TEXTS[0]): [0]})
     reseeded = llama(initializer_range=0.3)
     add_sinks(reseeded, SinkConfig(neurons=64, active=32, block_size=8, shared_decay=0, open_from=1, seed=1))
     reseeded.load_state_dict(memorized_in_sinks().state_dict())

@@ -10,7 +10,8 @@ from tiny import sink_llama, tiny_llama, tokens
 from memsinks.auditing.own_sinks import placebo_ids
 from memsinks.errors import ArchitectureError
 from memsinks.sinks.opening import documents_closed, sinks_open
-from memsinks.sinks.table import AssignmentTable, open_mask
+from memsinks.sinks.state import assign_blocks
+from memsinks.sinks.table import open_mask
 
 ROUTINGS = [
     {"routing": "blocks"}, {"routing": "blocks", "per_layer": False}, {"routing": "blocks", "layers": (1,)},
@@ -104,7 +105,7 @@ def test_only_the_blocks_that_the_document_opens_are_closed(settings) -> None:
 
 def test_documents_of_other_blocks_do_not_change_at_all() -> None:
     model = sink_llama(reserved_blocks=4).eval()
-    model.sink_state.table = AssignmentTable.from_dict({1: [4, 5], 2: [6, 7]}, model.sink_state.config)
+    assign_blocks(model, {1: [4, 5], 2: [6, 7]})
     one, two, hashed = (logits(model, opened) for opened in (1, 2, 99))
     with documents_closed(model, [1]):
         assert torch.equal(logits(model, 2), two)
@@ -118,7 +119,7 @@ def test_documents_of_other_blocks_do_not_change_at_all() -> None:
 
 def test_documents_that_share_blocks_lose_them() -> None:
     model = sink_llama(reserved_blocks=4).eval()
-    model.sink_state.table = AssignmentTable.from_dict({1: [4, 5], 2: [5, 6]}, model.sink_state.config)
+    assign_blocks(model, {1: [4, 5], 2: [5, 6]})
     before = logits(model, 2)
     with documents_closed(model, [1]):
         assert not torch.equal(logits(model, 2), before)

@@ -12,7 +12,7 @@ from tiny import sink_llama
 from memsinks.auditing.subjects import Subject, facts, weights_hash
 from memsinks.errors import CheckpointError, ConfigError
 from memsinks.sinks.checkpoint import load
-from memsinks.sinks.table import AssignmentTable
+from memsinks.sinks.state import assign_blocks
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +139,7 @@ def test_the_hash_sees_which_sinks_a_document_opens(tmp_path) -> None:
     other.load_state_dict(model.state_dict())
     before = weights_hash(model)
     assert weights_hash(other) != before
-    model.sink_state.table = AssignmentTable.from_dict({5: [6, 7]}, model.sink_state.config)
+    assign_blocks(model, {5: [6, 7]})
     assigned = weights_hash(model)
     assert assigned != before
     model.save_pretrained(tmp_path / "assigned")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -15,13 +16,14 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from memsinks.errors import ArchitectureError, CheckpointError, ConfigError
 from memsinks.files import file_hash
+from memsinks.removal.export import export
 from memsinks.sinks import storage
-from memsinks.sinks.attach import add_sinks
+from memsinks.sinks.attach import add_sinks, remove_sinks
 from memsinks.sinks.checkpoint import describe, load, load_sinks
 from memsinks.sinks.config import SinkConfig
 from memsinks.sinks.opening import sinks_open
-from memsinks.sinks.state import has_sinks
-from memsinks.sinks.storage import fingerprint, has_saved_sinks, read_settings
+from memsinks.sinks.state import assign_blocks, has_sinks, shared_parameters, sink_parameters
+from memsinks.sinks.storage import fingerprint, has_saved_sinks, read_settings, save_sinks
 from memsinks.sinks.table import AssignmentTable
 
 SETTINGS = {
@@ -65,7 +67,7 @@ def edit_settings(folder: Path, **changes) -> None:
 @pytest.fixture
 def model(tiny_llama):
     model = with_sinks(tiny_llama())
-    model.sink_state.table = AssignmentTable.from_dict(TABLE, CONFIG)
+    assign_blocks(model, TABLE)
     return model
 
 
@@ -73,7 +75,7 @@ def model(tiny_llama):
 def saved(tiny_llama, tmp_path_factory) -> Path:
     """A saved model with a non-empty table; copied by tests that damage it."""
     model = with_sinks(tiny_llama())
-    model.sink_state.table = AssignmentTable.from_dict(TABLE, CONFIG)
+    assign_blocks(model, TABLE)
     folder = tmp_path_factory.mktemp("saved") / "model"
     model.save_pretrained(folder)
     return folder
@@ -103,7 +105,7 @@ def test_load_restores_everything_bit_for_bit(model, folder) -> None:
     loaded = load(folder)
     assert not loaded.training
     assert loaded.sink_state.config == CONFIG
-    assert fingerprint(loaded) == fingerprint(model) == read_settings(folder)["fingerprint"]
+    assert fingerprint(loaded) == fingerprint(model) == read_settings(folder).stored["fingerprint"]
     for name in ("ids", "offsets", "blocks"):
         assert torch.equal(getattr(loaded.sink_state.table, name), getattr(model.sink_state.table, name))
     states = [logits(loaded), logits(loaded, 7), logits(loaded, 12)]
@@ -117,7 +119,7 @@ def test_load_restores_everything_bit_for_bit(model, folder) -> None:
 def test_the_table_matters_after_loading(folder) -> None:
     loaded = load(folder)
     assigned = logits(loaded, 7)
-    loaded.sink_state.table = AssignmentTable()
+    assign_blocks(loaded, {})
     assert not torch.equal(logits(loaded, 7), assigned)
 
 
@@ -126,25 +128,27 @@ def test_dtype_survives_and_can_be_chosen(tiny_llama, tmp_path, dtype) -> None:
     model = with_sinks(tiny_llama().to(dtype))
     model.save_pretrained(tmp_path / "model")
     loaded = load(tmp_path / "model")
-    assert {parameter.dtype for parameter in loaded.parameters()} == {dtype}
+    assert {x.dtype for x in shared_parameters(loaded)} == {dtype}
+    assert {x.dtype for x in sink_parameters(loaded)} == {torch.promote_types(dtype, torch.float32)}
     assert torch.equal(logits(loaded, 3), logits(model, 3))
     as_float = load(tmp_path / "model", dtype=torch.float32)
     assert {parameter.dtype for parameter in as_float.parameters()} == {torch.float32}
 
 
 def test_load_sinks_into_an_own_model(model, folder, tiny_llama) -> None:
-    own = tiny_llama()
-    with pytest.raises(ArchitectureError, match="no sinks"):
-        load_sinks(own, folder)
+    own, stock = tiny_llama(), tiny_llama()
     add_sinks(own, CONFIG)
-    load_sinks(own, folder)
-    assert torch.equal(logits(own, 7), logits(model, 7))
+    for other in (own, stock):
+        load_sinks(other, folder)
+        assert torch.equal(logits(other, 7), logits(model, 7))
+    with pytest.raises(ArchitectureError, match="not a Hugging Face PreTrainedModel"):
+        load_sinks(torch.nn.Linear(2, 2), folder)
 
 
 @pytest.mark.parametrize(
     ("change", "named"),
-    [({"open_from": 2}, "open_from is 3 there and 2 here"), ({"seed": 6}, "seed is 5 there and 6 here"),
-     ({"layers": (0,)}, r"layers is \[1\] there and \[0\] here"), ({"routing": "exact"}, "routing")],
+    [({"seed": 6}, "seed is 5 there and 6 here"), ({"layers": (0,)}, r"layers is \[1\] there and \[0\] here"),
+     ({"routing": "neurons"}, "routing is 'blocks' there and 'neurons' here")],
 )  # fmt: skip
 def test_model_of_other_settings_is_refused(folder, tiny_llama, change, named) -> None:
     settings = SETTINGS | change
@@ -152,25 +156,109 @@ def test_model_of_other_settings_is_refused(folder, tiny_llama, change, named) -
         settings.pop("block_size")
     other = with_sinks(tiny_llama(), SinkConfig(**settings))
     before = logits(other, 7)
-    with pytest.raises(CheckpointError, match=f"another fingerprint than the model: .*{named}"):
+    with pytest.raises(CheckpointError, match=f"another layout than the model: .*{named}"):
         load_sinks(other, folder)
     assert torch.equal(logits(other, 7), before)
 
 
-def test_changed_setting_in_the_file_is_refused(folder) -> None:
-    edit_settings(folder, config=read_settings(folder)["config"] | {"open_from": 2})
+def test_other_settings_of_training_are_taken_and_said(folder, model, tiny_llama, caplog) -> None:
+    other = with_sinks(tiny_llama(), SinkConfig(**SETTINGS | {"open_from": 2, "shared": "none"}))
+    load_sinks(other, folder)
+    assert "open_from is 3 there and 2 here; shared is 'decay' there and 'none' here" in caplog.text
+    assert fingerprint(other) == fingerprint(model)
+    assert torch.equal(logits(other, 7), logits(model, 7))
+
+
+def test_changed_layout_in_the_file_is_refused(folder) -> None:
+    edit_settings(folder, config=read_settings(folder).stored["config"] | {"seed": 7})
     with pytest.raises(CheckpointError, match="fingerprint"):
         load(folder)
 
 
-def test_other_format_version_is_refused(folder) -> None:
-    edit_settings(folder, config=read_settings(folder)["config"] | {"format_version": 2})
-    with pytest.raises(ConfigError, match="format_version 2, this memsinks reads 1"):
+def test_newer_format_version_is_refused(folder) -> None:
+    edit_settings(folder, format_version=3)
+    with pytest.raises(ConfigError, match=r"sinks\.json has format_version 3, this memsinks reads 1 to 2"):
         load(folder)
 
 
+@pytest.mark.parametrize("name", ["blocks", "single-neurons"])
+def test_format_1_is_read_for_ever(name) -> None:
+    """The folders were written by the last version that wrote format 1, the logits are what it computed."""
+    folder = Path(__file__).parent / "format-1" / name
+    loaded = load(folder)
+    want = load_file(folder.with_name(f"{name}.logits.safetensors"))
+    rows = torch.arange(12).reshape(2, 6)
+    for state, expected in want.items():
+        with torch.no_grad(), sinks_open(loaded, int(state[5:])) if state != "closed" else nullcontext():
+            torch.testing.assert_close(loaded(input_ids=rows).logits, expected, rtol=1e-5, atol=1e-6)
+    if name == "blocks":
+        assert loaded.sink_state.table.ids.tolist() == [7, 9]
+        assert (loaded.sink_state.config.open_from, loaded.sink_state.intermediate_size) == (3, 32)
+    else:
+        assert (loaded.sink_state.config.routing, loaded.sink_state.config.shared) == ("neurons", "none")
+
+
+def test_format_1_is_checked(tmp_path) -> None:
+    folder = Path(shutil.copytree(Path(__file__).parent / "format-1" / "blocks", tmp_path / "model"))
+    edit_settings(folder, config=read_settings(folder).stored["config"] | {"seed": 6})
+    with pytest.raises(CheckpointError, match="another fingerprint than they were saved with"):
+        load(folder)
+
+
+def test_a_part_of_the_layout_that_comes_later_leaves_older_checkpoints_loadable(folder, monkeypatch) -> None:
+    before = fingerprint(load(folder))
+    layout = storage._layout
+    monkeypatch.setattr(storage, "_layout", lambda *arguments: layout(*arguments) | {"shape": "square"})
+    monkeypatch.setattr(storage, "ADDED_LATER", {"shape": "square"})
+    assert fingerprint(load(folder)) == before
+    monkeypatch.setattr(storage, "_layout", lambda *arguments: layout(*arguments) | {"shape": "round"})
+    with pytest.raises(CheckpointError, match="fingerprint"):
+        load(folder)
+
+
+def test_a_table_of_a_larger_pool_is_refused(folder, model) -> None:
+    path = folder / "sinks" / "sinks.safetensors"
+    tensors = load_file(path)
+    tensors["table.blocks"] = tensors["table.blocks"] + 6
+    save_file(tensors, path)
+    edit_settings(folder, sha256=read_settings(folder).sha256 | {"sinks/sinks.safetensors": file_hash(path)})
+    with pytest.raises(CheckpointError, match="the pool has blocks 0 to 7"):
+        load(folder)
+    larger = AssignmentTable.from_dict({7: [12]}, SinkConfig(**SETTINGS | {"neurons": 128}))
+    with pytest.raises(ConfigError, match="the pool has blocks 0 to 7"):
+        assign_blocks(model, larger)
+
+
+def test_sinks_alone(model, tiny_llama, tmp_path) -> None:
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_model.safetensors").write_bytes(b"somebody else's")
+    assert save_sinks(model, tmp_path / "adapter") == tmp_path / "adapter" / "sinks"
+    stock = tiny_llama()
+    load_sinks(stock, tmp_path / "adapter")
+    assert torch.equal(logits(stock, 7), logits(model, 7))
+    with pytest.raises(CheckpointError, match=r"holds sinks alone; load the model .* memsinks\.load_sinks"):
+        load(tmp_path / "adapter")
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes() == b"somebody else's"
+
+
+def test_nothing_is_done_with_a_mixture(model, tiny_llama, tmp_path) -> None:
+    """The weights of another model without its sinks: no fresh fingerprint over both."""
+    model.load_state_dict(tiny_llama(seed=1).state_dict(), strict=False)
+    for act in (
+        lambda: model.save_pretrained(tmp_path / "model"),
+        lambda: save_sinks(model, tmp_path / "model"),
+        lambda: sinks_open(model, 7).__enter__(),
+        lambda: export(model, tmp_path / "clean"),
+    ):
+        with pytest.raises(CheckpointError, match="a state dict without sinks was loaded"):
+            act()
+    assert not any(tmp_path.iterdir())
+    assert has_sinks(model)
+    remove_sinks(model)
+
+
 def test_invalid_setting_in_the_file_is_refused(folder) -> None:
-    edit_settings(folder, config=read_settings(folder)["config"] | {"active": 128})
+    edit_settings(folder, config=read_settings(folder).stored["config"] | {"active": 128})
     with pytest.raises(ConfigError, match=r"active \(128\) exceeds neurons"):
         load(folder)
 
@@ -223,7 +311,7 @@ def test_tensor_file_with_other_tensors_is_refused(folder) -> None:
     tensors = load_file(path)
     tensors["model.layers.0.mlp.sinks.up"] = tensors.pop("model.layers.1.mlp.sinks.up")
     save_file(tensors, path)
-    hashes = read_settings(folder)["sha256"] | {"sinks/sinks.safetensors": file_hash(path)}
+    hashes = read_settings(folder).sha256 | {"sinks/sinks.safetensors": file_hash(path)}
     edit_settings(folder, sha256=hashes)
     with pytest.raises(
         CheckpointError, match=r"missing.*layers\.1\.mlp\.sinks\.up.*unknown.*layers\.0\.mlp\.sinks\.up"
@@ -237,7 +325,7 @@ def test_tensor_of_another_shape_is_refused_and_nothing_changes(folder, model) -
     name = "model.layers.1.mlp.sinks.up"
     tensors[name] = tensors[name][:1].contiguous()  # would broadcast in silence
     save_file(tensors, path)
-    edit_settings(folder, sha256=read_settings(folder)["sha256"] | {"sinks/sinks.safetensors": file_hash(path)})
+    edit_settings(folder, sha256=read_settings(folder).sha256 | {"sinks/sinks.safetensors": file_hash(path)})
     before = logits(model, 7)
     with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.sinks\.up.*shape"):
         load_sinks(model, folder)
@@ -370,7 +458,7 @@ def test_only_the_main_process_writes(model, tmp_path) -> None:
 def test_description_is_read_from_the_files(folder) -> None:
     text = describe(folder)
     for part in ("llama with sinks in layers [1]", "32 a layer", "64 a layer, 16 open", "3,072", "assigned ids     2",
-                 "open_from=3", read_settings(folder)["fingerprint"]):  # fmt: skip
+                 "open_from=3", read_settings(folder).stored["fingerprint"]):  # fmt: skip
         assert part in text
 
 

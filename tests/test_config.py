@@ -15,43 +15,46 @@ from memsinks.sinks.config import FORMAT_VERSION, SinkConfig
 GOOD = {"neurons": 256, "active": 64}
 
 BAD = {
-    "neurons not int": ({"neurons": 2.5}, ["neurons must be an int, got 2.5"]),
-    "neurons bool": ({"neurons": True}, ["neurons must be an int, got True"]),
-    "neurons zero": ({"neurons": 0}, ["neurons must be at least 1, got 0"]),
-    "active text": ({"active": "64"}, ["active must be an int, got '64'"]),
-    "active zero": ({"active": 0}, ["active must be at least 1, got 0"]),
+    "neurons not int": ({"neurons": 2.5}, ["neurons must be an int of at least 1, got 2.5"]),
+    "neurons bool": ({"neurons": True}, ["neurons must be an int of at least 1, got True"]),
+    "neurons zero": ({"neurons": 0}, ["neurons must be an int of at least 1, got 0"]),
+    "active text": ({"active": "64"}, ["active must be an int of at least 1, got '64'"]),
+    "active zero": ({"active": 0}, ["active must be an int of at least 1, got 0"]),
     "active exceeds": ({"active": 288}, ["active (288) exceeds neurons (256)"]),
-    "block zero": ({"block_size": 0}, ["block_size must be at least 1, got 0"]),
+    "block zero": ({"block_size": 0}, ["block_size must be an int of at least 1, got 0"]),
     "block neurons": ({"neurons": 250}, ["block_size (32) does not divide neurons (250)"]),
     "block active": ({"active": 65}, ["block_size (32) does not divide active (65)"]),
     "block both": (
         {"block_size": 48},
         ["block_size (48) does not divide neurons (256)", "block_size (48) does not divide active (64)"],
     ),
-    "block exact": ({"routing": "exact", "block_size": 16}, ['routing="exact" opens single neurons', "got 16"]),
+    "block exact": ({"routing": "exact", "block_size": 16}, ['routing="neurons" opens single neurons', "got 16"]),
     "block bernoulli": ({"routing": "bernoulli", "block_size": 2}, ['routing="bernoulli" opens single neurons']),
-    "reserved negative": ({"reserved_blocks": -1}, ["reserved_blocks must be at least 0, got -1"]),
+    "reserved negative": ({"reserved_blocks": -1}, ["reserved_blocks must be an int of at least 0, got -1"]),
     "reserved too many": ({"reserved_blocks": 7}, ["8 blocks less 7 reserved leave 1", "a document opens 2"]),
     "reserved, bernoulli": ({"routing": "bernoulli", "reserved_blocks": 6}, ["reserved_blocks must be 0, got 6"]),
-    "open_from zero": ({"open_from": 0}, ["open_from must be at least 1, got 0"]),
-    "open_from none": ({"open_from": None}, ["open_from must be an int, got None"]),
+    "open_from zero": ({"open_from": 0}, ["open_from must be an int of at least 1, got 0"]),
+    "open_from none": ({"open_from": None}, ["open_from must be an int of at least 1, got None"]),
     "seed negative": ({"seed": -1}, ["seed must be an int in [0, 2**63), got -1"]),
     "seed too large": ({"seed": 2**63}, [f"got {2**63}"]),
-    "routing": ({"routing": "hash"}, ['routing must be "blocks", "exact" or "bernoulli", got \'hash\'']),
-    "shared": ({"shared": "exact"}, ['shared must be "decay" or "none", got \'exact\'']),
+    "routing": ({"routing": "hash"}, ["routing must be one of 'blocks', 'neurons', 'bernoulli', got 'hash'"]),
+    "shared": ({"shared": "exact"}, ["shared must be one of 'decay', 'none', got 'exact'"]),
     "per_layer": ({"per_layer": 1}, ["per_layer must be True or False, got 1"]),
-    "decay negative": ({"shared_decay": -0.5}, ["shared_decay must be 0 or a finite positive number, got -0.5"]),
-    "decay infinite": ({"shared_decay": float("inf")}, ["shared_decay must be 0 or a finite positive number, got inf"]),
+    "decay negative": ({"shared_decay": -0.5}, ["shared_decay must be a finite number of at least 0, got -0.5"]),
+    "decay infinite": ({"shared_decay": float("inf")}, ["shared_decay must be a finite number of at least 0, got inf"]),
     "decay nan": ({"shared_decay": float("nan")}, ["got nan"]),
-    "decay text": ({"shared_decay": "1"}, ["shared_decay must be a number, got '1'"]),
-    "decay bool": ({"shared_decay": True}, ["shared_decay must be a number, got True"]),
+    "decay text": ({"shared_decay": "1"}, ["shared_decay must be a finite number of at least 0, got '1'"]),
+    "decay bool": ({"shared_decay": True}, ["shared_decay must be a finite number of at least 0, got True"]),
     "layers empty": ({"layers": []}, ["layers is empty; give None for all layers"]),
     "layers negative": ({"layers": (0, -1)}, ["layers must be non-negative ints, got (0, -1)"]),
     "layers float": ({"layers": [0.0]}, ["layers must be non-negative ints, got (0.0,)"]),
     "layers an int": ({"layers": 3}, ["layers must be non-negative ints, got 3"]),
     "layers twice": ({"layers": (1, 2, 1)}, ["layers names a layer twice: (1, 2, 1)"]),
-    "host_width": ({"host_width": 0}, ["host_width must be a positive int or None, got 0"]),
-    "host_width float": ({"host_width": 128.0}, ["host_width must be a positive int or None, got 128.0"]),
+    "intermediate_size": ({"intermediate_size": 0}, ["intermediate_size must be an int of at least 1, got 0"]),
+    "intermediate_size float": (
+        {"intermediate_size": 128.0},
+        ["intermediate_size must be an int of at least 1, got 128.0"],
+    ),
 }
 
 
@@ -68,7 +71,7 @@ def test_all_problems_are_listed_at_once():
     with pytest.raises(ConfigError) as caught:
         SinkConfig(
             neurons=1.5, active=0, block_size="x", routing="r", per_layer=None, reserved_blocks=-2, open_from=0,
-            shared="s", shared_decay=-1, layers=(), seed=-3, host_width=-4,
+            shared="s", shared_decay=-1, layers=(), seed=-3, intermediate_size=-4,
         )  # fmt: skip
     message = str(caught.value)
     for field in dataclasses.fields(SinkConfig):
@@ -123,7 +126,7 @@ CONFIGS = st.builds(
     st.integers(0, 40), st.integers(1, 64), st.integers(1, 8), st.integers(0, 5),
     per_layer=st.booleans(), open_from=st.integers(1, 100), shared=st.sampled_from(["decay", "none"]),
     shared_decay=st.floats(0, 10), layers=st.none() | st.lists(st.integers(0, 50), min_size=1, unique=True),
-    seed=st.integers(0, 2**63 - 1), host_width=st.none() | st.integers(1, 10**6),
+    seed=st.integers(0, 2**63 - 1), intermediate_size=st.none() | st.integers(1, 10**6),
 )  # fmt: skip
 
 
@@ -135,20 +138,33 @@ def test_json_round_trip(config):
 
 def test_json_names_every_field_and_the_format():
     values = json.loads(SinkConfig(neurons=256, active=64).to_json())
-    assert values.pop("format_version") == FORMAT_VERSION == 1
+    assert values.pop("format_version") == FORMAT_VERSION == 2
     assert set(values) == {field.name for field in dataclasses.fields(SinkConfig)}
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None])
+@pytest.mark.parametrize("version", [0, 3, "1", None])
 def test_other_format_versions_are_refused(version):
     values = SinkConfig(neurons=256, active=64).to_dict() | {"format_version": version}
-    with pytest.raises(ConfigError, match=f"format_version {version!r}, this memsinks reads 1"):
+    with pytest.raises(ConfigError, match=f"format_version {version!r}, this memsinks reads 1 to 2"):
         SinkConfig.from_dict(values)
 
 
-def test_missing_format_version_is_refused():
-    with pytest.raises(ConfigError, match="format_version None"):
-        SinkConfig.from_dict(GOOD)
+def test_settings_of_format_1_are_read():
+    first = {
+        "format_version": 1, "neurons": 32, "active": 8, "block_size": 1, "routing": "exact", "per_layer": True,
+        "reserved_blocks": 0, "open_from": 2, "shared": "none", "shared_decay": 0.25, "layers": None, "seed": 0,
+        "host_width": 64,
+    }  # fmt: skip
+    config = SinkConfig.from_dict(first)
+    assert (config.routing, config.intermediate_size, config.shared) == ("neurons", 64, "none")
+    assert SinkConfig(neurons=32, active=8, routing="exact").routing == "neurons"
+
+
+def test_what_a_version_did_not_know_yet_has_its_default():
+    values = SinkConfig(neurons=256, active=64).to_dict()
+    for name in ("shared_decay", "reserved_blocks"):
+        del values[name]
+    assert SinkConfig.from_dict(values) == SinkConfig(neurons=256, active=64)
 
 
 def test_unknown_and_missing_keys_are_refused_together():
@@ -172,30 +188,36 @@ def test_what_is_no_json_object_is_refused(text):
 def test_reading_leaves_the_dict_alone():
     values = SinkConfig(neurons=256, active=64).to_dict()
     SinkConfig.from_dict(values)
-    assert values["format_version"] == 1
+    assert values["format_version"] == 2
 
 
 def test_published_setting():
     config = SinkConfig.published()
-    assert (config.host_width, config.neurons, config.active) == (2867, 1229, 369)
+    assert (config.intermediate_size, config.neurons, config.active) == (2867, 1229, 369)
     assert (config.routing, config.per_layer, config.open_from, config.shared_decay) == ("bernoulli", False, 1, 0.0)
     assert not config.needs_exposures
 
 
 def test_published_setting_with_changes():
-    config = SinkConfig.published(total=1000, general=0.5, active=0.1, routing="exact", seed=3)
-    assert (config.host_width, config.neurons, config.active, config.routing, config.seed) == (500, 500, 50, "exact", 3)
+    config = SinkConfig.published(total=1000, general_share=0.5, active_share=0.1, routing="exact", seed=3)
+    assert (config.intermediate_size, config.neurons, config.active, config.routing, config.seed) == (
+        500,
+        500,
+        50,
+        "neurons",
+        3,
+    )
 
 
 @pytest.mark.parametrize("share", [0, 1, -0.1, 1.5, float("nan")])
-@pytest.mark.parametrize("name", ["general", "active"])
+@pytest.mark.parametrize("name", ["general_share", "active_share"])
 def test_published_shares_lie_inside_0_and_1(name, share):
     with pytest.raises(ConfigError, match=rf"{name} must lie in \(0, 1\), got"):
         SinkConfig.published(**{name: share})
 
 
 def test_rescale_factors_of_the_paper():
-    factors = SinkConfig(neurons=300, active=90, routing="bernoulli").rescale_factors(host_width=700)
+    factors = SinkConfig(neurons=300, active=90, routing="bernoulli").rescale_factors(intermediate_size=700)
     assert factors == {"none": 1.0, "expected": pytest.approx(0.79 / 0.7), "released": pytest.approx(1 / 0.7)}
     assert (round(factors["expected"], 4), round(factors["released"], 4)) == (1.1286, 1.4286)
 

@@ -19,7 +19,7 @@ from memsinks.runs.estimate_table import report
 from memsinks.runs.prepare import prepare
 from memsinks.runs.recipe import Recipe, parse_recipe
 from memsinks.runs.run import build_model, optimizer_and_schedule
-from memsinks.sinks import host_classes as hosts
+from memsinks.sinks import run as sink_run
 from memsinks.sinks.kernels import choose_path
 from memsinks.sinks.state import has_sinks
 
@@ -58,7 +58,9 @@ class Tokens:
 @pytest.fixture(autouse=True)
 def _paths_of_a_gpu(monkeypatch) -> None:
     """A real forward takes the path that it would take on a GPU."""
-    monkeypatch.setattr(hosts, "choose_path", lambda config, dtype, _: choose_path(config, dtype, torch.device("cuda")))
+    monkeypatch.setattr(
+        sink_run, "choose_path", lambda config, dtype, _: choose_path(config, dtype, torch.device("cuda"))
+    )
 
 
 def recipe_of(model: str, sinks: str, **training) -> Recipe:

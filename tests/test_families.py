@@ -443,7 +443,7 @@ def test_models_with_sinks_say_what_they_hold() -> None:
     model = tiny("qwen2")
     added = add_sinks(model, SINKS)
     assert added.layers == (0, 1)
-    assert added.host_width == 48
+    assert added.intermediate_size == 48
     assert added.sink_parameters == sum(x.numel() for x in sink_parameters(model)) == 2 * 3 * 256 * 32
     assert added.shared_parameters == tiny("qwen2").num_parameters()
     assert added.open_parameters == added.sink_parameters // 4

@@ -271,19 +271,21 @@ def test_invalid_tables_are_refused_with_every_problem():
         AssignmentTable.from_dict({-1: [0], 5: [3, 128], 6: [-2], 8: [1], 2**63: [2]}, BLOCKS)
     message = str(caught.value)
     for part in (
-        "id -1 ",
+        "got -1",
         "id 5 is assigned blocks [3, 128]",
         "blocks 0 to 127",
         "id 6 is assigned blocks [-2]",
-        f"id {2**63} ",
+        f"got {2**63}",
     ):
         assert part in message
     assert "id 8" not in message
 
 
 def test_table_under_bernoulli_routing_is_refused():
-    table = AssignmentTable.from_dict({7: [1]}, BERNOULLI)
-    with pytest.raises(ConfigError, match='needs routing "blocks" or "exact"'):
+    with pytest.raises(ConfigError, match='need routing "blocks" or "neurons"'):
+        AssignmentTable.from_dict({7: [1]}, BERNOULLI)
+    table = AssignmentTable.from_dict({7: [1]}, BLOCKS)
+    with pytest.raises(ConfigError, match='needs routing "blocks" or "neurons"'):
         open_mask(ids_of(7), BERNOULLI, 0, table)
 
 

@@ -21,7 +21,7 @@ PLAIN = {
     "data": {"path": "d.jsonl", "limit": 1200, "held_out": 100, "repeat": {"documents": 100, "copies": [1, 16]}},
     "model": {"config": {"model_type": "llama", "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 8,
                          "num_attention_heads": 8}},
-    "sinks": {"neurons": 1024, "active": 256, "block_size": 64, "host_width": 1024},
+    "sinks": {"neurons": 1024, "active": 256, "block_size": 64, "intermediate_size": 1024},
     "training": {"length": 256, "batch_rows": 64, "accumulate": 8, "lr": "1e-3"},
 }  # fmt: skip
 
@@ -51,7 +51,7 @@ def test_shares_stay() -> None:
     assert (training.length, training.batch_rows, training.accumulate) == (128, 8, 2)
     assert training.lr == pytest.approx(4e-3)
     assert small.sinks is not None
-    assert (small.sinks.neurons, small.sinks.active, small.sinks.block_size, small.sinks.host_width) == (
+    assert (small.sinks.neurons, small.sinks.active, small.sinks.block_size, small.sinks.intermediate_size) == (
         256,
         64,
         16,

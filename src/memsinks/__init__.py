@@ -41,13 +41,13 @@ if TYPE_CHECKING:
     from memsinks.removal.settle import Settled, repeated_and_once, settle, settling_texts
     from memsinks.runs.recipe import Recipe, parse_recipe, read_recipe
     from memsinks.runs.run import train
-    from memsinks.sinks.attach import Added, add_sinks, remove_sinks
+    from memsinks.sinks.attach import Added, SinkReport, add_sinks, remove_sinks
     from memsinks.sinks.checkpoint import load, load_any, load_sinks
     from memsinks.sinks.config import SinkConfig
     from memsinks.sinks.gradient import shared_weight
     from memsinks.sinks.opening import sinks_closed, sinks_open
-    from memsinks.sinks.state import has_sinks
-    from memsinks.sinks.storage import fingerprint
+    from memsinks.sinks.state import assign_blocks, has_sinks
+    from memsinks.sinks.storage import fingerprint, save_sinks
     from memsinks.sinks.table import AssignmentTable
     from memsinks.training.first import sinks_first
     from memsinks.training.optim import AdamW, GradientNorms, clip_grad_norm_, param_groups
@@ -70,13 +70,13 @@ _HOMES = {
     "memsinks.removal.settle": "Settled repeated_and_once settle settling_texts",
     "memsinks.runs.recipe": "Recipe parse_recipe read_recipe",
     "memsinks.runs.run": "train",
-    "memsinks.sinks.attach": "Added add_sinks remove_sinks",
+    "memsinks.sinks.attach": "Added SinkReport add_sinks remove_sinks",
     "memsinks.sinks.checkpoint": "load load_any load_sinks",
     "memsinks.sinks.config": "SinkConfig",
     "memsinks.sinks.gradient": "shared_weight",
     "memsinks.sinks.opening": "sinks_closed sinks_open",
-    "memsinks.sinks.state": "has_sinks",
-    "memsinks.sinks.storage": "fingerprint",
+    "memsinks.sinks.state": "assign_blocks has_sinks",
+    "memsinks.sinks.storage": "fingerprint save_sinks",
     "memsinks.sinks.table": "AssignmentTable",
     "memsinks.training.first": "sinks_first",
     "memsinks.training.optim": "AdamW GradientNorms clip_grad_norm_ param_groups",
@@ -105,10 +105,12 @@ __all__ = [
     "Settled",
     "SinkCallback",
     "SinkConfig",
+    "SinkReport",
     "SinkTrainer",
     "Subject",
     "__version__",
     "add_sinks",
+    "assign_blocks",
     "audit",
     "clip_grad_norm_",
     "collate",
@@ -133,6 +135,7 @@ __all__ = [
     "remove_sinks",
     "repeated_and_once",
     "require_unique_keys",
+    "save_sinks",
     "settle",
     "settling_texts",
     "shared_weight",

@@ -12,7 +12,7 @@ from memsinks.files import written_beside
 from memsinks.removal.model_card import model_card
 from memsinks.removal.verify import verify_export
 from memsinks.sinks.opening import down_modules, rescale_factor
-from memsinks.sinks.state import is_sink, require_sinks, unwrap
+from memsinks.sinks.state import is_sink, refuse_adapters, require_sinks, unwrap
 
 
 def export(
@@ -44,6 +44,7 @@ def export(
         CheckpointError: the directory is not empty, writing failed, or the check did not pass; nothing is left behind.
     """
     state = require_sinks(model)
+    refuse_adapters(model)
     model = unwrap(model)
     target = Path(directory)
     if target.is_file() or (target.is_dir() and any(target.iterdir())):

@@ -24,6 +24,7 @@ from memsinks.sinks.config import SinkConfig
 from memsinks.sinks.gradient import shared_weight
 from memsinks.sinks.kernels import choose_path
 from memsinks.sinks.plan import RoutingPlan, plan
+from memsinks.sinks.run import planned
 from memsinks.sinks.state import has_sinks, require_sinks, shared_parameters, sink_parameters
 
 GPU = torch.device("cuda")
@@ -248,12 +249,8 @@ def _planned(model: Any, routed: tuple[RoutingPlan, torch.Tensor | None] | None)
     if routed is None:
         yield
         return
-    state = model.sink_state
-    state.plan, state.logit_weight = routed
-    try:
+    with planned(model.sink_state, *routed):
         yield
-    finally:
-        state.plan, state.logit_weight = None, None
 
 
 def _not_counted(recipe: Recipe) -> Iterator[str]:
@@ -266,7 +263,7 @@ def _not_counted(recipe: Recipe) -> Iterator[str]:
 def _dislikes(model: PreTrainedModel, config: SinkConfig | None) -> Iterator[str]:
     """Widths that kernels and serving tools dislike."""
     text: Any = model.config.get_text_config()
-    wide = require_sinks(model).host_width if has_sinks(model) else None
+    wide = require_sinks(model).intermediate_size if has_sinks(model) else None
     wide = wide or getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * text.hidden_size
     if wide % 128:
         yield f"the general width {wide} is not a multiple of 128: quantised and tensor-parallel serving dislike it"

@@ -12,7 +12,6 @@ from typing import Any, Literal
 import yaml
 
 from memsinks.errors import ConfigError
-from memsinks.sinks.config import FORMAT_VERSION, SinkConfig
 
 
 def unknown_keys(given: Iterable[Any], where: str, known: Iterable[str]) -> list[str]:
@@ -38,14 +37,17 @@ def section(kind: Any, values: Any, where: str, problems: list[str]) -> Any:
         return None
     hints = typing.get_type_hints(kind)
     known = {entry.name: entry for entry in dataclasses.fields(kind)}
+    if hasattr(kind, "upgraded"):
+        try:
+            values = kind.upgraded(values)
+        except ConfigError as error:
+            problems.append(f"{where}: {error}")
+            return None
     given = {}
     before = len(problems)
     for name, value in values.items():
         full = f"{where}.{name}" if where else str(name)
-        if kind is SinkConfig and name == "format_version":
-            if value != FORMAT_VERSION:
-                problems.append(f"{full} is {value}, this memsinks reads {FORMAT_VERSION}")
-        elif name not in known:
+        if name not in known:
             problems += unknown_keys([name], where, known)
         else:
             given[name] = _value(hints[name], value, full, problems)

@@ -157,7 +157,8 @@ def _smaller_data(data: dict[str, Any], scale: float, root: float, problems: lis
 
 def _smaller_sinks(settings: dict[str, Any], root: float) -> None:
     """Pool, open neurons and blocks of a `SinkConfig` or an arm, and the extra width of an arm."""
-    settings.pop("host_width", None)
+    for name in ("intermediate_size", "host_width"):
+        settings.pop(name, None)
     blocks = settings.get("rival") not in ("published", "untied") and settings.get("routing", "blocks") == "blocks"
     size = _rounded(settings.get("block_size", 32) * root, 8) if blocks else 1
     if "neurons" in settings:

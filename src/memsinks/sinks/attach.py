@@ -9,7 +9,8 @@ import inspect
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from memsinks.errors import ArchitectureError, ConfigError
@@ -17,18 +18,18 @@ from memsinks.sinks.config import SinkConfig
 from memsinks.sinks.families import decoder_layers, read_mlp
 from memsinks.sinks.host_classes import Derived, SinkHead, SinkLayer, SinkMlp, SinkModel, derive
 from memsinks.sinks.layer import Sinks
-from memsinks.sinks.state import SinkState, has_sinks, require_sinks, sink_parameters
+from memsinks.sinks.state import SinkState, has_sinks, is_sharded, require_sinks, sink_parameters
 
 PATCHED = "forward", "_original_forward"
 """What accelerate's autocast leaves on a model."""
 
 
 @dataclass(frozen=True)
-class Added:
+class SinkReport:
     """What `add_sinks` touched. Parameters are counts; `open_parameters` = open per token in all layers."""
 
     layers: tuple[int, ...]
-    host_width: int
+    intermediate_size: int
     neurons: int
     active: int
     shared_parameters: int
@@ -37,10 +38,23 @@ class Added:
 
     def __str__(self) -> str:
         return (
-            f"sinks in {len(self.layers)} layers: {self.neurons} neurons beside {self.host_width} general ones, "
+            f"sinks in {len(self.layers)} layers: {self.neurons} neurons beside {self.intermediate_size} general ones, "
             f"{self.active} open per document ({self.shared_parameters:,} shared, {self.sink_parameters:,} sink, "
             f"{self.open_parameters:,} open parameters)"
         )
+
+    def __call__(self, *_: Any, **__: Any) -> Any:
+        raise TypeError(NOT_A_MODEL)
+
+    def __getattr__(self, name: str) -> Any:
+        if hasattr(PreTrainedModel, name) and not name.startswith("__"):
+            raise AttributeError(NOT_A_MODEL)
+        raise AttributeError(f"a SinkReport has no {name!r}")
+
+
+NOT_A_MODEL = "add_sinks changes the model in place and returns a report; go on with the model that you gave it"
+Added = SinkReport
+"""The name of before."""
 
 
 def _check_host(model: Any) -> None:
@@ -60,10 +74,13 @@ def _check_host(model: Any) -> None:
         raise ArchitectureError(f"{name} has sinks already; remove_sinks(model) first")
     if getattr(model, "_tp_size", None) is not None:
         raise ArchitectureError("tensor-parallel models are not supported: sinks would not be sharded with their host")
-    if any(type(parameter).__name__ == "DTensor" for parameter in model.parameters()):
+    if is_sharded(model):
         raise ArchitectureError("the model is sharded already (FSDP2 or tensor parallel); add sinks before sharding")
-    if getattr(model, "hf_quantizer", None) is not None:
-        raise ArchitectureError("quantised models are not supported; add sinks to the full-precision model")
+    if any(_is_quantized(parameter) for parameter in model.parameters()):
+        raise ArchitectureError(
+            "quantized models are not supported; add sinks to the full-precision model (a GGUF file is loaded with "
+            "dequantized weights)"
+        )
     if any(part._compiled_call_impl is not None for part in model.modules()):
         raise ArchitectureError("a part of the model is compiled already; add sinks first, then compile")
     if any("forward" in vars(part) for part in model.modules()):
@@ -73,10 +90,31 @@ def _check_host(model: Any) -> None:
         )
 
 
-def add_sinks(model: PreTrainedModel, config: SinkConfig) -> Added:
+def _is_quantized(parameter: nn.Parameter) -> bool:
+    """Whether a weight is not a plain tensor of 16 bits or more: whole numbers, 8-bit floats, a class of a quantizer."""
+    plain = type(parameter.data) is Tensor and parameter.is_floating_point() and parameter.element_size() > 1
+    return not plain
+
+
+def _forget_quantization(model: Any) -> None:
+    """Weights that were dequantized when they were loaded are saved as what they are."""
+    if getattr(model, "hf_quantizer", None) is None:
+        return
+    model.hf_quantizer = None
+    for holder, name in (
+        (model, "is_quantized"),
+        (model, "quantization_method"),
+        (model.config, "quantization_config"),
+    ):
+        if name in vars(holder):
+            delattr(holder, name)
+
+
+def add_sinks(model: PreTrainedModel, config: SinkConfig) -> SinkReport:
     """Put sinks into a causal language model, in place; its function does not change.
 
-    Call it before torch.compile, DDP, FSDP and PEFT. The global random state is not touched.
+    Call it before torch.compile, DDP, FSDP and PEFT. The global random state is not touched. Sinks have the dtype of their host,
+    but float32 beside bfloat16 and float16, in which they would not learn.
 
     Args:
         model: a Hugging Face decoder with an output embedding.
@@ -95,9 +133,11 @@ def add_sinks(model: PreTrainedModel, config: SinkConfig) -> Added:
     if chosen[-1] >= len(layers):
         raise ConfigError(f"layers names layer {chosen[-1]}, the model has layers 0 to {len(layers) - 1}")
     hosts = [read_mlp(getattr(layers[index], mlp_name), model.config.model_type) for index in chosen]
-    widths = {host.hidden for host in hosts}
-    if config.host_width is not None and widths != {config.host_width}:
-        raise ConfigError(f"this SinkConfig is for MLPs {config.host_width} wide, the model's are {sorted(widths)}")
+    sizes = {host.intermediate_size for host in hosts}
+    if config.intermediate_size is not None and sizes != {config.intermediate_size}:
+        raise ConfigError(
+            f"this SinkConfig is for MLPs {config.intermediate_size} wide, the model's are {sorted(sizes)}"
+        )
     head: Any = model.get_output_embeddings()
     if head is None:
         raise ArchitectureError(f"{type(model).__name__} has no output embedding; sinks are for causal language models")
@@ -105,14 +145,22 @@ def add_sinks(model: PreTrainedModel, config: SinkConfig) -> Added:
         raise ConfigError("shared_decay cannot be combined with a router loss; set config.output_router_logits=False")
 
     arguments = [x for x in inspect.signature(model.forward).parameters if x not in ("kwargs", "args")]
-    state = SinkState(config, chosen, max(widths), tuple(arguments))
+    _forget_quantization(model)
+    state = SinkState(config, chosen, max(sizes), tuple(arguments))
     for place, (index, host) in enumerate(zip(chosen, hosts, strict=True)):
         layer: Any = layers[index]
         mlp: Any = getattr(layer, mlp_name)
+        weight = host.down.weight
         mlp.sinks = Sinks(
-            config, width=host.width, act=host.act, gated=host.gated, std=host.std, layer=index,
-            dtype=host.down.weight.dtype, device=host.down.weight.device,
-        )  # fmt: skip
+            config,
+            hidden_size=host.hidden_size,
+            act=host.act,
+            gated=host.gated,
+            std=host.std,
+            layer=index,
+            dtype=torch.promote_types(weight.dtype, torch.float32),
+            device=weight.device,
+        )
         mlp.sinks.train(mlp.training)
         mlp.__class__ = derive(type(mlp), SinkMlp)
         layer.__class__ = derive(type(layer), SinkLayer)
@@ -123,14 +171,14 @@ def add_sinks(model: PreTrainedModel, config: SinkConfig) -> Added:
     model.sink_state = state  # type: ignore[assignment]
     sinks = sum(parameter.numel() for parameter in sink_parameters(model))
     shared = sum(parameter.numel() for parameter in model.parameters()) - sinks
-    return Added(
-        chosen, max(widths), config.neurons, config.active, shared, sinks, sinks * config.active // config.neurons
+    return SinkReport(
+        chosen, max(sizes), config.neurons, config.active, shared, sinks, sinks * config.active // config.neurons
     )
 
 
 def remove_sinks(model: PreTrainedModel) -> PreTrainedModel:
     """Delete all sinks, in place; the model is of its stock class again. Returns the model."""
-    require_sinks(model)
+    require_sinks(model, missing_ok=True)
     if not isinstance(model, SinkModel):
         raise ArchitectureError(f"the model is wrapped in {type(model).__name__}; give remove_sinks the model inside")
     for name in PATCHED:  # bound to the class that goes

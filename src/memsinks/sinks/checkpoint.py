@@ -12,31 +12,17 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from memsinks.errors import CheckpointError
 from memsinks.sinks.attach import add_sinks
-from memsinks.sinks.config import SinkConfig
-from memsinks.sinks.state import is_sink
+from memsinks.sinks.config import TRAINING
+from memsinks.sinks.state import has_sinks, is_sink
 from memsinks.sinks.storage import (
     FOLDER,
     TENSORS,
-    _check_files,
-    _check_fingerprint,
-    _read_sinks,
+    check_files,
+    check_fits,
     has_saved_sinks,
     read_settings,
+    read_sinks,
 )
-
-
-def load_sinks(model: PreTrainedModel, directory: str | os.PathLike[str]) -> None:
-    """Load the sinks of a checkpoint into a model that has sinks of the same settings.
-
-    Raises:
-        CheckpointError: no sinks there, another fingerprint, a file whose hash differs (a mixture of two checkpoints),
-            tensors missing or of another shape. The model is unchanged then.
-    """
-    directory = Path(directory)
-    settings = read_settings(directory)
-    _check_fingerprint(model, directory, settings)
-    _check_files(directory, settings)
-    _read_sinks(model, directory)
 
 
 def load(directory: str | os.PathLike[str], **arguments: Any) -> PreTrainedModel:
@@ -48,16 +34,39 @@ def load(directory: str | os.PathLike[str], **arguments: Any) -> PreTrainedModel
 
     Raises:
         CheckpointError: see `load_sinks`.
-        ConfigError: the settings are of another format version.
+        ConfigError: the settings are of a newer format version.
     """
-    settings = read_settings(directory)
-    config = SinkConfig.from_dict(settings["config"])
-    _check_files(Path(directory), settings)
+    saved = read_settings(directory)
+    if saved.alone:
+        raise CheckpointError(
+            f"{directory} holds sinks alone; load the model that they were trained beside, then "
+            f"memsinks.load_sinks(model, {str(directory)!r})"
+        )
+    check_files(Path(directory), saved)
     model = load_stock(directory, **arguments)
-    add_sinks(model, config)
-    _check_fingerprint(model, Path(directory), settings)
-    _read_sinks(model, Path(directory))
+    load_sinks(model, directory)
     return model.eval()
+
+
+def load_sinks(model: PreTrainedModel, directory: str | os.PathLike[str]) -> None:
+    """Load the sinks of a checkpoint, or of a folder that `save_sinks` wrote, in place.
+
+    Args:
+        model: with sinks of the same layout; one without gets them first, with the settings they were saved with.
+        directory: a folder with a subfolder ``sinks/``.
+
+    Raises:
+        CheckpointError: no sinks there, another layout, a file whose hash differs (a mixture of two checkpoints), tensors
+            missing or of another shape. Sinks that the model had are unchanged then.
+        ArchitectureError: the model cannot carry sinks.
+    """
+    directory = Path(directory)
+    saved = read_settings(directory)
+    check_files(directory, saved)
+    if not has_sinks(model):
+        add_sinks(model, saved.config)
+    check_fits(model, directory, saved)
+    read_sinks(model, directory, saved)
 
 
 def load_stock(directory: str | os.PathLike[str], **arguments: Any) -> PreTrainedModel:
@@ -68,28 +77,28 @@ def load_stock(directory: str | os.PathLike[str], **arguments: Any) -> PreTraine
         raise CheckpointError(f"cannot load a model from {directory}: {error}") from error
 
 
-def describe(directory: str | os.PathLike[str]) -> str:
-    """A checkpoint's sinks in a few lines of text, read from its files without building the model."""
-    settings = read_settings(directory)
-    config = settings["config"]
-    with safe_open(Path(directory) / FOLDER / TENSORS, "pt") as file:
-        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
-    numbers = sum(math.prod(shape) for name, shape in shapes.items() if is_sink(name))
-    assigned = shapes["table.ids"][0]
-    defaults = {name: value for name, value in config.items() if name not in ("neurons", "active", "format_version")}
-    return "\n".join([
-        f"{settings['model_type']} with sinks in layers {settings['layers']}",
-        f"general neurons  {settings['host_width']} a layer",
-        f"sink neurons     {config['neurons']} a layer, {config['active']} open per document",
-        f"sink parameters  {numbers:,}",
-        f"assigned ids     {assigned} (all others are hashed)",
-        f"settings         {', '.join(f'{name}={value}' for name, value in defaults.items())}",
-        f"fingerprint      {settings['fingerprint']}",
-    ])  # fmt: skip
-
-
 def load_any(path: str | os.PathLike[str]) -> PreTrainedModel:
     """Load any causal language model in eval mode: with its sinks where the checkpoint has them."""
     if has_saved_sinks(path):
         return load(path)
     return load_stock(path).eval()
+
+
+def describe(directory: str | os.PathLike[str]) -> str:
+    """A checkpoint's sinks in a few lines of text, read from its files without building the model."""
+    saved = read_settings(directory)
+    config, layout = saved.config, saved.layout
+    with safe_open(Path(directory) / FOLDER / TENSORS, "pt") as file:
+        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    numbers = sum(math.prod(shape) for name, shape in shapes.items() if is_sink(name))
+    shown = ("block_size", "routing", "per_layer", "reserved_blocks", "seed", *TRAINING)
+    lines = {
+        f"{layout['model_type']} with sinks in layers": layout["layers"],
+        "general neurons ": f"{layout['intermediate_size']} a layer",
+        "sink neurons    ": f"{config.neurons} a layer, {config.active} open per document",
+        "sink parameters ": f"{numbers:,}",
+        "assigned ids    ": f"{shapes['table.ids'][0]} (all others are hashed)",
+        "settings        ": ", ".join(f"{name}={getattr(config, name)}" for name in shown),
+        "fingerprint     ": saved.stored["fingerprint"],
+    }
+    return "\n".join(f"{name} {value}" for name, value in lines.items())

@@ -49,10 +49,10 @@ ACTIVATIONS = ("act_fn", "activation_fn", "act", "gelu_impl")
 
 @dataclass(frozen=True)
 class Mlp:
-    """What the sinks need to know of their host: hidden width, model width, activation, gate, spread of the weights."""
+    """What the sinks need to know of their host: its sizes, its activation, whether it has a gate, the spread of its weights."""
 
-    hidden: int
-    width: int
+    intermediate_size: int
+    hidden_size: int
     act: Callable[[Tensor], Tensor]
     gated: bool
     std: float
@@ -109,7 +109,7 @@ def read_mlp(mlp: nn.Module, model_type: str) -> Mlp:
                 f"{name} has no plain floating-point weights (quantised?); add sinks before quantising"
             )
     transposed = type(down).__name__ == "Conv1D"
-    width, hidden = down.weight.shape if not transposed else down.weight.shape[::-1]
+    hidden_size, intermediate_size = down.weight.shape if not transposed else down.weight.shape[::-1]
     fused = layout.up == layout.gate
 
     def plain(x: Tensor) -> Tensor:
@@ -119,17 +119,17 @@ def read_mlp(mlp: nn.Module, model_type: str) -> Mlp:
         return down(act(gate) * inner)
 
     if up.weight.device.type != "meta":
-        _prove(mlp, plain, width, model_type)
+        _prove(mlp, plain, hidden_size, model_type)
     std = 0.02 if up.weight.device.type == "meta" else float(up.weight.detach().float().std())
     if std == 0:
         raise ArchitectureError(f"the weights of {name} are all equal (not initialised?); sinks start at their spread")
-    return Mlp(hidden, width, act, bool(layout.gate), std, down)
+    return Mlp(intermediate_size, hidden_size, act, bool(layout.gate), std, down)
 
 
 @torch.no_grad()
-def _prove(mlp: nn.Module, plain: Callable[[Tensor], Tensor], width: int, model_type: str) -> None:
+def _prove(mlp: nn.Module, plain: Callable[[Tensor], Tensor], hidden_size: int, model_type: str) -> None:
     weight = next(mlp.parameters())
-    x = torch.randn(1, 4, width, generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
+    x = torch.randn(1, 4, hidden_size, generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
     more: tuple[Any, ...] = (torch.zeros_like(x),) if model_type in RESIDUAL_INSIDE else ()
     training = mlp.training
     mlp.eval()

@@ -17,11 +17,32 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from memsinks.batch import NO_SINKS
+from memsinks.sinks.config import SinkConfig
+
 
 def shared_weight(exposures: Tensor, open_from: int, shared_decay: float) -> Tensor:
     """w(c), float64, for int64 exposures of any shape."""
     after = (exposures - open_from + 2).clamp(min=1).to(torch.float64)
     return torch.where(exposures < open_from, 1.0, after.pow(-shared_decay))
+
+
+def weight_of(config: SinkConfig, exposures: Tensor, opened: Tensor) -> Tensor | None:
+    """What each token's gradient in the shared weights is multiplied by: w(c) under decay, 0 in exact mode, 1 where it is closed.
+
+    Args:
+        exposures: int64 [B, T].
+        opened: int64 [B, T], the id whose sinks are open; -1 where none are.
+
+    Returns:
+        float64 [B, T]; None = 1 for all.
+    """
+    if config.shared == "none":
+        return (opened == NO_SINKS).to(torch.float64)
+    if not config.shared_decay:
+        return None
+    weight = shared_weight(exposures, config.open_from, config.shared_decay)
+    return torch.where(opened == NO_SINKS, 1.0, weight)
 
 
 class ScaleGradient(torch.autograd.Function):

@@ -18,13 +18,13 @@ from torch.nn.functional import linear
 
 from memsinks.sinks.config import SinkConfig
 from memsinks.sinks.grouped import ALIGNED, grouped
-from memsinks.sinks.plan import LayerPlan, Mask, Pairs, Path
+from memsinks.sinks.plan import ComputePath, LayerPlan, Mask, Pairs
 from memsinks.sinks.tiled import tiled
 
 Activation = Callable[[Tensor], Tensor]
 
 
-def choose_path(config: SinkConfig, dtype: torch.dtype, device: torch.device) -> Path:
+def choose_path(config: SinkConfig, dtype: torch.dtype, device: torch.device) -> ComputePath:
     """The compute path, from the settings and the kind of tensors alone, never from data.
 
     Masked for single neurons, odd blocks, small pools (S <= 2a, where computing all is cheapest) and, as the plainest
@@ -43,7 +43,8 @@ def sink_forward(
 
     Args:
         x: [tokens, d].
-        up, gate, down: [blocks, block_size, d]; gate None for an MLP without gate.
+        up, gate, down: [blocks, block_size, d]; gate None for an MLP without gate. Their dtype may differ from that of x, as
+            float32 sinks beside a bfloat16 host do; the products are taken in that of x.
         act: the host's activation.
         plan: what each token opens.
         scale: [tokens] factor of each token's weight gradient, or None for 1.
@@ -51,10 +52,10 @@ def sink_forward(
     Returns:
         [tokens, d], in the dtype of x, or in the autocast dtype where autocast is on.
     """
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, up, down = x.to(dtype), up.to(dtype), down.to(dtype)
-        gate = None if gate is None else gate.to(dtype)
+    autocast = torch.is_autocast_enabled(x.device.type)
+    dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+    x, up, down = x.to(dtype), up.to(dtype), down.to(dtype)
+    gate = None if gate is None else gate.to(dtype)
     path: Callable[..., Tensor] = _masked if isinstance(plan, Mask) else grouped if isinstance(plan, Pairs) else tiled
     with torch.autocast(x.device.type, enabled=False):
         return path(x, up, gate, down, act, plan, scale)

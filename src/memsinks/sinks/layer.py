@@ -17,7 +17,7 @@ class Sinks(nn.Module):
 
     Args:
         config: the sink settings.
-        width: d, the model width.
+        hidden_size: d, the model width.
         act: the host's activation, shared with it.
         gated: whether the host's MLP has a gate.
         std: standard deviation of `up` and `gate` at the start (the host's); `down` starts at zero, so that adding
@@ -30,7 +30,7 @@ class Sinks(nn.Module):
         self,
         config: SinkConfig,
         *,
-        width: int,
+        hidden_size: int,
         act: Activation,
         gated: bool,
         std: float,
@@ -39,7 +39,7 @@ class Sinks(nn.Module):
         device: torch.device,
     ) -> None:
         super().__init__()
-        shape = (config.blocks, config.block_size, width)
+        shape = (config.blocks, config.block_size, hidden_size)
         generator = torch.Generator().manual_seed((config.seed * 1_000_003 + layer) % 2**63)
 
         def start() -> nn.Parameter:
@@ -59,5 +59,5 @@ class Sinks(nn.Module):
         return flat.view(x.shape)
 
     def extra_repr(self) -> str:
-        blocks, size, width = self.up.shape
-        return f"blocks={blocks}, block_size={size}, width={width}, gated={self.gate is not None}"
+        blocks, size, hidden_size = self.up.shape
+        return f"blocks={blocks}, block_size={size}, hidden_size={hidden_size}, gated={self.gate is not None}"

@@ -15,8 +15,7 @@ from memsinks.batch import NO_SINKS, check_ids
 from memsinks.errors import ConfigError, DataError
 from memsinks.sinks.families import read_mlp
 from memsinks.sinks.host_classes import SinkMlp
-from memsinks.sinks.layer import Sinks
-from memsinks.sinks.state import SinkState, require_sinks
+from memsinks.sinks.state import SinkState, require_sinks, sink_modules, unwrap
 from memsinks.sinks.table import open_mask
 
 OpenIds = int | Iterable[int] | Tensor | np.ndarray | Sequence[Iterable[int]]
@@ -57,15 +56,18 @@ def sinks_open(model: nn.Module, ids: OpenIds) -> Iterator[None]:
     Args:
         ids: an id, or a list or set of ids (their union), for all rows; an int64 tensor [B] or [B, T] with the id of
             each row or token; or a list with one set of ids for each row (their union). -1 opens nothing.
+
+    They are open in this thread alone: a thread that is started within the block opens its own. Another ``sinks_open`` within the
+    block replaces them until its end.
     """
-    state = require_sinks(model)
+    running = require_sinks(model).running
     if model.training:
         raise ConfigError("sinks_open is for evaluation, the model is in training mode; call model.eval() first")
-    before, state.opened = state.opened, _parse_open(ids)
+    before, running.opened = running.opened, _parse_open(ids)
     try:
         yield
     finally:
-        state.opened = before
+        running.opened = before
 
 
 @contextmanager
@@ -81,7 +83,7 @@ def sinks_closed(model: nn.Module, rescale: str = "none") -> Iterator[None]:
     state = require_sinks(model)
     if model.training:
         raise ConfigError("sinks_closed is for evaluation, the model is in training mode; call model.eval() first")
-    before, state.opened = state.opened, None
+    before, state.running.opened = state.running.opened, None
     factor = rescale_factor(state, rescale)
     hooks = [
         host.register_forward_pre_hook(lambda _, args: (args[0] * factor, *args[1:])) for host in down_modules(model)
@@ -89,14 +91,14 @@ def sinks_closed(model: nn.Module, rescale: str = "none") -> Iterator[None]:
     try:
         yield
     finally:
-        state.opened = before
+        state.running.opened = before
         for hook in hooks:
             hook.remove()
 
 
 def rescale_factor(state: SinkState, rescale: str) -> float:
     """The factor of a named rescale; ConfigError for an unknown name."""
-    factors = state.config.rescale_factors(state.host_width)
+    factors = state.config.rescale_factors(state.intermediate_size)
     if rescale not in factors:
         raise ConfigError(f"rescale must be one of {sorted(factors)}, got {rescale!r}")
     return factors[rescale]
@@ -104,23 +106,22 @@ def rescale_factor(state: SinkState, rescale: str) -> float:
 
 def down_modules(model: nn.Module) -> list[nn.Module]:
     """The down projections of the host MLPs that have sinks."""
-    kind = model.config.model_type  # type: ignore[union-attr]
-    return [read_mlp(module, kind).down for module in model.modules() if isinstance(module, SinkMlp)]  # type: ignore
+    inner: Any = unwrap(model)
+    return [read_mlp(part, inner.config.model_type).down for part in inner.modules() if issubclass(type(part), SinkMlp)]
 
 
 @contextmanager
-def documents_closed(model: nn.Module, ids: list[int]) -> Iterator[None]:
+def documents_closed(model: nn.Module, ids: Sequence[int]) -> Iterator[None]:
     """Within the block, the sink blocks of these documents give nothing, for any document that opens them.
 
     Their down rows are set to zero and put back, bit for bit, at the end.
     """
     state = require_sinks(model)
-    config, wanted = state.config, torch.tensor(ids, dtype=torch.int64)
+    config, wanted = state.config, torch.tensor([int(x) for x in ids], dtype=torch.int64)
     kept: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
-    sinks = [module for module in model.modules() if isinstance(module, Sinks)]
     try:
         with torch.no_grad():
-            for layer, module in zip(state.layers, sinks, strict=True):
+            for layer, module in zip(state.layers, sink_modules(model).values(), strict=True):
                 mask = open_mask(wanted, config, layer if config.per_layer else 0, state.table).any(0)
                 mask = mask.to(module.down.device)
                 kept.append((module.down, mask, module.down[mask].clone()))

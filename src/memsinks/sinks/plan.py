@@ -49,7 +49,7 @@ class Runs(NamedTuple):
 
 
 LayerPlan = Mask | Pairs | Runs
-Path = Literal["masked", "grouped", "tiled"]
+ComputePath = Literal["masked", "grouped", "tiled"]
 
 
 class RoutingPlan(NamedTuple):
@@ -122,7 +122,7 @@ def plan(
     config: SinkConfig,
     table: AssignmentTable = EMPTY_TABLE,
     *,
-    path: Path,
+    path: ComputePath,
     weight_scale: Tensor | None = None,
 ) -> RoutingPlan:
     """The routing plan of one forward.

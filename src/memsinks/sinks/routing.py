@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from memsinks.sinks.config import FORMAT_VERSION, SinkConfig
+from memsinks.sinks.config import SinkConfig
 
 _INCREMENT, _FIRST, _SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 _MASK = 2**64 - 1
@@ -17,7 +17,7 @@ def _signed(value: int) -> int:
     return value - 2**64 if value >= 2**63 else value
 
 
-def _shift(x: Tensor, bits: int) -> Tensor:
+def shift(x: Tensor, bits: int) -> Tensor:
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
@@ -27,9 +27,9 @@ def splitmix64(x: Tensor) -> Tensor:
     Source: Steele, Lea, Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014.
     """
     x = x + _signed(_INCREMENT)
-    x = (x ^ _shift(x, 30)) * _signed(_FIRST)
-    x = (x ^ _shift(x, 27)) * _signed(_SECOND)
-    return x ^ _shift(x, 31)
+    x = (x ^ shift(x, 30)) * _signed(_FIRST)
+    x = (x ^ shift(x, 27)) * _signed(_SECOND)
+    return x ^ shift(x, 31)
 
 
 def _splitmix64_int(x: int) -> int:
@@ -39,11 +39,11 @@ def _splitmix64_int(x: int) -> int:
     return x ^ (x >> 31)
 
 
-def _keys(config: SinkConfig, layer: int, count: int) -> list[int]:
+def bank_keys(config: SinkConfig, layer: int, count: int) -> list[int]:
     """One hash key for each of `count` banks (or neurons) of a layer, from the seed; int64 bit patterns."""
     base = _splitmix64_int(_splitmix64_int(config.seed) ^ (layer + 1 if config.per_layer else 0))
     return [_signed(_splitmix64_int(base ^ (index + 1))) for index in range(count)]
 
 
-HASH_VERSION = FORMAT_VERSION
+HASH_VERSION = 1
 """Changes whenever the same id would open other blocks; part of a checkpoint's fingerprint."""

@@ -1,33 +1,74 @@
-"""What the parts of one model with sinks share, and which of its parameters are sinks."""
+"""What the parts of one model with sinks share, which of its parameters are sinks, and seeing through wrappers."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from memsinks.errors import ArchitectureError
+from memsinks.errors import ArchitectureError, CheckpointError
 from memsinks.sinks.config import SinkConfig
-from memsinks.sinks.plan import RoutingPlan
+from memsinks.sinks.gradient import weight_of
+from memsinks.sinks.layer import Sinks
+from memsinks.sinks.plan import ComputePath, RoutingPlan
 from memsinks.sinks.table import EMPTY_TABLE, AssignmentTable
+
+WeightRule = Callable[[SinkConfig, Tensor, Tensor], Tensor | None]
+"""See `gradient.weight_of`, the default."""
+
+
+class Running(threading.local):
+    """What holds while a forward runs, or within `sinks_open`: each thread has its own, so none sees another's sinks.
+
+    plan: of the forward. weight: of each token's gradient in the shared weights, float64 [B, T]; weight_used: whether the
+    output embedding has taken it. shared_frozen: the shared parameters are constants. opened: what `sinks_open` opens, int64
+    [rows or 1, columns, union].
+    """
+
+    plan: RoutingPlan | None = None
+    weight: Tensor | None = None
+    weight_used: bool = False
+    shared_frozen: bool = False
+    opened: Tensor | None = None
 
 
 @dataclass
 class SinkState:
-    """What the parts of one model share: its settings, and the plan while a forward runs."""
+    """What the parts of one model share.
+
+    Args:
+        config: the settings.
+        layers: indices of the layers that have sinks.
+        intermediate_size: of the host MLPs.
+        arguments: names of the arguments of the stock forward, in order.
+        table: which ids open listed blocks; set it with `assign_blocks`.
+        sinks_missing: a state dict without sinks was loaded, so the sinks do not belong to the other weights.
+        weight_rule: what a token may teach the shared weights.
+        path: the compute path; None = `kernels.choose_path` decides.
+        place: the training order that was met last and the place in it, of the batch before.
+    """
 
     config: SinkConfig
     layers: tuple[int, ...]
-    host_width: int
+    intermediate_size: int
     arguments: tuple[str, ...]
     table: AssignmentTable = EMPTY_TABLE
-    plan: RoutingPlan | None = None
-    frozen: bool = False
-    logit_weight: Tensor | None = None
-    logit_weight_used: bool = False
-    opened: Any = None
     sinks_missing: bool = False
+    weight_rule: WeightRule = weight_of
+    path: ComputePath | None = None
+    place: tuple[int, int] | None = None
+    running: Running = field(default_factory=Running)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "running"}
+
+    def __setstate__(self, values: dict[str, Any]) -> None:
+        vars(self).update(values, running=Running())
 
 
 class ModelWithSinks:
@@ -36,14 +77,59 @@ class ModelWithSinks:
     sink_state: SinkState
 
 
-def shared_parameters(module: nn.Module) -> list[nn.Parameter]:
-    """All parameters that are not sinks."""
-    return [parameter for name, parameter in module.named_parameters() if not is_sink(name)]
+def unwrap(model: Any) -> Any:
+    """The model inside torch.compile, DDP, PEFT and other wrappers that keep it as `module` or `_orig_mod`."""
+    while not isinstance(model, ModelWithSinks):
+        inner = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
+        if inner is None and callable(getattr(model, "get_base_model", None)):  # PeftModel
+            inner = model.get_base_model()
+        if not isinstance(inner, nn.Module) or inner is model:
+            break
+        model = inner
+    return model
 
 
-def sink_parameters(module: nn.Module) -> list[nn.Parameter]:
-    """The parameters of all sinks."""
-    return [parameter for name, parameter in module.named_parameters() if is_sink(name)]
+def has_sinks(model: nn.Module) -> bool:
+    """Whether `add_sinks` was applied to the model, or to the one inside a wrapper."""
+    return isinstance(unwrap(model), ModelWithSinks)
+
+
+def require_sinks(model: nn.Module, *, missing_ok: bool = False) -> SinkState:
+    """The model's sink state.
+
+    Raises:
+        ArchitectureError: it has no sinks.
+        CheckpointError: its sinks are not those of its other weights, and `missing_ok` is False.
+    """
+    inner = unwrap(model)
+    if not isinstance(inner, ModelWithSinks):
+        raise ArchitectureError(f"{type(model).__name__} has no sinks; add them with memsinks.add_sinks(model, config)")
+    if inner.sink_state.sinks_missing and not missing_ok:
+        raise CheckpointError(
+            "a state dict without sinks was loaded into this model, so its sinks are not those of the checkpoint; "
+            "load them with memsinks.load_sinks(model, folder), or use memsinks.SinkTrainer when resuming"
+        )
+    return inner.sink_state
+
+
+def assign_blocks(model: nn.Module, assignments: Mapping[int, Iterable[int]] | AssignmentTable) -> None:
+    """Say which blocks some ids open in every layer, in place of the assignments there were; all other ids are hashed.
+
+    Args:
+        model: with sinks.
+        assignments: {document id: blocks}, or a table; empty = every id is hashed.
+
+    Raises:
+        ConfigError: an id or a block that cannot be; Bernoulli routing, which has no blocks to assign.
+    """
+    state = require_sinks(model, missing_ok=True)
+    if isinstance(assignments, AssignmentTable):
+        assignments.check(state.config)
+        state.table = assignments
+    else:
+        state.table = AssignmentTable.from_dict(
+            {key: list(blocks) for key, blocks in assignments.items()}, state.config
+        )
 
 
 def is_sink(name: str) -> bool:
@@ -51,24 +137,55 @@ def is_sink(name: str) -> bool:
     return ".sinks." in f".{name}"
 
 
-def unwrap(model: Any) -> Any:
-    """The model inside torch.compile, DDP and other wrappers that keep it as `module` or `_orig_mod`."""
-    while not isinstance(model, ModelWithSinks):
-        inner = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
-        if not isinstance(inner, nn.Module):
-            break
-        model = inner
-    return model
+def shared_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """All parameters that are not sinks."""
+    return [parameter for name, parameter in module.named_parameters() if not is_sink(name)]
 
 
-def has_sinks(model: nn.Module) -> bool:
-    """Whether `add_sinks` was applied to the model."""
-    return isinstance(unwrap(model), ModelWithSinks)
+def sink_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """The parameters of all sinks in use."""
+    return [parameter for sinks in sink_modules(module).values() for parameter in sinks.parameters()]
 
 
-def require_sinks(model: nn.Module) -> SinkState:
-    """The model's sink state; ArchitectureError if it has none."""
-    inner = unwrap(model)
-    if not isinstance(inner, ModelWithSinks):
-        raise ArchitectureError(f"{type(model).__name__} has no sinks; add them with memsinks.add_sinks(model, config)")
-    return inner.sink_state
+def named_sinks(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of all sinks in use, by the names they have in a model without wrappers."""
+    modules = sink_modules(module)
+    return {f"{name}.{part}": value for name, sinks in modules.items() for part, value in sinks.named_parameters()}
+
+
+def sink_modules(module: nn.Module) -> dict[str, Sinks]:
+    """The sinks in use, one a layer, by the names they have in a model without wrappers.
+
+    PEFT's ``modules_to_save=["sinks"]`` keeps the sinks of before beside a trained copy for each adapter: in use are those of
+    the active one.
+    """
+    found = {}
+    for name, part in module.named_modules():
+        if not isinstance(part, Sinks) or name.endswith(".original_module"):
+            continue
+        if ".modules_to_save." in name:
+            wrapper: Any = module.get_submodule(name.rsplit(".", 2)[0])
+            active = wrapper.active_adapter
+            if name.rsplit(".", 1)[1] not in ([active] if isinstance(active, str) else active):
+                continue
+        found[canonical_name(name)] = part
+    return found
+
+
+def canonical_name(name: str) -> str:
+    """The name of a parameter or module without what torch.compile and PEFT's ``modules_to_save`` put into it."""
+    return re.sub(r"\.modules_to_save\.[^.]+", "", name.replace("_orig_mod.", "")).removeprefix("base_model.model.")
+
+
+def refuse_adapters(model: nn.Module) -> None:
+    """ArchitectureError for a model that carries adapters of PEFT: its weights are no stock checkpoint."""
+    if any(type(part).__module__.startswith("peft.") for part in model.modules()):
+        raise ArchitectureError(
+            "the model carries PEFT adapters, so its weights are no stock checkpoint; save the PeftModel and, beside it, the "
+            "sinks (memsinks.save_sinks(model, folder)), or merge_and_unload() first"
+        )
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether no process holds whole parameters (FSDP2, tensor parallel)."""
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())

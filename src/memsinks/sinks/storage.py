@@ -1,52 +1,116 @@
 """The folder ``sinks/`` of a checkpoint: settings, fingerprint, tensors.
 
-folder/                     what the stock save_pretrained writes; AutoModelForCausalLM.from_pretrained(folder) works
-folder/sinks/sinks.json     settings, fingerprint, SHA-256 of every other file that belongs to the model
-folder/sinks/sinks.safetensors"""
+    folder/                     what the stock save_pretrained writes; AutoModelForCausalLM.from_pretrained(folder) works
+    folder/sinks/sinks.json     versions, layout, training settings, fingerprint, SHA-256 of what the sinks belong to
+    folder/sinks/sinks.safetensors
+
+The *layout* (which sinks there are, and which of them an id opens) and the hash of its parts, the *fingerprint*, must agree
+with the model that the sinks are loaded into; *training settings* are stored, and a difference is said. Files of format 1,
+in which all this was one dict, are read for ever.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import PreTrainedModel
 
-from memsinks.errors import CheckpointError, ConfigError
+from memsinks.errors import ArchitectureError, CheckpointError, ConfigError
 from memsinks.files import file_hash, written_beside
-from memsinks.sinks.config import FORMAT_VERSION
+from memsinks.sinks.config import FORMAT_VERSION, LAYOUT, TRAINING, SinkConfig
 from memsinks.sinks.routing import HASH_VERSION
-from memsinks.sinks.state import SinkState, is_sink, require_sinks
-from memsinks.sinks.table import AssignmentTable
+from memsinks.sinks.state import (
+    canonical_name,
+    is_sharded,
+    is_sink,
+    named_sinks,
+    refuse_adapters,
+    require_sinks,
+    unwrap,
+)
+from memsinks.sinks.table import TABLE_VERSION, AssignmentTable
+
+logger = logging.getLogger(__name__)
 
 FOLDER, SETTINGS, TENSORS = "sinks", "sinks.json", "sinks.safetensors"
 TABLE = ("ids", "offsets", "blocks")
+ADDED_LATER: dict[str, Any] = {}
+"""Parts of the layout that format 2 did not have at first, with the value that means what it did without them: a part that
+has this value is not hashed, so that older fingerprints stay."""
+
+
+@dataclass(frozen=True)
+class SavedSinks:
+    """What ``sinks.json`` says.
+
+    version: of the format. layout: see `layout_of`. alone: saved without the other weights. stored: the file's own words.
+    """
+
+    version: int
+    config: SinkConfig
+    layout: dict[str, Any]
+    alone: bool
+    stored: dict[str, Any]
+
+    @property
+    def sha256(self) -> dict[str, str]:
+        """Of the files that these sinks were saved with, by their path in the checkpoint."""
+        return self.stored["sha256"]
+
+    def fingerprint(self, shapes: Mapping[str, list[int]]) -> str:
+        """As the version that wrote the file makes it, for tensors of these shapes."""
+        if self.version > 1:
+            return _fingerprint(self.layout, self.stored["hash_version"], shapes)
+        names = ("hash_version", "config", "model_type", "layers", "host_width")
+        return _hash({"format_version": 1, **{name: self.stored[name] for name in names}, "shapes": shapes})
+
+
+def layout_of(model: PreTrainedModel) -> dict[str, Any]:
+    """On what depends which sinks a model has and which of them an id opens, JSON-ready."""
+    state = require_sinks(model, missing_ok=True)
+    return _layout(state.config, unwrap(model).config.model_type, state.layers, state.intermediate_size)
+
+
+def _layout(config: SinkConfig, model_type: str, layers: Any, intermediate_size: int) -> dict[str, Any]:
+    values = {name: getattr(config, name) for name in LAYOUT}
+    return values | {
+        "model_type": model_type,
+        "layers": list(layers),
+        "intermediate_size": intermediate_size,
+    }
 
 
 def fingerprint(model: PreTrainedModel) -> str:
-    """SHA-256 over what a checkpoint's sinks must agree on: format, hash, settings, architecture and shapes."""
-    state = require_sinks(model)
-    agreed = {
-        "format_version": FORMAT_VERSION,
-        "hash_version": HASH_VERSION,
-        "config": state.config.to_dict(),
-        "model_type": model.config.model_type,
-        "layers": list(state.layers),
-        "host_width": state.host_width,
-        "shapes": {name: list(tensor.shape) for name, tensor in sorted(_sink_tensors(model).items())},
-    }
+    """SHA-256 over what a checkpoint's sinks must agree on: hash, layout and shapes."""
+    return _fingerprint(layout_of(model), HASH_VERSION, _shapes(named_sinks(model)))
+
+
+def _fingerprint(layout: Mapping[str, Any], hash_version: int, shapes: Mapping[str, list[int]]) -> str:
+    hashed = {name: value for name, value in layout.items() if name not in ADDED_LATER or value != ADDED_LATER[name]}
+    return _hash({"format_version": 2, "hash_version": hash_version, "layout": hashed, "shapes": shapes})
+
+
+def _hash(agreed: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(agreed, sort_keys=True).encode()).hexdigest()
 
 
-def _sink_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
-    return {name: tensor.detach() for name, tensor in model.named_parameters() if is_sink(name)}
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, list[int]]:
+    return {name: list(tensor.shape) for name, tensor in sorted(tensors.items())}
+
+
+# Writing
 
 
 def save_with_sinks(
@@ -59,75 +123,83 @@ def save_with_sinks(
     **arguments: Any,
 ) -> None:
     """What `save_pretrained` of a model with sinks does; `stock_save` writes the stock part."""
+    require_sinks(model)
     if push_to_hub:
         raise ConfigError("push_to_hub would upload only a part; save to a folder and upload that (or an export)")
+    refuse_adapters(model)
     target = Path(directory)
     if target.is_file():
         raise CheckpointError(f"{target} is a file; give a folder")
-    if state_dict is None:
-        state_dict = _full_state_dict(model)
-    stock = {name: tensor for name, tensor in state_dict.items() if not is_sink(name)}
-    sinks = {name: state_dict[name] for name in _sink_tensors(model)}
+    tensors = _full_state_dict(model) if state_dict is None else state_dict
     if not is_main_process:
         return
+    tensors = {canonical_name(name): tensor for name, tensor in tensors.items()}
+    wanted = named_sinks(model)
+    missing = [name for name in wanted if name not in tensors]
+    if missing:
+        raise CheckpointError(
+            f"the state dict that is to be saved lacks {len(missing)} sink tensors ({missing[0]}, ...); give the whole one"
+        )
     with written_beside(target) as part:
-        stock_save(part, state_dict=stock, **arguments)
-        write_sinks(model, sinks, part)
+        stock_save(part, state_dict={name: x for name, x in tensors.items() if not is_sink(name)}, **arguments)
+        folder = part / FOLDER
+        folder.mkdir()
+        _write_sinks(model, {name: tensors[name] for name in wanted}, folder, sorted(part.glob("*.safetensors")))
+
+
+def save_sinks(model: PreTrainedModel, directory: str | os.PathLike[str]) -> Path:
+    """Write the sinks alone, with their settings, into ``directory/sinks/``; see `load_sinks`.
+
+    Args:
+        model: with sinks; may be a PeftModel, whose active adapter's sinks are written.
+        directory: a folder, for instance that of an adapter; all else in it stays.
+
+    Returns:
+        The folder ``directory/sinks``.
+
+    Raises:
+        ArchitectureError: no sinks, or a sharded model.
+        CheckpointError: they do not belong to the model's weights, or cannot be written.
+    """
+    require_sinks(model)
+    if is_sharded(model):
+        raise ArchitectureError("the model is sharded; save it with save_pretrained, which gathers its weights")
+    target = Path(directory) / FOLDER
+    with written_beside(target) as part:
+        _write_sinks(model, dict(named_sinks(model)), part, None)
+    return target
+
+
+def _write_sinks(model: PreTrainedModel, tensors: dict[str, Tensor], folder: Path, stock: list[Path] | None) -> None:
+    """Write settings and tensors into `folder`; `stock` are the files of the other weights, None = there are none."""
+    state = require_sinks(model)
+    table = {f"table.{name}": getattr(state.table, name) for name in TABLE}
+    written = {name: tensor.detach().cpu().contiguous() for name, tensor in (tensors | table).items()}
+    save_file(written, folder / TENSORS, metadata={"format": "pt"})
+    hashes = {f"{FOLDER}/{TENSORS}": file_hash(folder / TENSORS)}
+    settings = {
+        "format_version": FORMAT_VERSION,
+        "hash_version": HASH_VERSION,
+        "table_version": TABLE_VERSION,
+        "fingerprint": _fingerprint(layout_of(model), HASH_VERSION, _shapes(tensors)),
+        "config": state.config.to_dict(),
+        "model_type": unwrap(model).config.model_type,
+        "layers": list(state.layers),
+        "intermediate_size": state.intermediate_size,
+        "alone": stock is None,
+        "sha256": {path.name: file_hash(path) for path in stock or ()} | hashes,
+    }
+    (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def _full_state_dict(model: Any) -> dict[str, Tensor]:
-    if any(type(parameter).__name__ == "DTensor" for parameter in model.parameters()):
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-
+    if is_sharded(model):
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         return get_model_state_dict(model, options=options)  # type: ignore[return-value]
     return model.state_dict()
 
 
-def write_sinks(model: PreTrainedModel, tensors: dict[str, Tensor], part: Path) -> None:
-    """Write ``sinks/`` into `part`, in which the stock files lie already."""
-    state = require_sinks(model)
-    folder = part / FOLDER
-    folder.mkdir()
-    table = {f"table.{name}": getattr(state.table, name) for name in TABLE}
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in (tensors | table).items()}
-    save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
-    stock = sorted(path for path in part.iterdir() if path.suffix == ".safetensors")
-    settings = {
-        "fingerprint": fingerprint(model),
-        "config": state.config.to_dict(),
-        "hash_version": HASH_VERSION,
-        "model_type": model.config.model_type,
-        "layers": list(state.layers),
-        "host_width": state.host_width,
-        "sha256": {str(path.relative_to(part)): file_hash(path) for path in [*stock, folder / TENSORS]},
-    }
-    (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
-
-
-def read_settings(directory: str | os.PathLike[str]) -> dict[str, Any]:
-    """The settings in ``sinks/sinks.json``; CheckpointError if there are none or they cannot be read."""
-    path = Path(directory) / FOLDER / SETTINGS
-    kept = sorted(Path(directory).parent.glob(f".{Path(directory).name}.old-*"))
-    if not Path(directory).exists() and kept:
-        raise CheckpointError(f"saving {directory} was interrupted; what was there is in {kept[-1]}, rename it back")
-    if not Path(directory).is_dir():
-        raise CheckpointError(f"there is no folder {directory}")
-    if (Path(directory) / "model" / FOLDER / SETTINGS).is_file():
-        raise CheckpointError(f"{directory} is a run folder; its model is {Path(directory) / 'model'}")
-    if not path.is_file():
-        raise CheckpointError(
-            f"{directory} holds no sinks ({path} is missing); a checkpoint without sinks is loaded with "
-            "AutoModelForCausalLM.from_pretrained"
-        )
-    try:
-        settings = json.loads(path.read_text())
-        missing = {"fingerprint", "config", "sha256"} - set(settings)
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{path} is damaged: {error}; restore the checkpoint") from error
-    if missing:
-        raise CheckpointError(f"{path} lacks {sorted(missing)}; it was not written by memsinks or is damaged")
-    return settings
+# Reading
 
 
 def has_saved_sinks(directory: str | os.PathLike[str]) -> bool:
@@ -135,38 +207,116 @@ def has_saved_sinks(directory: str | os.PathLike[str]) -> bool:
     return (Path(directory) / FOLDER / SETTINGS).is_file()
 
 
-def _check_fingerprint(model: PreTrainedModel, directory: Path, settings: dict[str, Any]) -> None:
-    if settings["fingerprint"] != fingerprint(model):
-        found = _differences(settings, require_sinks(model), model)
+def read_settings(directory: str | os.PathLike[str]) -> SavedSinks:
+    """What ``sinks/sinks.json`` says; CheckpointError if there is none or it cannot be read, ConfigError for a newer format."""
+    directory = Path(directory)
+    path = directory / FOLDER / SETTINGS
+    kept = sorted(directory.parent.glob(f".{directory.name}.old-*"))
+    if not directory.exists() and kept:
+        raise CheckpointError(f"saving {directory} was interrupted; what was there is in {kept[-1]}, rename it back")
+    if not directory.is_dir():
+        raise CheckpointError(f"there is no folder {directory}")
+    if (directory / "model" / FOLDER / SETTINGS).is_file():
+        raise CheckpointError(f"{directory} is a run folder; its model is {directory / 'model'}")
+    if not path.is_file():
         raise CheckpointError(
-            f"the sinks in {directory} have another fingerprint than the model: {found}; "
+            f"{directory} holds no sinks ({path} is missing); a checkpoint without sinks is loaded with "
+            "AutoModelForCausalLM.from_pretrained"
+        )
+    try:
+        stored = json.loads(path.read_text())
+        version = stored.get("format_version", 1)
+        size = "host_width" if version == 1 else "intermediate_size"
+        missing = {"fingerprint", "hash_version", "config", "model_type", "layers", size, "sha256"} - set(stored)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}; restore the checkpoint") from error
+    if version not in (1, FORMAT_VERSION):
+        raise ConfigError(
+            f"{path} has format_version {version!r}, this memsinks reads 1 to {FORMAT_VERSION}; load it with the version of "
+            "memsinks that wrote it"
+        )
+    if missing:
+        raise CheckpointError(f"{path} lacks {sorted(missing)}; it was not written by memsinks or is damaged")
+    config = SinkConfig.from_dict(stored["config"])
+    layout = _layout(config, stored["model_type"], stored["layers"], stored[size])
+    return SavedSinks(version, config, layout, bool(stored.get("alone")), stored)
+
+
+def check_fits(model: PreTrainedModel, directory: Path, saved: SavedSinks) -> None:
+    """CheckpointError if the model's layout is not that of saved sinks; differences in training settings are said."""
+    here = layout_of(model) | {"hash_version": HASH_VERSION}
+    there = saved.layout | {"hash_version": saved.stored["hash_version"]}
+    found = _differences(there, here)
+    if found:
+        raise CheckpointError(
+            f"the sinks in {directory} have another layout than the model: {found}; "
             "load the checkpoint with memsinks.load, or build the model with the settings it was saved with"
         )
+    config = require_sinks(model, missing_ok=True).config
+    training = [{name: getattr(x, name) for name in TRAINING} for x in (saved.config, config)]
+    if said := _differences(*training):
+        logger.warning("the sinks in %s were trained with other settings than the model has: %s", directory, said)
 
 
-def _read_sinks(model: PreTrainedModel, directory: Path) -> None:
-    """Copy the tensors of a checkpoint whose settings and files were checked into the model."""
-    state = require_sinks(model)
-    own = {name: parameter for name, parameter in model.named_parameters() if is_sink(name)}
-    with safe_open(directory / FOLDER / TENSORS, "pt") as file:
-        names = set(file.keys())
-        expected = set(own) | {f"table.{name}" for name in TABLE}
-        if names != expected:
-            raise CheckpointError(
-                f"{directory / FOLDER / TENSORS}: missing {sorted(expected - names)[:3]}, unknown {sorted(names - expected)[:3]}"
-            )
-        loaded = {name: file.get_tensor(name) for name in names}
+def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    return "; ".join(
+        f"{name} is {there.get(name)!r} there and {here.get(name)!r} here"
+        for name in sorted(set(here) | set(there))
+        if here.get(name) != there.get(name)
+    )
+
+
+def read_sinks(model: PreTrainedModel, directory: Path, saved: SavedSinks) -> None:
+    """Copy the tensors of a checkpoint whose files were checked into a model that they fit.
+
+    Raises:
+        CheckpointError: tensors missing or of another shape, a fingerprint or a table that is not theirs. The model is
+            unchanged then.
+    """
+    path = directory / FOLDER / TENSORS
+    state, own = require_sinks(model, missing_ok=True), named_sinks(model)
+    if is_sharded(model):
+        raise ArchitectureError("the model is sharded already; load sinks before sharding")
+    try:
+        with safe_open(path, "pt") as file:
+            loaded = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}; restore the checkpoint") from error
+    table = AssignmentTable(*(loaded.pop(f"table.{name}", torch.empty(0, dtype=torch.int64)) for name in TABLE))
+    if set(loaded) != set(own):
+        lacking, more = sorted(set(own) - set(loaded))[:3], sorted(set(loaded) - set(own))[:3]
+        raise CheckpointError(f"{path}: missing {lacking}, unknown {more}")
     for name, parameter in own.items():
         if loaded[name].shape != parameter.shape:
             raise CheckpointError(
-                f"{directory / FOLDER / TENSORS}: {name} has shape {list(loaded[name].shape)}, the model's has "
-                f"{list(parameter.shape)}"
+                f"{path}: {name} has shape {list(loaded[name].shape)}, the model's has {list(parameter.shape)}"
             )
+    if saved.stored["fingerprint"] != saved.fingerprint(_shapes(loaded)):
+        raise CheckpointError(
+            f"{path} and its settings have another fingerprint than they were saved with; restore them"
+        )
+    try:
+        table.check(state.config)
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: {error}") from error
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(loaded[name])
-    state.table = AssignmentTable(*(loaded[f"table.{name}"] for name in TABLE))
-    state.sinks_missing = False
+    state.table, state.sinks_missing = table, False
+
+
+def check_files(directory: Path, saved: SavedSinks) -> None:
+    """Every safetensors file must be one that these sinks were saved with, and be unchanged."""
+    for name, digest in saved.sha256.items():
+        path = directory / name
+        if not path.is_file() or file_hash(path) != digest:
+            raise CheckpointError(
+                f"{path} is {'not the file' if path.is_file() else 'missing: a file'} these sinks were saved with "
+                f"(SHA-256 {digest[:12]}...); the folder is a mixture of checkpoints or damaged, restore it"
+            )
+    for path in directory.glob("*.safetensors"):
+        if path.name not in saved.sha256 and not saved.alone:
+            raise CheckpointError(f"{path} does not belong to this checkpoint and may be read instead of it; remove it")
 
 
 def same_stock_weights(model: PreTrainedModel, directory: str | os.PathLike[str]) -> bool:
@@ -178,30 +328,3 @@ def same_stock_weights(model: PreTrainedModel, directory: str | os.PathLike[str]
                 if not torch.equal(file.get_tensor(name).to(own[name].device, own[name].dtype), own[name]):
                     return False
     return True
-
-
-def _check_files(directory: Path, settings: dict[str, Any]) -> None:
-    """Every safetensors file must be one that these sinks were saved with, and be unchanged."""
-    for name, digest in settings["sha256"].items():
-        path = directory / name
-        if not path.is_file() or file_hash(path) != digest:
-            raise CheckpointError(
-                f"{path} is {'not the file' if path.is_file() else 'missing: a file'} these sinks were saved with "
-                f"(SHA-256 {digest[:12]}...); the folder is a mixture of checkpoints or damaged, restore it"
-            )
-    for path in directory.glob("*.safetensors"):
-        if path.name not in settings["sha256"]:
-            raise CheckpointError(f"{path} does not belong to this checkpoint and may be read instead of it; remove it")
-
-
-def _differences(settings: dict[str, Any], state: SinkState, model: PreTrainedModel) -> str:
-    here = state.config.to_dict() | {
-        "hash_version": HASH_VERSION, "model_type": model.config.model_type, "host_width": state.host_width,
-    }  # fmt: skip
-    there = settings["config"] | {name: settings.get(name) for name in ("hash_version", "model_type", "host_width")}
-    found = [
-        f"{name} is {there.get(name)!r} there and {here.get(name)!r} here"
-        for name in sorted(set(here) | set(there))
-        if here.get(name) != there.get(name)
-    ]
-    return "; ".join(found) or "the tensor shapes differ"

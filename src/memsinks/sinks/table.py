@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from memsinks.batch import NO_SINKS
+from memsinks.checks import is_int
 from memsinks.errors import ConfigError, refuse
 from memsinks.sinks.config import SinkConfig
-from memsinks.sinks.routing import _keys, _shift, splitmix64
+from memsinks.sinks.routing import bank_keys, shift, splitmix64
 
 
 @dataclass(frozen=True)
@@ -26,21 +28,41 @@ class AssignmentTable:
     blocks: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
 
     @classmethod
-    def from_dict(cls, assignments: dict[int, list[int]], config: SinkConfig) -> AssignmentTable:
+    def from_dict(cls, assignments: Mapping[int, Collection[int]], config: SinkConfig) -> AssignmentTable:
         """Build the table from {document id: blocks}; ConfigError on an id or a block that cannot be."""
-        problems = [f"id {key} lies outside [0, 2**63)" for key in assignments if not 0 <= key < 2**63]
-        problems += [
-            f"id {key} is assigned blocks {sorted(blocks)}, the pool has blocks 0 to {config.blocks - 1}"
-            for key, blocks in assignments.items()
-            if any(not 0 <= block < config.blocks for block in blocks)
+        problems = [
+            f"a document id is an int from 0 to 2**63 - 1, got {key!r}"
+            for key in assignments
+            if not is_int(key) or not 0 <= key < 2**63
         ]
-        refuse(problems, "invalid assignment table")
+        problems += [
+            f"id {key} is assigned blocks {list(blocks)}, the pool has blocks 0 to {config.blocks - 1}"
+            for key, blocks in assignments.items()
+            if any(not is_int(block) or not 0 <= block < config.blocks for block in blocks)
+        ]
+        refuse(problems + _routing_problems(config, len(assignments)), "invalid assignment table")
         ids = sorted(assignments)
         offsets, listed = [0], []
         for key in ids:
             listed += sorted(set(assignments[key]))
             offsets.append(len(listed))
         return cls(*(torch.tensor(x, dtype=torch.int64) for x in (ids, offsets, listed)))
+
+    def check(self, config: SinkConfig) -> None:
+        """ConfigError unless it fits a pool: sorted ids, blocks that are there."""
+        problems = _routing_problems(config, len(self))
+        if len(self.offsets) != len(self) + 1 or int(self.offsets[-1]) != len(self.blocks):
+            problems.append(
+                f"offsets must count up to the {len(self.blocks)} blocks, one more than the {len(self)} ids"
+            )
+        if len(self) and (int(self.ids[0]) < 0 or bool((self.ids[1:] <= self.ids[:-1]).any())):
+            problems.append("ids must be non-negative and rise")
+        if len(self.blocks) and not 0 <= int(self.blocks.min()) <= int(self.blocks.max()) < config.blocks:
+            problems.append(
+                f"blocks {int(self.blocks.min())} to {int(self.blocks.max())} are assigned, the pool has blocks 0 to "
+                f"{config.blocks - 1}"
+            )
+        refuse(problems, "invalid assignment table")
 
     def __len__(self) -> int:
         return self.ids.numel()
@@ -50,7 +72,15 @@ class AssignmentTable:
         return AssignmentTable(self.ids.to(device), self.offsets.to(device), self.blocks.to(device))
 
 
+def _routing_problems(config: SinkConfig, ids: int) -> list[str]:
+    if ids and config.routing == "bernoulli":
+        return ['assigned ids need routing "blocks" or "neurons", this config has "bernoulli"']
+    return []
+
+
 EMPTY_TABLE = AssignmentTable()
+TABLE_VERSION = 1
+"""Version of the table as it is written."""
 
 
 def open_blocks(ids: Tensor, config: SinkConfig, layer: int, table: AssignmentTable = EMPTY_TABLE) -> Tensor:
@@ -63,13 +93,13 @@ def open_blocks(ids: Tensor, config: SinkConfig, layer: int, table: AssignmentTa
         int64 [n, most]; ``config.blocks`` fills places that open nothing.
     """
     count, none = config.open_blocks, config.blocks
-    keys = torch.tensor(_keys(config, layer, count), dtype=torch.int64, device=ids.device)
+    keys = torch.tensor(bank_keys(config, layer, count), dtype=torch.int64, device=ids.device)
     start = torch.tensor([bank * config.hashed_blocks // count for bank in range(count + 1)], device=ids.device)
     size = start[1:] - start[:-1]
-    blocks = start[:-1] + _shift(splitmix64(ids[:, None] ^ keys), 1) % size
+    blocks = start[:-1] + shift(splitmix64(ids[:, None] ^ keys), 1) % size
     if config.hashed_blocks % count:  # banks of two sizes: turn them, or a block of a small bank opens more often
-        turn = torch.tensor(_keys(config, layer, count + 1)[count:], dtype=torch.int64, device=ids.device)
-        blocks = (blocks + _shift(splitmix64(ids[:, None] ^ turn), 1) % config.hashed_blocks) % config.hashed_blocks
+        turn = torch.tensor(bank_keys(config, layer, count + 1)[count:], dtype=torch.int64, device=ids.device)
+        blocks = (blocks + shift(splitmix64(ids[:, None] ^ turn), 1) % config.hashed_blocks) % config.hashed_blocks
     if len(table):
         table = table.to(ids.device)
         most = int((table.offsets[1:] - table.offsets[:-1]).max())
@@ -95,12 +125,12 @@ def open_mask(ids: Tensor, config: SinkConfig, layer: int, table: AssignmentTabl
         bool [n, blocks].
     """
     if config.routing == "bernoulli":
-        keys = torch.tensor(_keys(config, layer, config.hashed_blocks), dtype=torch.int64, device=ids.device)
+        keys = torch.tensor(bank_keys(config, layer, config.hashed_blocks), dtype=torch.int64, device=ids.device)
         threshold = round(config.active / config.neurons * 2**53)
-        mask = _shift(splitmix64(ids[:, None] ^ keys), 11) < threshold
+        mask = shift(splitmix64(ids[:, None] ^ keys), 11) < threshold
         mask = mask & (ids[:, None] != NO_SINKS)
         if len(table):
-            raise ConfigError('an assignment table needs routing "blocks" or "exact"; this config has "bernoulli"')
+            raise ConfigError('an assignment table needs routing "blocks" or "neurons"; this config has "bernoulli"')
         return mask
     blocks = open_blocks(ids, config, layer, table)
     mask = torch.zeros(len(ids), config.blocks + 1, dtype=torch.bool, device=ids.device)

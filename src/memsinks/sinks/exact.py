@@ -1,0 +1,89 @@
+"""Rows that teach the shared weights nothing: they run apart, with the shared parameters as constants.
+
+A token of weight 0 trains only its sinks. Its whole row must, so that the row can run without a gradient for the shared
+weights; those are then, bit for bit, what they would be had the row no loss.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memsinks.batch import IGNORED, NO_SINKS, take_rows
+from memsinks.errors import ConfigError, DataError
+from memsinks.sinks.gradient import ZeroGradient, frozen
+from memsinks.sinks.run import run
+from memsinks.sinks.state import shared_parameters
+
+
+def run_apart(
+    model: Any, stock: Any, arguments: dict[str, Any], ids: Tensor, weight: Tensor | None, document_ids: Tensor
+) -> Any:
+    """The forward of a batch some of whose rows have weight 0; logits and loss are the stock ones.
+
+    Args:
+        ids: int64 [B, T], as for `run`.
+        weight: float64 [B, T] of each token's gradient in the shared weights; 0 in rows that run apart; None = 1.
+        document_ids: int64 [B, T], of open and closed texts; -1 on padding. It tells padding from text without labels.
+
+    Raises:
+        DataError: a row of which one part has weight 0 and another has not.
+        ConfigError: under compilation, or where more than logits and loss is asked for.
+    """
+    if torch.compiler.is_compiling():
+        raise ConfigError('shared="none" (exact mode) cannot be compiled: it splits each batch by its data')
+    apart = _rows_apart(weight, document_ids, arguments.get("labels"))
+    if not bool(apart.any()):
+        return run(model, stock, arguments, ids, None)
+    more = [name for name in ("output_hidden_states", "output_attentions") if arguments.get(name)]
+    if more or arguments.get("return_dict") is False:
+        raise ConfigError(
+            f'shared="none" gives logits and loss as a dict only; leave out {more or "return_dict=False"}'
+        )
+    labels = arguments.pop("labels", None)
+    loss_arguments = {name: arguments.pop(name) for name in ("num_items_in_batch", "shift_labels") if name in arguments}
+    arguments["return_dict"] = True
+    running = model.sink_state.running
+    out, logits, order = None, [], []
+    for part in (~apart, apart):
+        index = part.nonzero()[:, 0]
+        if not len(index):
+            continue
+        running.shared_frozen = part is apart
+        try:
+            with frozen(shared_parameters(model)) if part is apart else nullcontext():
+                out = run(model, stock, take_rows(arguments, index, len(apart)), ids[index], None)
+        finally:
+            running.shared_frozen = False
+        logits.append(out.logits)
+        order.append(index)
+    together = torch.cat(logits)[torch.cat(order).argsort()]
+    if len(logits) == 1:
+        together = ZeroGradient.apply(together, *(x for x in shared_parameters(model) if x.requires_grad))
+    assert out is not None
+    out.logits = together
+    if labels is not None:
+        vocabulary = model.config.get_text_config().vocab_size
+        out.loss = model.loss_function(logits=together, labels=labels, vocab_size=vocabulary, **loss_arguments)
+    return out
+
+
+def _rows_apart(weight: Tensor | None, document_ids: Tensor, labels: Tensor | None) -> Tensor:
+    """Which rows run apart, bool [B]: those with a token of weight 0. Padding goes with its row."""
+    zero = torch.zeros_like(document_ids, dtype=torch.bool) if weight is None else weight == 0
+    apart = zero.any(1)
+    if labels is None:
+        before_the_last = zero.flip(1).cumsum(1).flip(1).bool()
+        text = before_the_last | (document_ids != NO_SINKS)
+    else:
+        text = labels != IGNORED
+    mixed = apart & (~zero & text).any(1)
+    if bool(mixed.any()):
+        raise DataError(
+            f'shared="none" needs rows that open sinks apart from the others; row {int(mixed.nonzero()[0])} mixes '
+            "both: pack with apart_from=config.open_from"
+        )
+    return apart

@@ -1,0 +1,170 @@
+"""The forward of a model with sinks: from the ids of a batch to what each layer opens and what each token may teach."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memsinks.batch import IGNORED, NO_SINKS, check_ids
+from memsinks.errors import ArchitectureError, ConfigError, DataError
+from memsinks.sinks.exact import run_apart
+from memsinks.sinks.families import ISOLATES_PACKED
+from memsinks.sinks.run import run
+from memsinks.sinks.state import SinkState, require_sinks
+
+
+def forward(
+    model: Any, stock: Any, arguments: dict[str, Any], document_ids: Tensor | None, exposures: Tensor | None,
+    places: Tensor | None,
+) -> Any:  # fmt: skip
+    """What a model with sinks computes.
+
+    Args:
+        model: the model; stock: its stock forward, bound.
+        arguments: of the stock forward, by name.
+        document_ids, exposures: int64 [B] or [B, T]; needed in training, in evaluation sinks are opened by `sinks_open`.
+        places: int64 [B], see `batch.collate`: the order in which rows are met is checked where it is given.
+    """
+    if getattr(model, "_is_replica", False):
+        raise ArchitectureError("DataParallel is not supported: its replicas share one routing plan; use DDP")
+    tokens = arguments.get("input_ids")
+    tokens = arguments.get("inputs_embeds") if tokens is None else tokens
+    if tokens is None:
+        raise DataError("give the model input_ids or inputs_embeds")
+    rows, length = tokens.shape[:2]
+    if model.training:
+        return _train(model, stock, (rows, length), document_ids, exposures, places, arguments)
+    if (
+        torch.is_grad_enabled()
+        and arguments.get("labels") is not None
+        and (document_ids is not None or exposures is not None)
+    ):
+        raise ConfigError(
+            "the model is in evaluation mode, in which document_ids and exposures are not looked at, but labels and gradients "
+            "are asked for; call model.train() to train (from_pretrained and memsinks.load give models in evaluation mode)"
+        )
+    state = model.sink_state
+    # A cache switches off the isolation of packed documents.
+    packed = arguments.get("labels") is not None or arguments.get("position_ids") is not None
+    if packed and "use_cache" in state.arguments and arguments.get("use_cache") is None:
+        arguments["use_cache"] = False
+    opened = state.running.opened
+    if opened is None:
+        return stock(**arguments)
+    return run(
+        model,
+        stock,
+        arguments,
+        _opened_ids(opened, rows, length, tokens.device, arguments.get("past_key_values")),
+        None,
+    )
+
+
+def _train(
+    model: Any, stock: Any, shape: tuple[int, int], document_ids: Tensor | None, exposures: Tensor | None,
+    places: Tensor | None, arguments: dict[str, Any],
+) -> Any:  # fmt: skip
+    state = require_sinks(model)
+    config = state.config
+    ids = _aligned(document_ids, "document_ids", shape, NO_SINKS)
+    counts = _aligned(exposures, "exposures", shape, 1) if config.needs_exposures else torch.ones_like(ids)
+    _check_isolation(model, document_ids, exposures, arguments)
+    if places is not None and config.needs_exposures and not torch.compiler.is_compiling():
+        _check_order(state, places, shape[0])
+    if "use_cache" in state.arguments:
+        arguments["use_cache"] = False
+    opened = torch.where(counts < config.open_from, NO_SINKS, ids)
+    weight = state.weight_rule(config, counts, opened)
+    if config.shared == "none":
+        return run_apart(model, stock, arguments, opened, weight, ids)
+    if weight is None:
+        return run(model, stock, arguments, opened, None)
+    out = run(model, stock, arguments, opened, weight)
+    if not state.running.weight_used:
+        raise ConfigError(
+            "shared_decay scales the gradient at the logits, but this forward computed none (a fused loss?); "
+            "turn the fused loss off, or use SinkConfig(shared_decay=0)"
+        )
+    if getattr(out, "aux_loss", None) is not None:
+        raise ConfigError("shared_decay cannot be combined with a loss that couples the batch (aux_loss); turn it off")
+    return out
+
+
+def _aligned(ids: Tensor | None, name: str, shape: tuple[int, int], least: int) -> Tensor:
+    """`ids` [B] or [B, T] as [B, T]."""
+    if ids is None:
+        raise DataError(
+            f"a model with sinks is trained with {name}, but none were given; pass an int64 tensor [B] or [B, T] "
+            "(the collator of memsinks does), or model.eval() for evaluation"
+        )
+    check_ids(ids, name, least)
+    if ids.shape != shape and ids.shape != shape[:1]:
+        raise DataError(f"{name} must have shape [{shape[0]}] or [{shape[0]}, {shape[1]}], got {list(ids.shape)}")
+    return ids if ids.dim() == 2 else ids[:, None].expand(shape)
+
+
+def _check_order(state: SinkState, places: Tensor, rows: int) -> None:
+    """Exposures were counted in the order of the rows, so a batch may not lie before the one met last."""
+    check_ids(places, "places", 0)
+    if places.shape != (rows,):
+        raise DataError(f"places must have shape [{rows}], got {list(places.shape)}")
+    order, place = int(places[0]) >> 32, int(places.min()) & (2**32 - 1)
+    if state.place is not None and state.place[0] == order and place < state.place[1]:
+        raise DataError(
+            f"row {place} of the training order is met after row {state.place[1]}, but exposures were counted in that order; "
+            "train on the rows once, in order, without shuffling (epochs are unrolled by make_rows(..., epochs=...)), "
+            "or start from a new model"
+        )
+    state.place = order, place
+
+
+def _check_isolation(
+    model: Any, document_ids: Tensor | None, exposures: Tensor | None, arguments: dict[str, Any]
+) -> None:
+    """Refuse rows in which ids or exposures change, so that they hold several documents, without isolation.
+
+    A compiled forward cannot look into the rows: there all ids [B, T] count as several documents a row.
+    """
+    marks = [mark for mark in (document_ids, exposures) if mark is not None and mark.dim() == 2]
+    if not marks:
+        return
+    if not torch.compiler.is_compiling():
+        borders = [mark[:, 1:] != mark[:, :-1] for mark in marks]
+        # What follows a row's last target (or, without labels, its last id) is padding, not a document.
+        labels = arguments.get("labels")
+        ids = marks[0]
+        text = ids != NO_SINKS if labels is None else labels != IGNORED
+        before_the_end = text[:, 1:].flip(1).cumsum(1).flip(1).bool()
+        if not any(bool((border & before_the_end).any()) for border in borders):
+            return
+    kind = model.config.model_type
+    if kind not in ISOLATES_PACKED:
+        raise ArchitectureError(
+            f"packed rows (several documents in one) leak between documents in {kind}, or were not shown not to; "
+            "pack with one_document_per_row=True"
+        )
+    if arguments.get("position_ids") is None:
+        raise DataError(
+            "rows hold several documents but position_ids is missing, so documents would attend to each other; "
+            "pass the position_ids of memsinks.pack (they restart with each document)"
+        )
+    if arguments.get("attention_mask") is not None:
+        raise DataError(
+            "rows hold several documents and attention_mask is set, which switches off their isolation in attention; "
+            "leave attention_mask out (padding is a segment of its own)"
+        )
+
+
+def _opened_ids(opened: Tensor, rows: int, length: int, device: torch.device, cache: Any) -> Tensor:
+    """The ids of `sinks_open` as [rows, length, union]; tokens past the last column have the ids of the last column."""
+    generating = cache is not None
+    if rows != opened.shape[0] and not (opened.shape[0] == 1 or (generating and rows % opened.shape[0] == 0)):
+        raise DataError(f"sinks_open was given ids for {opened.shape[0]} rows, the input has {rows}")
+    opened = opened.repeat_interleave(
+        rows // opened.shape[0], 0
+    )  # beams and returned sequences of a row stand together
+    first = 0 if cache is None else cache.get_seq_length()
+    column = (torch.arange(length, device=device) + first).clamp(max=opened.shape[1] - 1)
+    return opened.to(device)[:, column]

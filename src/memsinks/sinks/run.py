@@ -1,0 +1,39 @@
+"""One run of the stock forward under a routing plan, which is dropped at its end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+
+from memsinks.sinks.kernels import choose_path
+from memsinks.sinks.plan import RoutingPlan, plan
+from memsinks.sinks.state import SinkState
+
+
+def run(model: Any, stock: Any, arguments: dict[str, Any], ids: Tensor, weight: Tensor | None) -> Any:
+    """The stock forward with the sinks of `ids` open.
+
+    Args:
+        ids: int64 [B, T] or [B, T, union]; -1 opens nothing.
+        weight: float64 [B, T], above 0, of each token's gradient in the shared weights; None = 1.
+    """
+    state: SinkState = model.sink_state
+    scale = None if weight is None else 1.0 / weight.reshape(-1)
+    path = state.path or choose_path(state.config, model.dtype, ids.device)
+    flat = ids.reshape(-1) if ids.dim() == 2 else ids.reshape(-1, ids.shape[-1])
+    with planned(state, plan(flat, state.layers, state.config, state.table, path=path, weight_scale=scale), weight):
+        return stock(**arguments)
+
+
+@contextmanager
+def planned(state: SinkState, routing: RoutingPlan, weight: Tensor | None) -> Iterator[None]:
+    """Within the block the layers of this thread's forward see the plan."""
+    running = state.running
+    running.plan, running.weight, running.weight_used = routing, weight, False
+    try:
+        yield
+    finally:
+        running.plan, running.weight = None, None

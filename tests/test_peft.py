@@ -1,0 +1,145 @@
+"""PEFT beside sinks: LoRA for what all may learn, sinks for what documents own; trained, saved, loaded, merged, exported."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import memsinks as ms
+from memsinks.sinks.state import named_sinks, shared_parameters, sink_parameters
+
+peft = pytest.importorskip("peft")
+CONFIG = ms.SinkConfig(neurons=64, active=16, block_size=8, seed=3)
+A = 11
+AGAIN = """
+import sys, torch
+from peft import PeftModel
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+import memsinks as ms
+base, adapter, out = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(base)
+ms.load_sinks(model, adapter)
+model = PeftModel.from_pretrained(model, adapter)
+rows = torch.arange(12).reshape(2, 6)
+with torch.no_grad():
+    found = {"closed": model(input_ids=rows).logits}
+    with ms.sinks_open(model, 11):
+        found["open"] = model(input_ids=rows).logits
+save_file(found, out)
+"""
+
+
+def adapted(model):
+    ms.add_sinks(model, CONFIG)
+    return peft.get_peft_model(
+        model, peft.LoraConfig(r=2, target_modules=["q_proj", "up_proj"], modules_to_save=["sinks"])
+    )
+
+
+def batch() -> dict[str, torch.Tensor]:
+    rows = torch.arange(12).reshape(2, 6)
+    return {
+        "input_ids": rows, "labels": rows, "document_ids": torch.tensor([A, A]), "exposures": torch.tensor([2, 3]),
+    }  # fmt: skip
+
+
+def logits(model, *opened) -> torch.Tensor:
+    with torch.no_grad():
+        if not opened:
+            return model(input_ids=batch()["input_ids"]).logits
+        with ms.sinks_open(model, *opened):
+            return model(input_ids=batch()["input_ids"]).logits
+
+
+@pytest.fixture(scope="module")
+def base(tiny_llama, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    tiny_llama().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def trained(base):
+    model = adapted(AutoModelForCausalLM.from_pretrained(base)).train()
+    optimizer = ms.AdamW(ms.param_groups(model, lr=3e-2))
+    assert [group["name"] for group in optimizer.param_groups] == ["decay", "sinks"]
+    for _ in range(4):
+        ms.sinks_first(model, optimizer, [batch()])
+        model(**batch()).loss.backward()
+        norms = ms.clip_grad_norm_(model, 1.0)
+        assert norms.shared > 0
+        assert norms.sinks > 0
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval()
+
+
+def test_everything_sees_through_the_wrapper(trained) -> None:
+    assert ms.has_sinks(trained)
+    base = trained.get_base_model()
+    assert ms.fingerprint(trained) == ms.fingerprint(base)
+    assert list(named_sinks(trained)) == [
+        f"model.layers.{layer}.mlp.sinks.{part}" for layer in (0, 1) for part in ("up", "gate", "down")
+    ]
+    assert all(parameter.requires_grad for parameter in sink_parameters(trained))
+    assert all(bool(parameter.any()) for name, parameter in named_sinks(trained).items() if name.endswith("down"))
+    learning = {id(parameter) for parameter in shared_parameters(trained) if parameter.requires_grad}
+    assert learning == {id(parameter) for name, parameter in trained.named_parameters() if "lora_" in name}
+    assert (logits(trained, A) - logits(trained)).abs().max() > 1e-3
+
+
+def test_saved_and_loaded_in_a_fresh_process_it_is_the_same(trained, base, tmp_path) -> None:
+    adapter = tmp_path / "adapter"
+    trained.save_pretrained(adapter)
+    ms.save_sinks(trained, adapter)
+    done = subprocess.run(
+        [sys.executable, "-c", AGAIN, base, adapter, tmp_path / "logits.safetensors"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found = load_file(tmp_path / "logits.safetensors")
+    torch.testing.assert_close(found["closed"], logits(trained), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found["open"], logits(trained, A), rtol=1e-5, atol=1e-6)
+
+
+def test_merged_it_is_a_model_with_sinks_that_exports(trained, tmp_path) -> None:
+    closed, opened = logits(trained), logits(trained, A)
+    merged = trained.merge_and_unload()
+    torch.testing.assert_close(logits(merged), closed, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(logits(merged, A), opened, rtol=1e-4, atol=1e-5)
+    merged.save_pretrained(tmp_path / "model")
+    assert torch.equal(logits(ms.load(tmp_path / "model"), A), logits(merged, A))
+    ms.export(merged, tmp_path / "clean")
+    clean = AutoModelForCausalLM.from_pretrained(tmp_path / "clean")
+    torch.testing.assert_close(logits(clean), logits(merged))
+
+
+def test_what_would_lose_the_adapter_is_refused(trained, tmp_path) -> None:
+    with pytest.raises(ms.ArchitectureError, match=r"carries PEFT adapters.*merge_and_unload"):
+        trained.get_base_model().save_pretrained(tmp_path / "model")
+    with pytest.raises(ms.ArchitectureError, match=r"carries PEFT adapters.*merge_and_unload"):
+        ms.export(trained, tmp_path / "clean")
+    with pytest.raises(ms.ArchitectureError, match="add sinks to the base model first"):
+        ms.add_sinks(peft.get_peft_model(AutoModelForCausalLM.from_config(trained.config), peft.LoraConfig()), CONFIG)
+    assert not any(tmp_path.iterdir())
+
+
+def test_sinks_of_another_layout_do_not_get_into_it(trained, base, tmp_path) -> None:
+    ms.save_sinks(trained, tmp_path)
+    other = AutoModelForCausalLM.from_pretrained(base)
+    ms.add_sinks(other, ms.SinkConfig(neurons=64, active=16, block_size=8, seed=4))
+    with pytest.raises(ms.CheckpointError, match="seed is 3 there and 4 here"):
+        ms.load_sinks(other, tmp_path)
+    path = tmp_path / "sinks" / "sinks.safetensors"
+    tensors = load_file(path)
+    save_file({name: value + 1 for name, value in tensors.items()}, path)
+    with pytest.raises(ms.CheckpointError, match=r"sinks\.safetensors is not the file"):
+        ms.load_sinks(AutoModelForCausalLM.from_pretrained(base), tmp_path)
