@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from memsinks.errors import ArchitectureError, ConfigError
 from memsinks.sinks.config import SinkConfig
-from memsinks.sinks.families import decoder_layers, read_mlp
+from memsinks.sinks.families import Mlp, decoder_layers, read_mlp
 from memsinks.sinks.host_classes import Derived, SinkHead, SinkLayer, SinkMlp, SinkModel, derive
 from memsinks.sinks.layer import Sinks
 from memsinks.sinks.state import SinkState, has_sinks, is_sharded, require_sinks, sink_parameters
@@ -149,20 +149,7 @@ def add_sinks(model: PreTrainedModel, config: SinkConfig) -> SinkReport:
     state = SinkState(config, chosen, max(sizes), tuple(arguments))
     for place, (index, host) in enumerate(zip(chosen, hosts, strict=True)):
         layer: Any = layers[index]
-        mlp: Any = getattr(layer, mlp_name)
-        weight = host.down.weight
-        mlp.sinks = Sinks(
-            config,
-            hidden_size=host.hidden_size,
-            act=host.act,
-            gated=host.gated,
-            std=host.std,
-            layer=index,
-            dtype=torch.promote_types(weight.dtype, torch.float32),
-            device=weight.device,
-        )
-        mlp.sinks.train(mlp.training)
-        mlp.__class__ = derive(type(mlp), SinkMlp)
+        _give_sinks(getattr(layer, mlp_name), host, config, index)
         layer.__class__ = derive(type(layer), SinkLayer)
         layer.sink_state, layer.sink_place, layer.sink_mlp = state, place, mlp_name
     head.__class__ = derive(type(head), SinkHead)
@@ -174,6 +161,23 @@ def add_sinks(model: PreTrainedModel, config: SinkConfig) -> SinkReport:
     return SinkReport(
         chosen, max(sizes), config.neurons, config.active, shared, sinks, sinks * config.active // config.neurons
     )
+
+
+def _give_sinks(mlp: Any, host: Mlp, config: SinkConfig, layer: int) -> None:
+    """Put the sinks of a layer beside its MLP."""
+    weight = host.down.weight
+    mlp.sinks = Sinks(
+        config,
+        hidden_size=host.hidden_size,
+        act=host.act,
+        gated=host.gated,
+        std=host.std,
+        layer=layer,
+        dtype=torch.promote_types(weight.dtype, torch.float32),
+        device=weight.device,
+    )
+    mlp.sinks.train(mlp.training)
+    mlp.__class__ = derive(type(mlp), SinkMlp)
 
 
 def remove_sinks(model: PreTrainedModel) -> PreTrainedModel:
