@@ -240,7 +240,7 @@ def _rows(documents: Sequence[np.ndarray], segments: np.ndarray, first: np.ndarr
         )
     order = hashlib.blake2b(digest_size=4, person=b"memsinks1order")
     for values in (segments, first, np.array([length])):
-        order.update(np.ascontiguousarray(values).view(np.uint8))
+        order.update(np.ascontiguousarray(values).view(np.uint8).data)
     number = int.from_bytes(order.digest(), "little") & (2**31 - 1)
     return Rows(documents, segments, first, length, pad_id, (number << 32) + np.arange(len(first) - 1))
 
