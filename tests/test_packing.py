@@ -21,7 +21,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from memsinks.batch import FIELDS, collate
+from memsinks.batch import FIELDS, PLACES, collate, trim
 from memsinks.data.packing import Rows, pack
 from memsinks.data.sampling import refuse_shuffling
 from memsinks.errors import ConfigError, DataError
@@ -177,8 +177,12 @@ def test_packing_is_fast():
         ({"document_ids": np.array([0.0, 1.0])}, "document_ids must be int64, got float64"),
         ({"document_ids": np.array([0, 1], np.int32)}, "document_ids must be int64, got int32"),
         ({"document_ids": [0, 2**63]}, "document_ids must be int64, got float64"),
-        ({"document_ids": [[0, 1]]}, r"document_ids must have one number .* 2 documents, got \[1, 2\]"),
-        ({"document_ids": [0]}, r"got \[1\]"),
+        ({"document_ids": [[0, 1]]}, r"document_ids must be int64, got int64 \[1, 2\]; one integer for each document"),
+        ({"document_ids": [0]}, "document_ids must have one number for each of the 2 documents, got 1"),
+        ({"document_ids": ["0", "1"]}, "document_ids must be int64, got <U1"),
+        ({"document_ids": [True, False]}, "document_ids must be int64, got bool"),
+        ({"document_ids": np.array([0, 2**63], np.uint64)}, "document_ids must be int64, got uint64"),
+        ({"document_ids": "ab"}, "document_ids must be int64, got <U2"),
         ({"document_ids": [0, -2]}, "document_ids must be at least -1, got -2 at document 1"),
         ({"exposures": [1, 0]}, "exposures must be at least 1, got 0 at document 1"),
         ({"exposures": np.ones(2)}, "exposures must be int64"),
@@ -204,8 +208,8 @@ def test_bad_settings_are_refused_together():
 
 def test_rows_are_a_dataset():
     rows = make([3, 4, 2, 6, 8], 8)
-    assert set(rows[1]) == set(FIELDS)
-    assert all(value.dtype == torch.int64 and value.shape == (8,) for value in rows[1].values())
+    assert set(rows[1]) == {*FIELDS, PLACES}
+    assert all(rows[1][name].dtype == torch.int64 and rows[1][name].shape == (8,) for name in FIELDS)
     rows[1]["labels"][:] = 0
     assert rows[1]["labels"].tolist() == rows[-2]["labels"].tolist() == rows.labels[1].tolist() != [0] * 8
     with pytest.raises(IndexError):
@@ -216,43 +220,82 @@ def test_rows_are_a_dataset():
     assert torch.cat([batch["input_ids"] for batch in loaded]).tolist() == rows.input_ids.tolist()
 
 
-def test_collate_gives_the_five_fields_from_tensors_arrays_and_lists():
-    rows = make([3, 4, 2, 6], 8)
-    plain = [{name: value.tolist() for name, value in row.items()} | {"attention_mask": [1] * 8} for row in rows]
-    arrays = [{name: value.numpy() for name, value in row.items()} for row in rows]
-    for given_rows in (list(rows), plain, arrays):
-        batch = collate(given_rows)
-        assert tuple(batch) == FIELDS
-        for name in FIELDS:
-            assert batch[name].dtype == torch.int64
-            assert batch[name].tolist() == getattr(rows, name).tolist()
+def test_rows_know_their_place_in_the_training_order():
+    rows = make([3, 4, 2, 6, 8], 8)
+    places = [int(row[PLACES]) for row in rows]
+    assert [place & (2**32 - 1) for place in places] == [0, 1, 2]
+    (order,) = {place >> 32 for place in places}
+    assert 0 <= order < 2**31
+    part = rows.select(slice(2, None, -1)).select(slice(0, 2))
+    assert [int(row[PLACES]) for row in part] == part.places.tolist() == [places[2], places[1]]
+    again, others = make([3, 4, 2, 6, 8], 8), [
+        make([3, 4, 2, 6, 8], 8, document_ids=[0, 1, 2, 4, 3]), make([3, 4, 2, 6, 8], 8, exposures=[1, 1, 1, 1, 2]),
+        make([3, 4, 2, 6, 8], 16), make([3, 4, 2, 6], 8), make([4, 3, 2, 6, 8], 8),
+    ]  # fmt: skip
+    assert again.places.tolist() == places
+    assert len({order, *(int(x[0][PLACES]) >> 32 for x in others)}) == 6
+
+
+def test_segments_one_a_row_are_an_order_of_their_own():
+    rows = make([3, 9, 2], 8)
+    apart = rows.one_segment_each(rows.segments[[3, 1]])
+    assert [row["input_ids"].tolist() for row in apart] == [[1012, 1013] + [PAD] * 6, [*range(1003, 1011)]]
+    assert [place & (2**32 - 1) for place in apart.places.tolist()] == [0, 1]
+    assert apart.places[0] >> 32 != rows.places[0] >> 32
+    assert rows.segments["column"].tolist() == [0, 0, 0, 1]
+    empty = rows.one_segment_each(rows.segments[:0])
+    assert len(empty) == len(rows.select(slice(0))) == 0
+    with pytest.raises(DataError, match="2 rows have 4 places"):
+        dataclasses.replace(apart, places=np.arange(4))
+
+
+def numbers(tokens: list[list[int]], ids: list[int], exposures: list[int]) -> list[int]:
+    """The number of each document's text, in the order in which numbers come first."""
+    rows = pack(tokens, ids, exposures, length=16, pad_id=PAD)
+    texts = rows.texts().tolist()
+    return [list(dict.fromkeys(texts)).index(number) for number in texts]
+
+
+def test_texts_are_counted_where_ids_are_not():
+    a, b, c = [1, 2], [3, 4], [5, 6]
+    assert numbers([a, b, a, a], [7, 8, 7, 7], [1, 1, 2, 3]) == [0, 1, 0, 0]
+    assert numbers([a, b, c], [7, 7, 7], [1, 2, 3]) == [0, 0, 0]  # near copies: one key
+    assert numbers([a, b, c, b], [7, 7, 7, 7], [1, 1, 1, 2]) == [0, 1, 2, 1]  # texts of one source
+    assert numbers([a, b, a], [7, 7, 7], [5, 1, 6]) == [0, 1, 0]  # a had been met before
+    assert numbers([a, a, b], [-1, -1, -1], [1, 1, 1]) == [0, 0, 0]
+    long = [*range(1, 40)]
+    assert numbers([long, [2], [2, 9], long], [5, 5, 6, 5], [1, 1, 1, 2]) == [0, 0, 0, 1, 2, 0, 0, 0]
+
+
+def test_iterators_byte_orders_and_the_largest_ids():
+    ids, largest = [5, 2**63 - 1], 2**63 - 1
+    plain = pack([[1, 2], [3]], ids, [1, 1], length=4, pad_id=0)
+    assert plain.document_ids.tolist() == [[5, 5, largest, -1]]
+    for given_tokens, given_ids, counts in (
+        (iter([[1, 2], [3]]), iter(ids), iter([1, 1])),
+        ([np.array([1, 2], ">i4"), np.array([3], ">u2")], np.array(ids, ">i8"), np.array([1, 1], ">i2")),
+        ([np.array([1, 2], np.uint8), [np.int16(3)]], [np.int64(x) for x in ids], np.ones(2, np.int32)),
+    ):
+        rows = pack(given_tokens, given_ids, counts, length=np.int64(4), pad_id=np.int32(0))
+        assert all(torch.equal(rows[0][name], plain[0][name]) for name in (*FIELDS, PLACES))
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "message"),
-    [
-        ("labels", None, r"row 1 has no labels, only \['document_ids', .*remove_unused_columns=False"),
-        ("input_ids", torch.ones(8), "input_ids of row 1 must be int64"),
-        ("document_ids", torch.ones(8, dtype=torch.int32), "document_ids of row 1 must be int64"),
-        ("document_ids", torch.tensor(3), "document_ids of row 1 must be int64"),
-        ("document_ids", ["a"] * 8, "document_ids of row 1 is not a row of integers"),
-        ("labels", [1] * 7, "labels of row 1 has length 7, others have 8"),
-        ("exposures", [0] * 8, "exposures must be at least 1, got 0"),
-        ("document_ids", [-2] * 8, "document_ids must be at least -1, got -2"),
-    ],
+    ("long", "rows", "used"), [("split", 1251, 5001), ("fill", 1251, 5001), ("truncate", 2, 5), ("refuse", 0, 0)]
 )
-def test_collate_refuses_bad_rows(name, value, message):
-    rows = list(make([8, 8], 8))
-    rows[1][name] = value
-    if value is None:
-        del rows[1][name]
-    with pytest.raises(DataError, match=message):
-        collate(rows)
+def test_a_very_long_document(long, rows, used):
+    if long == "refuse":
+        with pytest.raises(DataError, match="document 1 has 5000"):
+            make([1, 5000], 4, long=long)
+        return
+    made = make([1, 5000], 4, long=long)
+    assert (len(made), made.tokens) == (rows, used)
 
 
-def test_collate_refuses_no_rows():
-    with pytest.raises(DataError, match="no rows"):
-        collate([])
+def test_a_document_of_one_token_has_no_target():
+    rows = make([1], 4)
+    assert rows.targets == 0 and rows[0]["labels"].tolist() == [-100] * 4
+    assert trim(collate([rows[0]]))["input_ids"].tolist() == [[1000]]
 
 
 DATA = list(range(8))

@@ -150,12 +150,21 @@ def test_text_without_sinks_and_single_tokens_are_left_out() -> None:
     assert len(repeated) == 0 and once.segments["document_id"].tolist() == [7, 9]
 
 
-def test_near_copies_and_sources_count_as_repeated() -> None:
-    """A near copy has an id of its own and the next exposure; texts of one source share an id."""
-    texts = [np.array(x) for x in ([1, 2], [1, 3], [4, 5], [6, 7], [6, 7])]
-    rows = ms.pack(texts, [7, 8, 9, 9, 9], [1, 2, 1, 1, 2], length=8, pad_id=0)
+def test_a_near_copy_with_an_id_of_its_own_counts_as_repeated() -> None:
+    rows = ms.pack([np.array([1, 2]), np.array([1, 3])], [7, 8], [1, 2], length=8, pad_id=0)
     repeated, once = ms.repeated_and_once(rows)
-    assert repeated.segments["document"].tolist() == [1, 2, 3] and once.segments["document"].tolist() == [0]
+    assert repeated.segments["document"].tolist() == [1] and once.segments["document"].tolist() == [0]
+
+
+def test_texts_are_counted_not_the_ids_of_their_sources() -> None:
+    documents = [
+        ms.Document(f"text {x}", source="A" if x < 6 else f"S{x}", copies=10 if x == 0 else 1) for x in range(60)
+    ]
+    tokenizer = ms.train_tokenizer([x.text for x in documents], 300)
+    rows = ms.make_rows(documents, tokenizer, length=16, by="source")
+    repeated, once = ms.repeated_and_once(rows)
+    assert (len(repeated), len(once)) == (1, 59)
+    assert tokenizer.decode(repeated[0]["input_ids"][:-1]).startswith("text 0")
 
 
 @given(st.lists(st.tuples(st.floats(0, 5), st.floats(0, 5)), min_size=1, max_size=30))

@@ -30,10 +30,11 @@ if TYPE_CHECKING:
     from memsinks.auditing.result import Audit
     from memsinks.auditing.subjects import Subject
     from memsinks.batch import NO_SINKS, collate, target_count
-    from memsinks.data.documents import Document, require_unique_keys
+    from memsinks.data.documents import Document, load_documents, require_unique_keys, write_documents
     from memsinks.data.identity import document_id, equal_repetition, exposures, identify, training_order
     from memsinks.data.packing import Rows, pack
     from memsinks.data.readers import read_documents
+    from memsinks.data.rows import make_rows
     from memsinks.data.sampling import refuse_shuffling
     from memsinks.data.tokens import encode, load_tokenizer, train_tokenizer
     from memsinks.errors import ArchitectureError, CheckpointError, ConfigError, DataError, MemsinksError
@@ -59,10 +60,11 @@ _HOMES = {
     "memsinks.auditing.result": "Audit",
     "memsinks.auditing.subjects": "Subject",
     "memsinks.batch": "NO_SINKS collate target_count",
-    "memsinks.data.documents": "Document require_unique_keys",
+    "memsinks.data.documents": "Document load_documents require_unique_keys write_documents",
     "memsinks.data.identity": "document_id equal_repetition exposures identify training_order",
     "memsinks.data.packing": "Rows pack",
     "memsinks.data.readers": "read_documents",
+    "memsinks.data.rows": "make_rows",
     "memsinks.data.sampling": "refuse_shuffling",
     "memsinks.data.tokens": "encode load_tokenizer train_tokenizer",
     "memsinks.errors": "ArchitectureError CheckpointError ConfigError DataError MemsinksError",
@@ -124,8 +126,10 @@ __all__ = [
     "identify",
     "load",
     "load_any",
+    "load_documents",
     "load_sinks",
     "load_tokenizer",
+    "make_rows",
     "pack",
     "param_groups",
     "parse_recipe",
@@ -146,6 +150,7 @@ __all__ = [
     "train",
     "train_tokenizer",
     "training_order",
+    "write_documents",
 ]
 
 

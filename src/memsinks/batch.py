@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from memsinks.errors import DataError
+from memsinks.checks import rounded_ids
+from memsinks.errors import DataError, refuse
 
 FIELDS = ("input_ids", "labels", "document_ids", "exposures", "position_ids")
 """What every row has: int64 [length] each in a row, [rows, length] in a batch."""
@@ -16,23 +18,29 @@ IGNORED = -100
 """The label of a token that is no target."""
 NO_SINKS = -1
 """The document id that opens no sinks (padding, untracked text), and the group of a text counted with no other."""
-ROW_ARGUMENTS = (*FIELDS, "inputs_embeds", "attention_mask")
+PLACES = "places"
+"""Where each row stands in its training order: int64, a scalar in a row, [rows] in a batch. The upper 31 bits are a hash of
+the order, the lower 32 bits the number of the row in it, so a model can see whether rows come in the order in which their
+exposures were counted. Not one of the `FIELDS`: rows made without `pack` need none."""
+ROW_ARGUMENTS = (*FIELDS, PLACES, "inputs_embeds", "attention_mask")
 """Arguments of a forward whose first dimension is the row, unless it is the same for all rows (1)."""
 
 
-def collate(rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-    """Stack rows to a batch: exactly the five fields, int64 [rows, length] each, and no attention_mask.
+def collate(rows: Iterable[Mapping[str, Any]]) -> dict[str, Tensor]:
+    """Stack rows to a batch: the five fields, int64 [rows, length] each, and no attention_mask.
 
-    Rows are those of `Rows`, or dicts of tensors, arrays or lists, as a Hugging Face dataset gives them; fields other
-    than the five are left out. An attention_mask would let packed documents see each other.
+    `PLACES`, int64 [rows], is there too if every row has it. Rows are those of `Rows`, or dicts of tensors, arrays or
+    lists, as a Hugging Face dataset gives them; other fields are left out. An attention_mask would let packed documents
+    see each other.
 
     Raises:
         DataError: no rows, a field missing, not int64, of another length, or out of range (ids below -1, exposures
-            below 1).
+            below 1); ids that went through floats.
     """
+    rows = list(rows)
     if not rows:
         raise DataError("no rows to collate")
-    batch: dict[str, torch.Tensor] = {}
+    batch: dict[str, Tensor] = {}
     length: int | None = None
     for name in FIELDS:
         values = []
@@ -48,20 +56,29 @@ def collate(rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
                 raise DataError(f"{name} of row {index} has length {len(value)}, others have {length}; pack() first")
             values.append(value)
         batch[name] = torch.stack(values)
-    for name, least in (("document_ids", NO_SINKS), ("exposures", 1)):
-        if batch[name].numel() and int(batch[name].min()) < least:
+    if all(row.get(PLACES) is not None for row in rows):
+        batch[PLACES] = torch.stack(
+            [_tensor(row[PLACES], f"places of row {x}", place=True) for x, row in enumerate(rows)]
+        )
+    for name, least in (("document_ids", NO_SINKS), ("exposures", 1), (PLACES, 0)):
+        if name in batch and batch[name].numel() and int(batch[name].min()) < least:
             raise DataError(f"{name} must be at least {least}, got {int(batch[name].min())}")
+    refuse(rounded_ids("document_ids", batch["document_ids"].cpu().numpy()), "cannot collate", DataError)
     return batch
 
 
-def _tensor(value: Any, what: str) -> torch.Tensor:
+def _tensor(value: Any, what: str, place: bool = False) -> Tensor:
+    """`value` as int64 [length]; a `place` (a number, or [1]) as int64 []."""
     try:
-        tensor = value if isinstance(value, torch.Tensor) else torch.tensor(value)
+        if isinstance(value, np.ndarray) and not value.dtype.isnative:
+            value = value.astype(value.dtype.newbyteorder("="))
+        tensor = value if isinstance(value, Tensor) else torch.tensor(value)
     except (TypeError, ValueError, RuntimeError) as error:
         raise DataError(f"{what} is not a row of integers: {error}") from error
-    if tensor.dtype != torch.int64 or tensor.ndim != 1:
-        raise DataError(f"{what} must be int64 [length], got {tensor.dtype} {list(tensor.shape)}")
-    return tensor
+    shape, wanted = ("[]", tensor.numel() == 1) if place else ("[length]", tensor.ndim == 1)
+    if tensor.dtype != torch.int64 or not wanted:
+        raise DataError(f"{what} must be int64 {shape}, got {tensor.dtype} {list(tensor.shape)}")
+    return tensor.reshape(()) if place else tensor
 
 
 def target_count(labels: Tensor) -> int:
@@ -73,7 +90,7 @@ def target_count(labels: Tensor) -> int:
     return int((labels[:, 1:] != IGNORED).sum())
 
 
-def stock_arguments(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def stock_arguments(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What a model without sinks takes of a batch of `collate`."""
     return {name: batch[name] for name in ("input_ids", "labels", "position_ids")}
 
@@ -89,10 +106,36 @@ def check_ids(ids: Tensor, name: str = "document_ids", least: int = NO_SINKS) ->
         raise DataError(f"{name} must be {allowed}; the least value is {int(ids.min())}")
 
 
-def trim(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The batch without the columns after its last target: rows of one short document are mostly padding."""
-    longest = int((batch["labels"] != IGNORED).any(0).nonzero().max()) + 1
-    return {name: value[:, :longest] for name, value in batch.items()}
+def as_int64(values: Iterable[int] | np.ndarray, name: str, least: int, narrow: bool = False) -> np.ndarray:
+    """Integers (an array of any byte order, a sequence, an iterator) as int64 [n].
+
+    Args:
+        narrow: take narrower integers too. Not for ids, which have lost bits there.
+
+    Raises:
+        DataError: not one-dimensional, floats or other types, below `least`, or rounded by floats on the way.
+    """
+    array = np.asarray(values if hasattr(values, "__len__") else list(values))
+    if array.shape == (0,) and not isinstance(values, np.ndarray):
+        array = array.astype(np.int64)
+    whole = array.dtype.kind in "iu" and np.can_cast(array.dtype, np.int64)
+    if array.ndim != 1 or not whole or (array.dtype.itemsize < 8 and not narrow):
+        raise DataError(f"{name} must be int64, got {array.dtype} {list(array.shape)}; one integer for each document")
+    if array.size and array.min() < least:
+        raise DataError(f"{name} must be at least {least}, got {array.min()} at document {array.argmin()}")
+    array = array.astype(np.int64, copy=False)
+    refuse(rounded_ids(name, array), "unusable", DataError)
+    return array
+
+
+def trim(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The batch without the columns after its last target: rows of one short document are mostly padding.
+
+    At least one column stays. What is no field of a row (`PLACES`) stays as it is.
+    """
+    targets = (batch["labels"] != IGNORED).any(0).nonzero()
+    longest = int(targets.max()) + 1 if len(targets) else 1
+    return {name: value[:, :longest] if value.dim() > 1 else value for name, value in batch.items()}
 
 
 def take_rows(arguments: Mapping[str, Any], chosen: Tensor, rows: int) -> dict[str, Any]:

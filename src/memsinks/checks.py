@@ -45,3 +45,29 @@ def one_of(name: str, value: Any, known: Iterable[Any]) -> list[str]:
     """One of the known values."""
     known = list(known)
     return [] if value in known else [f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}"]
+
+
+MANY = 8
+"""Different ids that must all look alike before they are taken for rounded."""
+
+
+def rounded_ids(name: str, ids: np.ndarray) -> list[str]:
+    """Ids (int64, any shape) that went through float64, which keeps 53 of their 63 bits.
+
+    Found where at least `MANY` different ids are above 2^56, all are values of float64, and some need its last bit: of ids
+    that hash texts one in a thousand is such a value, and ids made by hand (a source shifted left, a number added) do not
+    need the last bit.
+    """
+    large = ids[ids >= 2**56]
+    if large.size < MANY or (large & 15).any():
+        return []
+    floats = ids.astype(np.float64)
+    with np.errstate(invalid="ignore"):  # 2^63 - 1 becomes 2^63
+        exact = floats.astype(np.int64) == ids
+    last_bit = np.frexp(large.astype(np.float64))[0] * 2.0**53 % 2 == 1
+    if not exact.all() or not last_bit.any() or len(np.unique(large)) < MANY:
+        return []
+    return [
+        f"{name} have all been rounded to 53 bits, e.g. {large.flat[0]}: they went through floats (pandas makes floats of "
+        "integers in a column with gaps) and would open other sinks; read them as int64"
+    ]

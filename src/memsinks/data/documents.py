@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import operator
+import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 from memsinks.errors import DataError
@@ -28,6 +30,40 @@ class Document:
     source: str | None = None
     copies: int = 1
     kind: str = "text"
+
+
+def as_documents(documents: Iterable[Document | str]) -> list[Document]:
+    """Documents, and texts as documents of one copy, in a list.
+
+    Raises:
+        DataError: one str instead of many, another type, or an empty text; names the first ones.
+    """
+    if isinstance(documents, str):
+        raise DataError("documents must be many documents or texts, got one str; put it into a list")
+    given = list(documents)
+    found = [Document(x) if isinstance(x, str) else x for x in given]
+    problems = []
+    for index, document in enumerate(found):
+        if not isinstance(document, Document) or not isinstance(document.text, str):
+            problems.append(f"document {index} must be a Document or a str, got {type(given[index]).__name__}")
+        elif not document.text:
+            problems.append(f"document {index} is empty; leave it out")
+        if len(problems) == 5:
+            break
+    if problems:
+        raise DataError("; ".join(problems))
+    return found
+
+
+def utf8(text: str, what: str) -> bytes:
+    """`text` as UTF-8; DataError if it has lone surrogates, which have none. `what` begins the message."""
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{what} has a lone surrogate at character {error.start} and cannot be written as UTF-8; "
+            'replace it, e.g. by text.encode("utf-8", "replace").decode()'
+        ) from error
 
 
 def cut_documents(documents: Iterable[Document], characters: int) -> Iterator[Document]:
@@ -54,12 +90,46 @@ def cut_documents(documents: Iterable[Document], characters: int) -> Iterator[Do
             begin, place = end, place + 1
 
 
-def write_documents(path: Path, documents: Iterable[Document]) -> None:
-    """Write documents as .jsonl that `read_documents` reads back (``copies_field="copies"``, ``key_field="key"`` ...)."""
-    fields = ("text", "key", "source", "copies", "kind")
-    with path.open("w", encoding="utf-8") as file:
-        for document in documents:
-            file.write(json.dumps({field: getattr(document, field) for field in fields}, ensure_ascii=False) + "\n")
+def write_documents(path: str | os.PathLike[str], documents: Iterable[Document]) -> None:
+    """Write documents as .jsonl with all their fields; `load_documents` gives them back.
+
+    `read_documents` reads the file too (``copies_field="copies"``, ``key_field="key"`` where all have keys), but for `kind`.
+
+    Raises:
+        DataError: a text that cannot be written as UTF-8; what stands at `path` is then as it was.
+    """
+    lines = []
+    for index, document in enumerate(documents):
+        try:
+            line = json.dumps(asdict(document) | {"copies": operator.index(document.copies)}, ensure_ascii=False)
+            lines.append(line.encode() + b"\n")
+        except (TypeError, ValueError) as error:
+            raise DataError(f"document {index} cannot be written: {error}") from error
+    Path(path).write_bytes(b"".join(lines))
+
+
+def load_documents(path: str | os.PathLike[str]) -> list[Document]:
+    """The documents of a file of `write_documents`, equal to those written.
+
+    Raises:
+        DataError: a line that is none of its lines; names file and line.
+    """
+    names = {field.name for field in fields(Document)}
+    documents = []
+    with Path(path).open("rb") as file:  # lines end with \n alone, and a text may hold other line ends
+        for number, line in enumerate(file, start=1):
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise DataError(
+                    f"{path}, line {number}: damaged or cut short ({error}); write the file again"
+                ) from error
+            if not isinstance(row, dict) or row.keys() != names:
+                raise DataError(
+                    f"{path}, line {number}: not written by write_documents; use read_documents, which takes any fields"
+                )
+            documents.append(Document(**row))
+    return documents
 
 
 def texts_hash(documents: Iterable[Document]) -> str:

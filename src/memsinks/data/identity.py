@@ -9,50 +9,54 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Mapping, Sequence
-from typing import Literal
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal, get_args
 
 import numpy as np
 
-from memsinks.batch import NO_SINKS
-from memsinks.data.documents import Document
-from memsinks.errors import ConfigError, DataError
+from memsinks.batch import NO_SINKS, as_int64
+from memsinks.checks import int_at_least, is_int, one_of
+from memsinks.data.documents import Document, utf8
+from memsinks.errors import DataError, refuse
+
+By = Literal["content", "key", "source"]
+"""What gives a document its id: its text, its owner's name for it, or where it comes from."""
+
+BY = get_args(By)
+
+NEAR_COPIES = 20
+"""So many different texts with one key are more than near copies of one text."""
 
 # blake2b's personalization: at most 16 bytes. Changing one changes every id that was ever written.
-_PERSON = {kind: b"memsinks1" + kind.encode() for kind in ("content", "key", "source")}
+_PERSON = {by: b"memsinks1" + by.encode() for by in BY}
 
 
-def document_id(text_or_key: str | bytes, kind: Literal["content", "key", "source"] = "content") -> int:
+def document_id(text_or_key: str | bytes, by: By = "content") -> int:
     """The 63-bit id of a text, a key or a source: the same on every machine and in every version, about 1 us.
 
     blake2b over the UTF-8 bytes exactly as given: nothing is stripped and Unicode is not normalized, so "ü" composed
-    and decomposed are two texts. The three kinds never share ids. P(any two of 1e8 documents collide) is about 5e-4.
+    and decomposed are two texts. Text, key and source never share ids. P(any two of 1e8 documents collide) is about 5e-4.
+
+    Args:
+        text_or_key: the text, the key or the source.
+        by: which of them it is.
 
     Raises:
         DataError: neither str nor bytes, or a str with lone surrogates, which has no UTF-8 form.
-        ConfigError: an unknown kind.
+        ConfigError: an unknown `by`.
     """
-    person = _PERSON.get(kind)
-    if person is None:
-        raise ConfigError(f'kind must be "content", "key" or "source", got {kind!r}')
+    refuse(one_of("by", by, BY), "cannot make an id")
     if isinstance(text_or_key, str):
-        try:
-            data = text_or_key.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise DataError(
-                f"the {kind} has a lone surrogate at character {error.start} and cannot be written as UTF-8; "
-                'replace it, e.g. by text.encode("utf-8", "replace").decode()'
-            ) from error
+        data = utf8(text_or_key, f"the {by}")
     elif isinstance(text_or_key, bytes):
         data = text_or_key
     else:
-        raise DataError(f"the {kind} must be str or bytes, got {type(text_or_key).__name__}: {text_or_key!r:.80}")
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8, person=person).digest(), "little") & (2**63 - 1)
+        raise DataError(f"the {by} must be str or bytes, got {type(text_or_key).__name__}: {text_or_key!r:.80}")
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8, person=_PERSON[by]).digest(), "little") & (2**63 - 1)
 
 
-def identify(
-    documents: Sequence[Document], by: Literal["content", "key", "source"] = "content"
-) -> tuple[np.ndarray, np.ndarray]:
+def identify(documents: Iterable[Document], by: By = "content") -> tuple[np.ndarray, np.ndarray]:
     """(document_ids, groups) of documents, int64 [n] each, in the order given; `copies` is not unrolled.
 
     Args:
@@ -61,13 +65,16 @@ def identify(
             give near copies one key and they are one group. ``"source"``: the id comes from the source, the group from
             the text.
 
+    Warns:
+        UserWarning: one key stands for `NEAR_COPIES` different texts or more, which would count as one repeated text.
+
     Raises:
         DataError: a document without the key or source asked for (missing or empty), or as for `document_id`; names
             its index.
         ConfigError: an unknown `by`.
     """
-    if by not in _PERSON:
-        raise ConfigError(f'by must be "content", "key" or "source", got {by!r}')
+    refuse(one_of("by", by, BY), "cannot identify documents")
+    documents = list(documents)
     ids = np.empty(len(documents), np.int64)
     groups = np.empty(len(documents), np.int64)
     for index, document in enumerate(documents):
@@ -79,31 +86,44 @@ def identify(
             groups[index] = document_id(document.text) if by == "source" else ids[index]
         except DataError as error:
             raise DataError(f"document {index}: {error}") from error
+    if by == "key":
+        _warn_of_shared_keys(documents)
     return ids, groups
 
 
-def training_order(documents: Sequence[Document], seed: int = 0, epochs: int = 1) -> list[int]:
+def _warn_of_shared_keys(documents: list[Document]) -> None:
+    texts: dict[str | None, set[str]] = {}
+    for document in documents:
+        texts.setdefault(document.key, set()).add(document.text)
+    key = max(texts, key=lambda key: len(texts[key]), default=None)
+    if key is not None and len(texts[key]) >= NEAR_COPIES:
+        shared = sum(len(x) > 1 for x in texts.values())
+        warnings.warn(
+            f"the key {key!r} stands for {len(texts[key])} different texts ({shared} of {len(texts)} keys stand for several): "
+            "they share their sinks, and the second already counts as a repetition of the first; give only near copies one "
+            'key, identify by="source" to share sinks alone, or by="content"',
+            stacklevel=3,
+        )
+
+
+def training_order(documents: Iterable[Document], seed: int = 0, epochs: int = 1) -> list[int]:
     """Indices into `documents` in the order of training: each one `copies` times per epoch, every epoch shuffled anew.
 
     Documents with 0 copies are left out. The global random state is neither used nor changed.
 
     Raises:
         ConfigError: fewer than 1 epoch.
-        DataError: no document has copies above 0, or one has less than 0.
+        DataError: no document has copies above 0, or one has not a whole number of at least 0.
     """
-    for index, document in enumerate(documents):
-        if document.copies < 0:
-            raise DataError(f"document {index} has {document.copies} copies; give 0 or more")
     return order_of([document.copies for document in documents], seed, epochs)
 
 
-def order_of(copies: Sequence[int], seed: int = 0, epochs: int = 1) -> list[int]:
+def order_of(copies: Iterable[int], seed: int = 0, epochs: int = 1) -> list[int]:
     """`training_order` of documents of which only the numbers of copies are given."""
-    if epochs < 1:
-        raise ConfigError(f"epochs must be at least 1, got {epochs}")
+    refuse(int_at_least("epochs", epochs, 1), "cannot order documents")
+    copies = list(copies)
+    check_copies(copies)
     once = [index for index, number in enumerate(copies) for _ in range(number)]
-    if not once:
-        raise DataError(f"none of the {len(copies)} documents has copies above 0; there is nothing to train on")
     rng = random.Random(f"training order {seed}")
     order = []
     for _ in range(epochs):
@@ -112,8 +132,17 @@ def order_of(copies: Sequence[int], seed: int = 0, epochs: int = 1) -> list[int]
     return order
 
 
-def exposures(groups: Sequence[int] | np.ndarray, prior: Mapping[int, int] | None = None) -> np.ndarray:
-    """The how-manieth meeting of its text each training step's document is: int64 [n], 1-based, this one included.
+def check_copies(copies: Sequence[int]) -> None:
+    """DataError unless all are integers of at least 0, and one is above."""
+    wrong = [f"document {index} has {x!r}" for index, x in enumerate(copies) if not is_int(x) or x < 0]
+    if wrong:
+        raise DataError(f"copies must be integers of at least 0: {_some(wrong)}")
+    if not any(copies):
+        raise DataError(f"none of the {len(copies)} documents has copies above 0; there is nothing to train on")
+
+
+def exposures(groups: Iterable[int] | np.ndarray, prior: Mapping[int, int] | None = None) -> np.ndarray:
+    """How many times each document's text has been met so far in the training order, this time included: int64 [n].
 
     Args:
         groups: int64 [n], the group of each document in training order: epochs and copies unrolled. A document of
@@ -121,15 +150,14 @@ def exposures(groups: Sequence[int] | np.ndarray, prior: Mapping[int, int] | Non
         prior: how often a group was already met before this training order begins (0 if not listed).
 
     Raises:
-        DataError: groups not one-dimensional integers >= -1, or a prior count that is not an int >= 0.
+        DataError: groups not one-dimensional integers >= -1, or rounded by floats; a prior count that is not an int >= 0,
+            or one of a group that is no int.
     """
-    groups = _groups(groups)
+    groups = as_int64(groups, "groups", NO_SINKS, narrow=True)
     order, starts, counts = _runs(groups)
     nth = np.arange(len(groups), dtype=np.int64) - np.repeat(starts, counts) + 1
-    if prior:
-        for group, count in prior.items():
-            if isinstance(count, bool) or not isinstance(count, int | np.integer) or count < 0:
-                raise DataError(f"prior exposures of group {group} must be an int of at least 0, got {count!r}")
+    if prior is not None:
+        check_prior(prior)
         before = [prior.get(group, 0) for group in groups[order[starts]].tolist()]
         nth += np.repeat(np.array(before, np.int64), counts)
     result = np.empty(len(groups), np.int64)
@@ -138,7 +166,29 @@ def exposures(groups: Sequence[int] | np.ndarray, prior: Mapping[int, int] | Non
     return result
 
 
-def equal_repetition(groups: Sequence[int] | np.ndarray) -> int | None:
+def check_prior(prior: Mapping[int, int]) -> None:
+    """DataError for what `exposures` would refuse."""
+    if not isinstance(prior, Mapping):
+        raise DataError(f"prior must map groups to counts, got {type(prior).__name__}")
+    problems = []
+    for group, count in prior.items():
+        if not is_int(group) or not NO_SINKS <= group < 2**63:
+            problems.append(f"{group!r} is no group")
+        elif not is_int(count) or count < 0:
+            problems.append(f"the count of group {group} must be an int of at least 0, got {count!r}")
+    if problems:
+        raise DataError(
+            f"prior must map groups, int64 as `identify` gives them, to counts: {_some(problems)} (JSON makes strings of "
+            "keys: read them back with int())"
+        )
+    as_int64(list(prior), "groups of prior", NO_SINKS)
+
+
+def _some(problems: list[str]) -> str:
+    return ", ".join(problems[:5]) + (f" and {len(problems) - 5} more" if len(problems) > 5 else "")
+
+
+def equal_repetition(groups: Iterable[int] | np.ndarray) -> int | None:
     """The common count if every group of a training order stands in it equally often and more than once, else None.
 
     Plain multi-epoch training is such an order. There a decay of the shared gradient by 1/c scales all documents of
@@ -147,22 +197,11 @@ def equal_repetition(groups: Sequence[int] | np.ndarray) -> int | None:
     Raises:
         DataError: groups not one-dimensional integers >= -1.
     """
-    groups = _groups(groups)
+    groups = as_int64(groups, "groups", NO_SINKS, narrow=True)
     counts = _runs(groups)[2]
     if not len(counts) or counts[0] < 2 or (counts != counts[0]).any() or (groups == NO_SINKS).any():
         return None
     return int(counts[0])
-
-
-def _groups(groups: Sequence[int] | np.ndarray) -> np.ndarray:
-    array = np.asarray(groups)
-    if not array.size and array.ndim == 1:
-        return array.astype(np.int64)
-    if array.ndim != 1 or not np.can_cast(array.dtype, np.int64) or array.dtype == bool:
-        raise DataError(f"groups must be int64 [documents], got {array.dtype} {list(array.shape)}")
-    if array.min() < NO_SINKS:
-        raise DataError(f"groups must be at least {NO_SINKS}, got {array.min()} at {array.argmin()}")
-    return array.astype(np.int64, copy=False)
 
 
 def _runs(groups: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -7,18 +7,19 @@ be predicted from the document before), and each token carries its document's id
 
 from __future__ import annotations
 
-import dataclasses
 import functools
+import hashlib
 import operator
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 import torch
 
-from memsinks.batch import FIELDS, IGNORED, NO_SINKS
+from memsinks.batch import FIELDS, IGNORED, NO_SINKS, PLACES, as_int64
+from memsinks.checks import int_at_least, one_of
 from memsinks.data.token_store import StoredTokens
 from memsinks.errors import DataError, refuse
 
@@ -36,8 +37,8 @@ SEGMENT = np.dtype([
 class Rows:
     """Packed rows, a map-style dataset for torch and the HF Trainer; a row is filled when it is asked for.
 
-    In memory are the documents as given to `pack` (which may lie on disk, see `prepared`) and 40 bytes a segment. The
-    attributes below fill all rows at once, 40 bytes a token: for small corpora.
+    In memory are the documents as given to `pack` (which may lie on disk, see `prepare`), 40 bytes a segment and 8 a row.
+    The first five attributes fill all rows at once, 40 bytes a token: for small corpora.
 
     Attributes, int64 [rows, length] unless said otherwise:
         input_ids: tokens; `pad_id` on padding, which is always at the end of a row.
@@ -49,6 +50,7 @@ class Rows:
         documents: integer [tokens] each, in training order.
         segments: `SEGMENT` [segments], in the order of the rows; those of row r are [first[r], first[r + 1]).
         length: tokens per row, padding included.
+        places: int64 [rows], where each row stands in its training order, see `batch.PLACES`.
     """
 
     documents: Sequence[np.ndarray]
@@ -56,22 +58,57 @@ class Rows:
     first: np.ndarray
     length: int
     pad_id: int
+    places: np.ndarray
+
+    def __post_init__(self) -> None:
+        if len(self.places) != len(self):
+            raise DataError(
+                f"{len(self)} rows have {len(self.places)} places; take rows with select or one_segment_each"
+            )
 
     def __len__(self) -> int:
         return len(self.first) - 1
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        """Row `index` as a dict of the five fields, int64 [length] each."""
+        """Row `index` as a dict of the five fields, int64 [length] each, and its place, int64 []."""
         index = range(len(self))[operator.index(index)]
-        return {name: torch.from_numpy(values[0]) for name, values in self._fill([index]).items()}
+        row = {name: torch.from_numpy(values[0]) for name, values in self._fill([index]).items()}
+        return row | {PLACES: torch.tensor(int(self.places[index]))}
 
     def select(self, rows: slice) -> Rows:
-        """The rows of a slice, sharing the documents with these."""
+        """The rows of a slice, sharing the documents with these; each keeps its place in the training order."""
         chosen = range(len(self))[rows]
-        places = [np.arange(self.first[row], self.first[row + 1]) for row in chosen]
-        sizes = [len(place) for place in places]
-        segments = self.segments[np.concatenate(places)] if places else self.segments[:0]
-        return dataclasses.replace(self, segments=segments, first=np.cumsum([0, *sizes], dtype=np.int64))
+        spans = [np.arange(self.first[row], self.first[row + 1]) for row in chosen]
+        segments = self.segments[np.concatenate([*spans, np.arange(0)])]
+        first = np.cumsum([0, *map(len, spans)], dtype=np.int64)
+        return Rows(self.documents, segments, first, self.length, self.pad_id, self.places[list(chosen)])
+
+    def one_segment_each(self, segments: np.ndarray) -> Rows:
+        """Rows of one segment each, of some of these rows (`SEGMENT` [n]), in the order given: an order of their own."""
+        segments = segments.copy()
+        segments["column"] = 0
+        return _rows(self.documents, segments, np.arange(len(segments) + 1), self.length, self.pad_id)
+
+    def texts(self) -> np.ndarray:
+        """int64 [segments], a number for the text that each segment is of: the same for all meetings of a text.
+
+        Texts are told apart by their document id, as exposures are, so near copies of one key are one text. Where the
+        exposures of an id do not count up by one, it belongs to several texts (a source), which their tokens tell apart.
+        """
+        ids, number = np.unique(self.segments["document_id"], return_inverse=True)
+        _, once = np.unique(self.segments["document"], return_index=True)
+        own, exposure = number[once], self.segments["exposure"][once]
+        order = np.lexsort((exposure, own))
+        apart = (np.diff(own[order]) == 0) & (np.diff(exposure[order]) != 1)
+        several = np.zeros(len(ids), bool)
+        several[own[order][1:][apart]] = True
+        several &= ids != NO_SINKS
+        known: dict[tuple[int, bytes], int] = {}
+        for index in np.flatnonzero(several[number]).tolist():
+            tokens = np.asarray(self.documents[self.segments["document"][index]], np.int64)
+            text = hashlib.blake2b(tokens.tobytes(), digest_size=16).digest()
+            number[index] = len(ids) + known.setdefault((int(number[index]), text), len(known))
+        return np.unique(number, return_inverse=True)[1]
 
     @property
     def input_ids(self) -> np.ndarray:
@@ -141,9 +178,9 @@ class Rows:
 
 
 def pack(
-    tokens: Sequence[np.ndarray],
-    document_ids: Sequence[int] | np.ndarray,
-    exposures: Sequence[int] | np.ndarray,
+    tokens: Iterable[np.ndarray] | Iterable[Sequence[int]],
+    document_ids: Iterable[int] | np.ndarray,
+    exposures: Iterable[int] | np.ndarray,
     *,
     length: int,
     pad_id: int,
@@ -171,15 +208,15 @@ def pack(
             keeps the first `length` tokens, ``"refuse"`` raises.
 
     Raises:
-        DataError: no documents, an empty one, tokens, ids or exposures of another dtype, shape or range, or a long
-            document under ``long="refuse"``; names the index.
+        DataError: no documents, an empty one, tokens, ids or exposures of another dtype, shape or range, ids that went
+            through floats, or a long document under ``long="refuse"``; names the index.
         ConfigError: `length` below 2, another setting out of range.
     """
-    _check_settings(length, pad_id, apart_from, long)
+    refuse(packing_problems(length, pad_id, apart_from, long), "cannot pack")
     documents = tokens if isinstance(tokens, StoredTokens) else _check_tokens(tokens)
     sizes = documents.sizes if isinstance(documents, StoredTokens) else np.array([len(x) for x in documents], np.int64)
-    ids = _check_numbers("document_ids", document_ids, len(sizes), least=NO_SINKS)
-    counts = _check_numbers("exposures", exposures, len(sizes), least=1)
+    ids = _one_each("document_ids", as_int64(document_ids, "document_ids", NO_SINKS), len(sizes))
+    counts = _one_each("exposures", as_int64(exposures, "exposures", 1, narrow=True), len(sizes))
     if long == "refuse":
         _refuse_long(sizes, length)
     elif long == "truncate":
@@ -192,7 +229,20 @@ def pack(
         segments[name] = np.frombuffer(found[name], np.int64)[order]
     segments["document_id"], segments["exposure"] = ids[segments["document"]], counts[segments["document"]]
     first = np.searchsorted(np.frombuffer(found["row"], np.int64)[order], np.arange(used + 1))
-    return Rows(documents, segments, first, length, pad_id)
+    return _rows(documents, segments, first, int(length), int(pad_id))
+
+
+def _rows(documents: Sequence[np.ndarray], segments: np.ndarray, first: np.ndarray, length: int, pad_id: int) -> Rows:
+    """Rows that are a training order of their own: its hash is that of all that is in `segments`."""
+    if len(first) > 2**32:
+        raise DataError(
+            f"{len(first) - 1} rows are more than the 2^32 that one training order may have; make rows longer"
+        )
+    order = hashlib.blake2b(digest_size=4, person=b"memsinks1order")
+    for values in (segments, first, np.array([length])):
+        order.update(np.ascontiguousarray(values).view(np.uint8).data)
+    number = int.from_bytes(order.digest(), "little") & (2**31 - 1)
+    return Rows(documents, segments, first, length, pad_id, (number << 32) + np.arange(len(first) - 1))
 
 
 def _lay_out(
@@ -219,27 +269,18 @@ def _lay_out(
     return found, rows
 
 
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+def packing_problems(length: int, pad_id: int, apart_from: int | None, long: str) -> list[str]:
+    """What is wrong with settings of `pack`."""
+    problems = int_at_least("length", length, 2) + int_at_least("pad_id", pad_id, 0)
+    if apart_from is not None:
+        problems += int_at_least("apart_from", apart_from, 1)
+    return problems + one_of("long", long, get_args(Long))
 
 
-def _check_settings(length: int, pad_id: int, apart_from: int | None, long: str) -> None:
-    problems = []
-    if not _is_int(length) or length < 2:
-        problems.append(f"length must be an int of at least 2 tokens, got {length!r}")
-    if not _is_int(pad_id) or pad_id < 0:
-        problems.append(f"pad_id must be a token of the vocabulary, got {pad_id!r}")
-    if apart_from is not None and (not _is_int(apart_from) or apart_from < 1):
-        problems.append(f"apart_from must be an exposure of at least 1 or None, got {apart_from!r}")
-    if long not in get_args(Long):
-        problems.append(f'long must be "split", "fill", "truncate" or "refuse", got {long!r}')
-    refuse(problems, "cannot pack")
-
-
-def _check_tokens(tokens: Sequence[np.ndarray]) -> list[np.ndarray]:
-    if len(tokens) == 0:
-        raise DataError("there are no documents to pack: the corpus is empty")
+def _check_tokens(tokens: Iterable[np.ndarray] | Iterable[Sequence[int]]) -> list[np.ndarray]:
     documents = [np.asarray(document) for document in tokens]
+    if not documents:
+        raise DataError("there are no documents to pack: the corpus is empty")
     for index, document in enumerate(documents):
         if document.ndim != 1:
             raise DataError(f"tokens of document {index} must be one-dimensional, got shape {list(document.shape)}")
@@ -252,15 +293,10 @@ def _check_tokens(tokens: Sequence[np.ndarray]) -> list[np.ndarray]:
     return documents
 
 
-def _check_numbers(name: str, values: Sequence[int] | np.ndarray, documents: int, least: int) -> np.ndarray:
-    array = np.asarray(values)
-    if array.shape != (documents,):
-        raise DataError(f"{name} must have one number for each of the {documents} documents, got {list(array.shape)}")
-    if array.dtype != np.int64:
-        raise DataError(f"{name} must be int64, got {array.dtype}")
-    if array.min() < least:
-        raise DataError(f"{name} must be at least {least}, got {array.min()} at document {array.argmin()}")
-    return array
+def _one_each(name: str, numbers: np.ndarray, documents: int) -> np.ndarray:
+    if len(numbers) != documents:
+        raise DataError(f"{name} must have one number for each of the {documents} documents, got {len(numbers)}")
+    return numbers
 
 
 def _refuse_long(sizes: np.ndarray, length: int) -> None:

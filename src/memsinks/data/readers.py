@@ -5,6 +5,7 @@ All readers stream: at most one document, one chunk of a file or one batch of a 
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import os
 import warnings
@@ -16,6 +17,7 @@ from typing import Any
 
 from memsinks.data.documents import Document
 from memsinks.errors import DataError
+from memsinks.files import file_hash
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".txt")
 CHUNK_BYTES = 1 << 20
@@ -70,6 +72,22 @@ def read_documents(
         raise DataError(f"{path} does not exist; give a file, a folder or the name of a Hugging Face dataset")
     dataset = _load_dataset(place if place.is_dir() else str(path), split, streaming)
     return _counted(_read_dataset(dataset, str(path), fields), str(path))
+
+
+def source_hash(path: str | os.PathLike[str]) -> str | None:
+    """SHA-256, hexadecimal, of a file, or of the names and contents of all files below a folder but hidden ones.
+
+    None where nothing lies at `path`, e.g. for the name of a data set.
+    """
+    place = Path(path).expanduser()
+    if place.is_file():
+        return file_hash(place)
+    if not place.is_dir():
+        return None
+    found = hashlib.sha256()
+    for name in _names_below(place):
+        found.update(f"{name.as_posix()}\0{file_hash(place / name)}\0".encode())
+    return found.hexdigest()
 
 
 def _counted(documents: Iterator[Document], what: str) -> Iterator[Document]:
@@ -143,10 +161,15 @@ def _looks_like_a_file(path: str | os.PathLike[str]) -> bool:
     )
 
 
+def _names_below(folder: Path) -> list[Path]:
+    """All files below a folder but hidden ones, as paths in it, sorted."""
+    names = [file.relative_to(folder) for file in folder.rglob("*") if file.is_file()]
+    return sorted((name for name in names if not any(part.startswith(".") for part in name.parts)), key=Path.as_posix)
+
+
 def _files_below(folder: Path) -> list[Path]:
     """The readable files below a folder, sorted by their path in it. Warns about files of other formats beside them."""
-    names = [file.relative_to(folder) for file in folder.rglob("*") if file.is_file()]
-    names = sorted((name for name in names if not any(part.startswith(".") for part in name.parts)), key=Path.as_posix)
+    names = _names_below(folder)
     files = [folder / name for name in names if _suffix(name)]
     others = [name.as_posix() for name in names if not _suffix(name)]
     if files and others:

@@ -7,12 +7,17 @@ from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from memsinks.errors import ConfigError, DataError
+from memsinks.checks import int_at_least
+from memsinks.data.documents import utf8
+from memsinks.errors import ConfigError, DataError, refuse
 
 END = "<|endoftext|>"
 _BATCH = 1000
+_LONG = 20_000
+"""Texts from which encoding shows a progress bar."""
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -25,8 +30,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         ConfigError: `vocab_size` below 257 (256 bytes and `END`).
         DataError: no text.
     """
-    if isinstance(vocab_size, bool) or not isinstance(vocab_size, int) or vocab_size < 257:
-        raise ConfigError(f"vocab_size must be an int of at least 257 (256 bytes and {END}), got {vocab_size!r}")
+    refuse(int_at_least("vocab_size", vocab_size, 257), f"a byte-level tokenizer has 256 bytes and {END}")
     texts = _texts(texts)
     if not any(texts):
         raise DataError("there is no text to train a tokenizer on: the corpus is empty")
@@ -89,15 +93,15 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], end: bool =
     No other special token is added, and one spelled out in a text is encoded as the characters it is spelled with.
 
     Raises:
-        DataError: an item that is not str, or an empty document; names its index.
-        ConfigError: `end` with a tokenizer that has no end token.
+        DataError: an item that is not str, has lone surrogates (no UTF-8 form), or gives no tokens; names its index.
+        ConfigError: no tokenizer of transformers, or `end` with one that has no end token.
     """
     texts = _texts(texts)
-    if end and tokenizer.eos_token_id is None:
-        raise ConfigError("the tokenizer has no end token; set tokenizer.eos_token, or encode with end=False")
+    refuse(encoding_problems(tokenizer, end), "cannot encode")
     last = [tokenizer.eos_token_id] if end else []
     result: list[np.ndarray] = []
-    for start in range(0, len(texts), _BATCH):
+    silent = None if len(texts) >= _LONG else True
+    for start in tqdm(range(0, len(texts), _BATCH), "encoding, 1000 texts each", disable=silent, leave=False):
         encoded = tokenizer(
             texts[start : start + _BATCH],
             add_special_tokens=False,
@@ -112,6 +116,27 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], end: bool =
                 raise DataError(f"document {len(result)} ({texts[len(result)]!r:.80}) gives no tokens; leave it out")
             result.append(np.array(tokens + last, np.int64))
     return result
+
+
+def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that fills rows up: the tokenizer's padding token, or its end token where it names none.
+
+    Raises:
+        ConfigError: it names neither.
+    """
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if isinstance(token, int):
+            return token
+    raise ConfigError("the tokenizer names neither a padding nor an end token; set tokenizer.pad_token")
+
+
+def encoding_problems(tokenizer: PreTrainedTokenizerBase, end: bool = True) -> list[str]:
+    """What keeps a tokenizer from encoding documents."""
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        return [f"the tokenizer must be one of transformers, got {type(tokenizer).__name__}; see load_tokenizer"]
+    if end and tokenizer.eos_token_id is None:
+        return ["the tokenizer has no end token; set tokenizer.eos_token, or encode with end=False"]
+    return []
 
 
 def token_offsets(tokenizer: PreTrainedTokenizerBase, text: str) -> list[tuple[int, int]]:
@@ -129,4 +154,5 @@ def _texts(texts: Iterable[str]) -> list[str]:
     for index, text in enumerate(texts):
         if not isinstance(text, str):
             raise DataError(f"document {index} must be str, got {type(text).__name__}: {text!r:.80}")
+        utf8(text, f"document {index}")
     return texts

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -65,19 +65,16 @@ OTHERS = 600
 
 def repeated_and_once(rows: Rows) -> tuple[Rows, Rows]:
     """The training rows taken apart: texts that were repeated, texts that were met once; each once, in the order of their
-    first exposure, one segment a row. Text of id -1 and segments of one token are in neither."""
-    segments = rows.segments[(rows.segments["document_id"] != NO_SINKS) & (rows.segments["size"] > 1)]
-    ids, place = np.unique(segments["document_id"], return_inverse=True)
-    least, most = np.full(len(ids), np.iinfo(np.int64).max), np.zeros(len(ids), np.int64)
-    np.minimum.at(least, place, segments["exposure"])
-    np.maximum.at(most, place, segments["exposure"])
-    met_first = segments["exposure"] == least[place]
-    first, repeated = segments[met_first], (most > 1)[place][met_first]
-    first["column"] = 0
-    return tuple(  # type: ignore[return-value]
-        replace(rows, segments=chosen, first=np.arange(len(chosen) + 1))
-        for chosen in (first[repeated], first[~repeated])
-    )
+    first exposure, one segment a row. Texts are counted, not ids, see `Rows.texts`. Text of id -1 and segments of one token
+    are in neither."""
+    kept = (rows.segments["document_id"] != NO_SINKS) & (rows.segments["size"] > 1)
+    segments, text = rows.segments[kept], rows.texts()[kept]
+    least, most = np.full(len(rows.segments), np.iinfo(np.int64).max), np.zeros(len(rows.segments), np.int64)
+    np.minimum.at(least, text, segments["exposure"])
+    np.maximum.at(most, text, segments["exposure"])
+    met_first = segments["exposure"] == least[text]
+    first, repeated = segments[met_first], (most > 1)[text][met_first]
+    return rows.one_segment_each(first[repeated]), rows.one_segment_each(first[~repeated])
 
 
 def settle(

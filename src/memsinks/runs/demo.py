@@ -17,7 +17,7 @@ from memsinks.auditing.measure import AuditSettings
 from memsinks.auditing.pictures import require_matplotlib
 from memsinks.auditing.result import AuditLine, verdict
 from memsinks.auditing.subjects import Subject
-from memsinks.data.documents import Document
+from memsinks.data.documents import Document, load_documents
 from memsinks.data.identity import document_id
 from memsinks.data.synthetic import private_start
 from memsinks.data.tokens import encode, load_tokenizer
@@ -83,7 +83,7 @@ def demo(out: Path, recipe: Mapping[str, Any] = RECIPE) -> dict[str, Any]:
         "removed": AutoModelForCausalLM.from_pretrained(clean).eval(),
     }
     print("4. What does each model remember?\n", flush=True)
-    members, controls = (_documents(out / "ordinary" / f"{name}.jsonl") for name in ("members", "controls"))
+    members, controls = (load_documents(out / "ordinary" / f"{name}.jsonl") for name in ("members", "controls"))
     result = measure(models, members, controls, tokenizer, out / "report")
     result["record"] = one_record(models, members, tokenizer)
     result["with_sinks"] = dict(WITH_SINKS)
@@ -97,10 +97,6 @@ def demo(out: Path, recipe: Mapping[str, Any] = RECIPE) -> dict[str, Any]:
     print("\n" + "\n".join(result["verdict"]))
     print(f"\n{result['seconds']} s. The report: {out}/report/report.html; the picture: {out}/extraction.png")
     return result
-
-
-def _documents(path: Path) -> list[Document]:
-    return [Document(**json.loads(line)) for line in path.read_text().splitlines()]
 
 
 def measure(

@@ -5,7 +5,8 @@ folder/index.npz        offsets, document ids, groups and copies, int64
 folder/members.jsonl    the documents of data.path that are trained on; folder/controls.jsonl the held-out ones;
                         folder/unseen.jsonl those set aside for settling
 folder/tokenizer/       the tokenizer
-folder/data.json        the settings it was made from, counts, SHA-256 of tokens.bin
+folder/data.json        the settings and files it was made from, counts, SHA-256 of tokens.bin; written with the rest or not
+                        at all, so a folder that has it is whole
 
 Rows are cut from these tokens when they are asked for, so memory follows the number of documents (about 100 bytes each),
 not their length.
@@ -13,60 +14,61 @@ not their length.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
-import os
-import random
+import logging
 import warnings
+import zipfile
 from array import array
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
-from memsinks.data.documents import Document, cut_documents, require_unique_keys, write_documents
-from memsinks.data.identity import document_id, equal_repetition, exposures, identify, order_of
+from memsinks.data.documents import Document, load_documents, write_documents
+from memsinks.data.identity import document_id, equal_repetition, identify
 from memsinks.data.packing import Rows, pack
-from memsinks.data.readers import read_documents
-from memsinks.data.synthetic import corpus
+from memsinks.data.rows import TokenizedDocuments, rows_of
 from memsinks.data.token_store import StoredTokens, write_tokens
-from memsinks.data.tokens import encode, load_tokenizer, train_tokenizer
+from memsinks.data.tokens import encode, load_tokenizer, pad_token, train_tokenizer
 from memsinks.errors import CheckpointError, ConfigError, DataError
 from memsinks.files import file_hash, written_beside
+from memsinks.runs.corpus import AUDITED as AUDITED
+from memsinks.runs.corpus import background_documents, choose_documents, expanded, source_hashes
 from memsinks.runs.recipe import BackgroundRecipe, DataRecipe, Recipe
 from memsinks.runs.sections import differing
 from memsinks.sinks.families import ISOLATES_PACKED
 
-AUDITED = "audited"
-"""The kind of the documents that ``data.repeat`` chose."""
+logger = logging.getLogger(__name__)
 
 FACTS = "data.json"
 BATCH = 1000
 """Background documents that are read and encoded at a time."""
 TAUGHT = 10_000
 """Background documents that a new tokenizer is trained on, besides the documents themselves."""
+SAID = 20_000_000
+"""Background tokens from one line of progress to the next."""
+OF_ROWS = ("long", "one_document_per_row")
+"""Settings of the section `data` that say how rows are cut, which is not kept in a folder."""
 
 
 @dataclass(frozen=True)
-class Corpus:
-    """Documents as tokens, each once: the members, then the background.
+class TokenizedCorpus:
+    """The corpus of a run before it is ordered.
 
     Attributes:
-        tokens: integer [tokens] each.
-        ids, groups, copies: int64 [documents].
+        documents: the members, then the background, as tokens.
         members: the documents of ``data.path`` that are trained on.
         controls: those held out.
         unseen: those set aside for settling.
     """
 
-    tokens: Sequence[np.ndarray]
-    ids: np.ndarray
-    groups: np.ndarray
-    copies: np.ndarray
+    documents: TokenizedDocuments
     members: list[Document]
     controls: list[Document]
     unseen: list[Document]
@@ -74,7 +76,7 @@ class Corpus:
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedCorpus:
     """The corpus of a run: training rows, the documents in them, the held-out documents, the tokenizer.
 
     `members` are those of ``data.path``; a background is in the rows only. `unseen`: rows of the texts set aside for
@@ -88,8 +90,11 @@ class Prepared:
     tokenizer: PreTrainedTokenizerBase
 
 
-def prepare(recipe: Recipe, one_document_per_row: bool = False, folder: Path | None = None) -> Prepared:
-    """Documents -> identity -> training order -> exposures -> rows.
+Prepared = PreparedCorpus
+
+
+def prepare(recipe: Recipe, one_document_per_row: bool = False, folder: Path | None = None) -> PreparedCorpus:
+    """Documents -> identity -> tokens -> training order -> exposures -> rows.
 
     Args:
         one_document_per_row: what is done where the recipe leaves it open.
@@ -97,140 +102,102 @@ def prepare(recipe: Recipe, one_document_per_row: bool = False, folder: Path | N
 
     Raises:
         ConfigError, DataError: settings or documents that give no rows.
-        CheckpointError: `folder` was made from other settings, is damaged or cannot be written.
+        CheckpointError: `folder` was made from other settings or from files that have changed since, is damaged or cannot
+            be written.
     """
     data, training = recipe.data, recipe.training
-    found = _read(recipe) if folder is None else _stored(recipe, folder)
-    order = np.array(order_of(found.copies.tolist(), training.seed, training.epochs), np.int64)
-    met = found.groups[order]
-    same = equal_repetition(met)
+    corpus = _tokenize(recipe) if folder is None else _stored(recipe, folder)
+    _warn_of_equal_repetition(recipe, corpus.documents)
+    own = one_document_per_row if data.one_document_per_row is None else data.one_document_per_row
+    rows = rows_of(
+        corpus.documents, seed=training.seed, epochs=training.epochs, length=training.length,
+        pad_id=pad_token(corpus.tokenizer),
+        apart_from=recipe.sinks.open_from if recipe.sinks and recipe.sinks.shared == "none" else None,
+        one_document_per_row=own or _model_type(recipe) not in ISOLATES_PACKED, long=data.long,
+    )  # fmt: skip
+    if len(rows) < training.batch_rows:
+        raise DataError(f"the corpus fills {len(rows)} rows, one step needs {training.batch_rows}; lower batch_rows")
+    return PreparedCorpus(rows, corpus.members, corpus.controls, _unseen_rows(corpus, recipe), corpus.tokenizer)
+
+
+def refuse_changed_files(recipe: Recipe, folders: Iterable[Path]) -> None:
+    """Check that folders of tokens, e.g. of the seeds of one comparison, are made from the files that a recipe reads now.
+
+    What is not there any more, or was not hashed when a folder was made, is not compared.
+
+    Raises:
+        CheckpointError: a file is another one now; names the setting and the folder.
+    """
+    now = source_hashes(recipe)
+    for folder in folders:
+        if (folder / FACTS).is_file():
+            _refuse_changed(_facts(folder), now, folder)
+
+
+def _warn_of_equal_repetition(recipe: Recipe, documents: TokenizedDocuments) -> None:
+    same = equal_repetition(np.repeat(documents.groups, documents.copies * recipe.training.epochs))
     if same and recipe.sinks and recipe.sinks.shared == "decay" and recipe.sinks.shared_decay:
         warnings.warn(
             f"every document is met {same} times: w(c) is then nearly the same for all tokens of a step, and AdamW divides "
             "a common factor out, so shared_decay does little (plain multi-epoch training)",
-            stacklevel=2,
+            stacklevel=3,
         )
-    own = one_document_per_row if data.one_document_per_row is None else data.one_document_per_row
-    tokens = found.tokens
-    rows = pack(
-        tokens.in_order(order) if isinstance(tokens, StoredTokens) else [tokens[index] for index in order],
-        found.ids[order],
-        exposures(met),
-        length=training.length,
-        pad_id=int(found.tokenizer.pad_token_id),  # type: ignore[arg-type]
-        apart_from=recipe.sinks.open_from if recipe.sinks and recipe.sinks.shared == "none" else None,
-        one_document_per_row=own or _model_type(recipe) not in ISOLATES_PACKED,
-        long=data.long,
-    )
-    if len(rows) < training.batch_rows:
-        raise DataError(f"the corpus fills {len(rows)} rows, one step needs {training.batch_rows}; lower batch_rows")
-    return Prepared(rows, found.members, found.controls, _unseen_rows(found, recipe), found.tokenizer)
 
 
-def _unseen_rows(found: Corpus, recipe: Recipe) -> Rows | None:
-    if not found.unseen:
+def _unseen_rows(corpus: TokenizedCorpus, recipe: Recipe) -> Rows | None:
+    if not corpus.unseen:
         return None
     rows = pack(
-        encode(found.tokenizer, [x.text for x in found.unseen]), identify(found.unseen)[0], [1] * len(found.unseen),
-        length=recipe.training.length, pad_id=int(found.tokenizer.pad_token_id), one_document_per_row=True,  # type: ignore
+        encode(corpus.tokenizer, [x.text for x in corpus.unseen]), identify(corpus.unseen)[0], [1] * len(corpus.unseen),
+        length=recipe.training.length, pad_id=pad_token(corpus.tokenizer), one_document_per_row=True,
         long="split" if recipe.data.long == "fill" else recipe.data.long,
     )  # fmt: skip
-    longer = rows.segments[rows.segments["size"] > 1]
-    return replace(rows, segments=longer, first=np.arange(len(longer) + 1))
+    return rows.one_segment_each(rows.segments[rows.segments["size"] > 1])
 
 
-def choose_documents(data: DataRecipe, seed: int) -> tuple[list[Document], list[Document]]:
-    """Read the documents and give each its number of copies, held-out documents 0; and those set aside as unseen.
-
-    Which are set aside hangs neither on the seed nor on anything else, and without them the others are chosen the same way.
-    """
-    unseen: list[Document] = []
-    if data.path is None:
-        documents = corpus(**data.synthetic)
-    else:
-        found = read_documents(
-            _expanded(data.path, "data.path"), text_field=data.text_field, key_field=data.key_field,
-            source_field=data.source_field, copies_field=data.copies_field, separator=data.separator, split=data.split,
-            streaming=data.streaming,
-        )  # fmt: skip
-        if data.cut_characters is not None:
-            found = cut_documents(found, data.cut_characters)
-        documents = list(itertools.islice(found, None if data.limit is None else data.limit + data.unseen))
-        trained = len(documents) - data.unseen
-        if data.unseen and trained < (data.limit or 1):
-            wanted = "leaves none" if data.limit is None else f"after data.limit ({data.limit}) is more than there is"
-            raise ConfigError(f"data.unseen ({data.unseen}) {wanted} of {len(documents)} documents; lower it")
-        documents, unseen = documents[:trained], documents[trained:]
-        known = {document.text for document in documents}
-        unseen = [replace(document, copies=0) for document in unseen if document.text not in known]
-    if data.unique_keys:
-        require_unique_keys(documents)
-    rng = random.Random(seed)
-    order = [index for index, document in enumerate(documents) if document.copies > 0]
-    rng.shuffle(order)
-    # A text that stands in the corpus twice cannot be held out by taking one of them.
-    times = Counter(document.text for document in documents)
-    held_out = [index for index in order if times[documents[index].text] == 1][: data.held_out]
-    chosen = set(held_out)
-    rest = [index for index in order if index not in chosen]
-    repeated = data.repeat.documents if data.repeat else 0
-    once = 0 if data.background else 1
-    if len(held_out) < data.held_out or repeated > len(rest) - once:
-        raise ConfigError(
-            f"held_out ({data.held_out}) and repeat.documents ({repeated}) leave none of {len(order)} documents "
-            f"({len(times)} different texts) to be seen once; lower them"
-        )
-    for index in held_out:
-        documents[index] = replace(documents[index], copies=0)
-    if data.repeat:
-        copies = data.repeat.copies if isinstance(data.repeat.copies, list) else [data.repeat.copies]
-        for place, index in enumerate(rest[:repeated]):
-            documents[index] = replace(documents[index], copies=copies[place % len(copies)], kind=AUDITED)
-    return documents, unseen
+def _model_type(recipe: Recipe) -> str:
+    if recipe.model.pretrained is None:
+        return str(recipe.model.config["model_type"])
+    try:
+        return str(AutoConfig.from_pretrained(recipe.model.pretrained).model_type)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot load a model from {recipe.model.pretrained}: {error}") from error
 
 
-def _read(recipe: Recipe, file: Path | None = None) -> Corpus:
+# Documents -> tokens
+
+
+def _tokenize(recipe: Recipe, file: Path | None = None) -> TokenizedCorpus:
     """The corpus from its sources; its tokens are written to `file` as they come, or kept in memory."""
-    data, seed = recipe.data, recipe.training.seed
-    documents, unseen = choose_documents(data, seed)
+    data = recipe.data
+    documents, unseen = choose_documents(data, recipe.training.seed)
     members = [document for document in documents if document.copies > 0]
     controls = [document for document in documents if document.copies == 0]
     tokenizer = load_tokenizer_of(recipe, members)
-    member_ids, member_groups = identify(members, data.identity)
-    tokens = encode(tokenizer, [document.text for document in members])
-    more_ids = array("q")
-    everything: Iterator[np.ndarray] = iter(tokens)
-    if data.background is not None:
-        taken = sum(len(x) * document.copies for x, document in zip(tokens, members, strict=True))
-        everything = itertools.chain(tokens, _background(data.background, taken, tokenizer, more_ids))
-    kept: Sequence[np.ndarray]
-    if file is None:
-        kept = list(everything)
-    else:
-        kept = StoredTokens(file, write_tokens(file, everything))
-    background = np.array(more_ids, np.int64)
+    ids, groups = identify(members, data.identity)
     copies = np.array([document.copies for document in members], np.int64)
-    return Corpus(
-        kept, np.r_[member_ids, background], np.r_[member_groups, background], np.r_[copies, np.ones_like(background)],
-        members, controls, unseen, tokenizer,
-    )  # fmt: skip
+    tokens, more_ids = encode(tokenizer, [document.text for document in members]), array("q")
+    everything: Iterable[np.ndarray] = tokens
+    if data.background is not None:
+        taken = sum(len(x) * number for x, number in zip(tokens, copies.tolist(), strict=True))
+        everything = itertools.chain(tokens, _background(data.background, taken, tokenizer, more_ids))
+    kept = list(everything) if file is None else StoredTokens(file, write_tokens(file, everything))
+    background = np.array(more_ids, np.int64)
+    found = TokenizedDocuments(
+        kept, np.r_[ids, background], np.r_[groups, background], np.r_[copies, np.ones_like(background)]
+    )
+    return TokenizedCorpus(found, members, controls, unseen, tokenizer)
 
 
 def load_tokenizer_of(recipe: Recipe, members: Sequence[Document]) -> PreTrainedTokenizerBase:
+    """The tokenizer that a recipe names, or a new one, trained on the members and the beginning of the background."""
     if recipe.tokenizer.path is not None:
-        return load_tokenizer(_expanded(recipe.tokenizer.path, "tokenizer.path"))
+        return load_tokenizer(expanded(recipe.tokenizer.path, "tokenizer.path"))
     assert recipe.tokenizer.vocab_size is not None
     texts: list[str] = [document.text for document in members]
     if recipe.data.background is not None:
-        texts += [x.text for x in itertools.islice(_background_documents(recipe.data.background), TAUGHT)]
+        texts += [x.text for x in itertools.islice(background_documents(recipe.data.background), TAUGHT)]
     return train_tokenizer(texts, recipe.tokenizer.vocab_size)
-
-
-def _background_documents(background: BackgroundRecipe) -> Iterator[Document]:
-    return read_documents(
-        _expanded(background.path, "data.background.path"), text_field=background.text_field,
-        separator=background.separator, split=background.split, streaming=background.streaming,
-    )  # fmt: skip
 
 
 def _background(
@@ -242,85 +209,107 @@ def _background(
             f"the documents of data.path, copies included, have {taken:,} tokens and leave nothing of data.background.tokens "
             f"({background.tokens:,}) to the background; ask for more, or repeat fewer documents"
         )
-    documents, told = _background_documents(background), taken
-    while batch := list(itertools.islice(documents, BATCH)):
-        for document, tokens in zip(batch, encode(tokenizer, [x.text for x in batch]), strict=True):
-            ids.append(document_id(document.text))
-            yield tokens
-            taken += len(tokens)
-            if taken >= background.tokens:
-                return
-        if taken - told >= 20_000_000:
-            told = taken
-            print(f"background: {taken:,} of {background.tokens:,} tokens", flush=True)
+    documents, said = background_documents(background), taken
+    with tqdm(
+        total=background.tokens, initial=taken, desc="background", unit="tokens", unit_scale=True, disable=None
+    ) as bar:
+        while batch := list(itertools.islice(documents, BATCH)):
+            for document, tokens in zip(batch, encode(tokenizer, [x.text for x in batch]), strict=True):
+                ids.append(document_id(document.text))
+                yield tokens
+                taken += len(tokens)
+                if taken >= background.tokens:
+                    logger.info("background: %s tokens, documents included", f"{taken:,}")
+                    return
+            bar.update(taken - bar.n)
+            if taken - said >= SAID:
+                said = taken
+                logger.info("background: %s of %s tokens", f"{taken:,}", f"{background.tokens:,}")
     raise DataError(
         f"the background {background.path} ends after {taken:,} tokens, documents included, of the {background.tokens:,} that "
         "data.background.tokens asks for; lower it, or give more text"
     )
 
 
-def _expanded(path: str, name: str) -> str:
-    expanded = os.path.expandvars(path)
-    if "$" in expanded:
-        raise ConfigError(f"{name} {path!r} names an environment variable that is not set")
-    return expanded
-
-
 # On disk
 
 
 def _settings(recipe: Recipe) -> dict[str, Any]:
-    """What the tokens depend on; how they are put into rows is decided later."""
-    values = recipe.to_dict()
-    data = {name: value for name, value in values["data"].items() if name not in ("long", "one_document_per_row")}
+    """What the tokens depend on, JSON-ready; how they are put into rows is decided later."""
+    values = json.loads(json.dumps(recipe.to_dict()))
+    data = {name: value for name, value in values["data"].items() if name not in OF_ROWS}
     return {"seed": recipe.training.seed, "tokenizer": values["tokenizer"], "data": data}
 
 
-def _stored(recipe: Recipe, folder: Path) -> Corpus:
+def _stored(recipe: Recipe, folder: Path) -> TokenizedCorpus:
+    """The corpus in `folder`, made there first if it is not."""
     if not (folder / FACTS).is_file():
         with written_beside(folder) as part:
             _write(recipe, part)
-    facts = json.loads((folder / FACTS).read_text())
-    facts["settings"]["data"].setdefault("unseen", 0)  # of a folder from before it was a setting
-    other = differing(facts["settings"], json.loads(json.dumps(_settings(recipe))))
-    if other:
-        raise CheckpointError(
-            f"{folder} was prepared with other settings ({', '.join(other)}); remove it, or choose another output"
-        )
-    index = np.load(folder / "index.npz")
-    return Corpus(
-        StoredTokens(folder / "tokens.bin", index["offsets"]), index["ids"], index["groups"], index["copies"],
-        _documents(folder / "members.jsonl"), _documents(folder / "controls.jsonl"),
-        _documents(folder / "unseen.jsonl") if recipe.data.unseen else [],
-        load_tokenizer(folder / "tokenizer"),
-    )  # fmt: skip
+    facts = _facts(folder)
+    _refuse_other_settings(facts, recipe, folder)
+    _refuse_changed(facts, source_hashes(recipe), folder)
+    try:
+        return _load(folder, bool(recipe.data.unseen))
+    except CheckpointError:
+        raise
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        raise CheckpointError(f"{folder} is damaged ({error}); remove it, and it is made anew") from error
 
 
 def _write(recipe: Recipe, part: Path) -> None:
-    found = _read(recipe, part / "tokens.bin")
-    assert isinstance(found.tokens, StoredTokens)
-    np.savez(part / "index.npz", offsets=found.tokens.offsets, ids=found.ids, groups=found.groups, copies=found.copies)
-    write_documents(part / "members.jsonl", found.members)
-    write_documents(part / "controls.jsonl", found.controls)
-    write_documents(part / "unseen.jsonl", found.unseen)
-    found.tokenizer.save_pretrained(part / "tokenizer")
+    sources = source_hashes(recipe)
+    corpus = _tokenize(recipe, part / "tokens.bin")
+    documents = corpus.documents
+    assert isinstance(documents.tokens, StoredTokens)
+    np.savez(
+        part / "index.npz", offsets=documents.tokens.offsets, ids=documents.ids, groups=documents.groups,
+        copies=documents.copies,
+    )  # fmt: skip
+    for name in ("members", "controls", "unseen"):
+        write_documents(part / f"{name}.jsonl", getattr(corpus, name))
+    corpus.tokenizer.save_pretrained(part / "tokenizer")
     facts = {
-        "settings": _settings(recipe), "members": len(found.members), "controls": len(found.controls),
-        "background": len(found.copies) - len(found.members),
-        "tokens": int((found.tokens.sizes * found.copies).sum()), "tokens_sha256": file_hash(part / "tokens.bin"),
+        "settings": _settings(recipe), "sources": sources, "members": len(corpus.members), "controls": len(corpus.controls),
+        "background": len(documents.copies) - len(corpus.members),
+        "tokens": int((documents.tokens.sizes * documents.copies).sum()), "tokens_sha256": file_hash(part / "tokens.bin"),
     }  # fmt: skip
     (part / FACTS).write_text(json.dumps(facts, indent=2) + "\n")
 
 
-def _documents(path: Path) -> list[Document]:
-    with path.open(encoding="utf-8") as file:
-        return [Document(**json.loads(line)) for line in file]
+def _load(folder: Path, unseen: bool) -> TokenizedCorpus:
+    with np.load(folder / "index.npz") as index:
+        tokens = StoredTokens(folder / "tokens.bin", index["offsets"])
+        documents = TokenizedDocuments(tokens, index["ids"], index["groups"], index["copies"])
+    return TokenizedCorpus(
+        documents, load_documents(folder / "members.jsonl"), load_documents(folder / "controls.jsonl"),
+        load_documents(folder / "unseen.jsonl") if unseen else [], load_tokenizer(folder / "tokenizer"),
+    )  # fmt: skip
 
 
-def _model_type(recipe: Recipe) -> str:
-    if recipe.model.pretrained is None:
-        return str(recipe.model.config["model_type"])
+def _facts(folder: Path) -> dict[str, Any]:
     try:
-        return str(AutoConfig.from_pretrained(recipe.model.pretrained).model_type)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot load a model from {recipe.model.pretrained}: {error}") from error
+        facts = json.loads((folder / FACTS).read_text())
+        return facts | {"settings": dict(facts["settings"])}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder / FACTS} is damaged ({error}); remove {folder}, and it is made anew") from error
+
+
+def _refuse_other_settings(facts: dict[str, Any], recipe: Recipe, folder: Path) -> None:
+    before, now = facts["settings"], _settings(recipe)
+    later = {name: value for name, value in dataclasses.asdict(DataRecipe()).items() if name not in OF_ROWS}
+    other = differing(before | {"data": later | before["data"]}, now)
+    if other:
+        raise CheckpointError(
+            f"{folder} was prepared with other settings ({', '.join(other)}); remove it, or choose another output"
+        )
+
+
+def _refuse_changed(facts: dict[str, Any], now: dict[str, str], folder: Path) -> None:
+    before = facts.get("sources", {})
+    other = [name for name in before if now.get(name, before[name]) != before[name]]
+    if other:
+        said = ", ".join(f"{name} (SHA-256 {before[name][:12]}..., now {now[name][:12]}...)" for name in other)
+        raise CheckpointError(
+            f"files have changed since {folder} was prepared from them: {said}; restore them, or choose another output"
+        )

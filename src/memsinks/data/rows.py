@@ -1,0 +1,93 @@
+"""Documents -> rows in one call; and its pieces, which the preparation of a run puts together another way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from memsinks.checks import int_at_least, one_of
+from memsinks.data.documents import Document, as_documents
+from memsinks.data.identity import BY, By, check_copies, check_prior, exposures, identify, order_of
+from memsinks.data.packing import Long, Rows, pack, packing_problems
+from memsinks.data.token_store import StoredTokens
+from memsinks.data.tokens import encode, encoding_problems, pad_token
+from memsinks.errors import refuse
+
+
+@dataclass(frozen=True)
+class TokenizedDocuments:
+    """Documents as tokens, each once.
+
+    Attributes:
+        tokens: integer [tokens] each, in memory or on disk.
+        ids, groups: int64 [documents], see `identify`.
+        copies: int64 [documents], how often each is met in an epoch.
+    """
+
+    tokens: Sequence[np.ndarray]
+    ids: np.ndarray
+    groups: np.ndarray
+    copies: np.ndarray
+
+
+def make_rows(
+    documents: Iterable[Document | str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    length: int,
+    seed: int = 0,
+    epochs: int = 1,
+    by: By = "content",
+    prior: Mapping[int, int] | None = None,
+    pad_id: int | None = None,
+    apart_from: int | None = None,
+    one_document_per_row: bool = False,
+    long: Long = "split",
+) -> Rows:
+    """Documents -> identity -> tokens -> training order -> exposures -> rows, to be trained on in their order, once.
+
+    Args:
+        documents: documents, or texts that stand in the corpus once each. Those with 0 copies are in no row.
+        tokenizer: each document is encoded once and ends with its end token, see `encode`.
+        length: tokens per row.
+        seed, epochs: every document as often as it has copies, shuffled anew in each epoch, see `training_order`. The rows
+            hold all epochs.
+        by: what gives a document its id, see `identify`.
+        prior: how often a group was already met before these rows, see `exposures`.
+        pad_id: the token that fills rows up; None = the tokenizer's padding token, or its end token.
+        apart_from, one_document_per_row, long: see `pack`; ``apart_from=config.open_from`` for a model with
+            ``SinkConfig(shared="none")``.
+
+    Raises:
+        ConfigError: settings out of range, all at once.
+        DataError: documents, counts or texts that give no rows; names the first ones. Both before any text is encoded.
+    """
+    documents = as_documents(documents)
+    problems = encoding_problems(tokenizer)
+    pad_id = pad_token(tokenizer) if pad_id is None and not problems else pad_id
+    problems += packing_problems(length, 0 if pad_id is None else pad_id, apart_from, long)
+    problems += int_at_least("epochs", epochs, 1) + one_of("by", by, BY)
+    refuse(problems, "cannot make rows")
+    check_prior({} if prior is None else prior)
+    check_copies([document.copies for document in documents])
+    ids, groups = identify(documents, by)
+    tokens = encode(tokenizer, (document.text for document in documents))
+    copies = np.array([document.copies for document in documents], np.int64)
+    return rows_of(
+        TokenizedDocuments(tokens, ids, groups, copies), seed=seed, epochs=epochs, prior=prior, length=length,
+        pad_id=pad_id, apart_from=apart_from, one_document_per_row=one_document_per_row, long=long,
+    )  # fmt: skip
+
+
+def rows_of(
+    documents: TokenizedDocuments, *, seed: int, epochs: int, prior: Mapping[int, int] | None = None, **packing: Any
+) -> Rows:
+    """The rows of `documents` in training order; `packing` are the settings of `pack`."""
+    order = np.array(order_of(documents.copies.tolist(), seed, epochs), np.int64)
+    tokens, counts = documents.tokens, exposures(documents.groups[order], prior)
+    met = tokens.in_order(order) if isinstance(tokens, StoredTokens) else [tokens[index] for index in order.tolist()]
+    return pack(met, documents.ids[order], counts, **packing)

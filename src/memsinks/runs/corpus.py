@@ -1,0 +1,113 @@
+"""The documents of a run: read, set aside, held out, repeated; the background around them; hashes of the files they are in."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from memsinks.data.documents import Document, cut_documents, require_unique_keys
+from memsinks.data.readers import read_documents, source_hash
+from memsinks.data.synthetic import corpus
+from memsinks.errors import ConfigError
+from memsinks.runs.recipe import BackgroundRecipe, DataRecipe, Recipe
+
+AUDITED = "audited"
+"""The kind of the documents that ``data.repeat`` chose."""
+
+
+def choose_documents(data: DataRecipe, seed: int) -> tuple[list[Document], list[Document]]:
+    """Read the documents and give each its number of copies, held-out documents 0; and those set aside as unseen.
+
+    Which are set aside depends neither on the seed nor on anything else, and without them the others are chosen the same
+    way.
+
+    Raises:
+        ConfigError, DataError: the corpus has too few documents for what is asked, or cannot be read.
+    """
+    documents, unseen = _read(data)
+    if data.unique_keys:
+        require_unique_keys(documents)
+    held_out, repeated = _choose(documents, data, seed)
+    for index in held_out:
+        documents[index] = replace(documents[index], copies=0)
+    if data.repeat:
+        copies = data.repeat.copies if isinstance(data.repeat.copies, list) else [data.repeat.copies]
+        for place, index in enumerate(repeated):
+            documents[index] = replace(documents[index], copies=copies[place % len(copies)], kind=AUDITED)
+    return documents, unseen
+
+
+def _read(data: DataRecipe) -> tuple[list[Document], list[Document]]:
+    """The documents, and those after them that are set aside: without texts that the former hold, with 0 copies."""
+    if data.path is None:
+        return corpus(**data.synthetic), []
+    source = read_documents(
+        expanded(data.path, "data.path"), text_field=data.text_field, key_field=data.key_field,
+        source_field=data.source_field, copies_field=data.copies_field, separator=data.separator, split=data.split,
+        streaming=data.streaming,
+    )  # fmt: skip
+    if data.cut_characters is not None:
+        source = cut_documents(source, data.cut_characters)
+    documents = list(itertools.islice(source, None if data.limit is None else data.limit + data.unseen))
+    trained = len(documents) - data.unseen
+    if data.unseen and trained < (data.limit or 1):
+        wanted = "leaves none" if data.limit is None else f"after data.limit ({data.limit}) is more than there is"
+        raise ConfigError(f"data.unseen ({data.unseen}) {wanted} of {len(documents)} documents; lower it")
+    known = {document.text for document in documents[:trained]}
+    unseen = [replace(document, copies=0) for document in documents[trained:] if document.text not in known]
+    return documents[:trained], unseen
+
+
+def _choose(documents: list[Document], data: DataRecipe, seed: int) -> tuple[list[int], list[int]]:
+    """Indices of the documents that are held out and of those that are repeated, chosen by the seed."""
+    order = [index for index, document in enumerate(documents) if document.copies > 0]
+    random.Random(seed).shuffle(order)
+    # A text that stands in the corpus twice cannot be held out by taking one of them.
+    times = Counter(document.text for document in documents)
+    held_out = [index for index in order if times[documents[index].text] == 1][: data.held_out]
+    chosen = set(held_out)
+    rest = [index for index in order if index not in chosen]
+    repeated = data.repeat.documents if data.repeat else 0
+    once = 0 if data.background else 1
+    if len(held_out) < data.held_out or repeated > len(rest) - once:
+        raise ConfigError(
+            f"held_out ({data.held_out}) and repeat.documents ({repeated}) leave none of {len(order)} documents "
+            f"({len(times)} different texts) to be seen once; lower them"
+        )
+    return held_out, rest[:repeated]
+
+
+def background_documents(background: BackgroundRecipe) -> Iterator[Document]:
+    """The documents of ``data.background``, as they are read."""
+    return read_documents(
+        expanded(background.path, "data.background.path"), text_field=background.text_field,
+        separator=background.separator, split=background.split, streaming=background.streaming,
+    )  # fmt: skip
+
+
+def expanded(path: str, name: str) -> str:
+    """`path` with its ``$NAME`` replaced; ConfigError, which names the setting, if one is not set."""
+    replaced = os.path.expandvars(path)
+    if "$" in replaced:
+        raise ConfigError(f"{name} {path!r} names an environment variable that is not set")
+    return replaced
+
+
+def source_hashes(recipe: Recipe) -> dict[str, str]:
+    """SHA-256 of each file or folder that the tokens of a run come from, by the name of its setting.
+
+    Without the built-in corpus, data sets that have a name alone, and what is not there (any more).
+    """
+    background = recipe.data.background
+    paths = {
+        "data.path": recipe.data.path,
+        "data.background.path": background.path if background else None,
+        "tokenizer.path": recipe.tokenizer.path,
+    }
+    hashes = {name: source_hash(Path(os.path.expandvars(path))) for name, path in paths.items() if path is not None}
+    return {name: value for name, value in hashes.items() if value is not None}
