@@ -69,7 +69,9 @@ def world(corpus: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     ms.add_sinks(model, SINKS)
     rows = corpus["rows"]
     optimizer = ms.AdamW(ms.param_groups(model, lr=1e-3))
-    batches = [ms.collate([rows[x] for x in range(start, min(start + 4, len(rows)))]) for start in range(0, len(rows), 4)]
+    batches = [
+        ms.collate([rows[x] for x in range(start, min(start + 4, len(rows)))]) for start in range(0, len(rows), 4)
+    ]
     return corpus | {"model": model, "optimizer": optimizer, "batches": batches}
 
 
@@ -240,14 +242,9 @@ def check_command(words: list[str], where: str) -> None:
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
     match words:
         case ["memsinks", *arguments]:
-            try:
+            with pytest.raises((Parsed, SystemExit)) as stopped:
                 main(arguments)
-            except Parsed:
-                return
-            except SystemExit as error:
-                assert error.code == 0, f"{where}: {' '.join(words)}"
-                return
-            pytest.fail(f"{where}: {' '.join(words)} was not parsed")
+            assert getattr(stopped.value, "code", 0) == 0, f"{where}: {' '.join(words)}"
         case ["make", *wanted]:
             assert set(wanted) <= targets, where
         case [python, script, *_] if python.endswith("python"):
