@@ -4,7 +4,7 @@
     python experiments/removal/screen.py --table          # table.md beside this file, from results/
     python experiments/removal/screen.py --list
 
-Finished runs are kept in results/ and not made again. What was expected of each and what came out: docs/experiments.md.
+Finished runs are kept in results/ and not made again. What was expected of each and what came out: experiments/LOG.md.
 """
 
 from __future__ import annotations
