@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 from memsinks.data.tokens import train_tokenizer
 from memsinks.errors import ArchitectureError, CheckpointError, ConfigError
 from memsinks.removal.export import export
-from memsinks.removal.verify import logits_in_fresh_process
+from memsinks.removal.verify import logits_in_fresh_process, verify, verify_closed
 from memsinks.sinks.attach import add_sinks
 from memsinks.sinks.config import SinkConfig
 from memsinks.sinks.opening import sinks_closed, sinks_open
@@ -189,7 +190,7 @@ def no_load(folders, tokens) -> list[Tensor]:
 
 @pytest.mark.parametrize(
     ("fake", "message"),
-    [(wrong_logits, "^the exported checkpoint computes other logits"), (not_a_number, "^the exported .*error nan"),
+    [(wrong_logits, "^the checkpoint computes other logits"), (not_a_number, "^the checkpoint .*error nan"),
      (no_load, "^a fresh process could not load the checkpoint: out of memory$")],
 )  # fmt: skip
 @pytest.mark.parametrize("there", [True, False])
@@ -200,6 +201,51 @@ def test_failing_verification_leaves_nothing(tiny_llama, tmp_path, monkeypatch, 
     with pytest.raises(CheckpointError, match=message):
         export(build("llama", {}, tiny_llama), tmp_path / "clean")
     assert list(tmp_path.rglob("*")) == ([tmp_path / "clean"] if there else [])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [(lambda x: x, None), (lambda x: x * (1 + 5e-5), None), (lambda x: x.double(), None), (lambda x: x.bfloat16(), "b computes"),
+     (lambda x: x * 1.001, "b computes other logits than the model: relative error 0.001"), (lambda x: x[:1], "b gives logits"),
+     (lambda x: x * float("nan"), "b computes other logits .* nan")],
+)  # fmt: skip
+def test_folders_are_checked_against_the_logits_they_should_give(monkeypatch, change, message) -> None:
+    found = {Path("a"): torch.randn(2, 12, 64), Path("b"): torch.randn(2, 12, 64)}
+    monkeypatch.setattr(
+        import_module("memsinks.removal.verify"),
+        "logits_in_fresh_process",
+        lambda folders, _: [found[x] for x in folders],
+    )
+    expected = {Path("b"): change(found[Path("b")]), Path("a"): found[Path("a")]}
+    with nullcontext() if message is None else pytest.raises(CheckpointError, match=message):
+        verify(expected, TOKENS)
+    verify({Path("a"): found[Path("a")] * 1.02}, TOKENS, tolerance=3e-2)
+
+
+def test_a_model_that_was_quantized_once_exports_a_config_that_does_not_say_so(tiny_llama, tmp_path) -> None:
+    """As after loading a GGUF file, whose weights are dequantized while the entry stays."""
+    model = build("llama", {}, tiny_llama)
+    model.config.quantization_config = {"quant_method": "gguf"}
+    config = json.loads((export(model, tmp_path / "clean", verify=False) / "config.json").read_text())
+    assert "quantization_config" not in config and config["hidden_size"] == 16
+    assert model.config.quantization_config == {"quant_method": "gguf"}
+
+
+def test_the_check_keeps_the_mode_of_every_module_and_writes_nothing(tiny_llama, tmp_path, monkeypatch) -> None:
+    model = build("llama", {}, tiny_llama).train()
+    model.model.layers[0].eval()
+    modes = [module.training for module in model.modules()]
+    want = []
+    monkeypatch.setattr(import_module("memsinks.removal.verify"), "verify", lambda expected, *_: want.append(expected))
+    verify_closed(model, tmp_path)
+    assert modes == [module.training for module in model.modules()] and not list(tmp_path.iterdir())
+    assert torch.equal(want[0][tmp_path], forward_of_check(model.eval()))
+
+
+def forward_of_check(model) -> Tensor:
+    tokens = torch.randint(0, 64, (2, 32), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), sinks_closed(model):
+        return model(input_ids=tokens).logits
 
 
 def test_a_checkpoint_with_a_missing_tensor_does_not_pass(tiny_llama, tmp_path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 import math
 from collections import Counter
@@ -176,14 +177,13 @@ def test_the_shift_makes_the_mean_what_is_expected(pairs) -> None:
     assert ends == pytest.approx(max(expected.mean(), found.mean()), abs=1e-9)
 
 
-def test_settling_levels_the_documents_and_keeps_the_rest(learnt) -> None:
+def test_settling_levels_the_documents_and_keeps_the_rest(learnt, caplog) -> None:
+    caplog.set_level("INFO", "memsinks.removal.settle")
     model = copy.deepcopy(learnt).train()
     repeated, once = ms.repeated_and_once(corpus())
     own = losses(model, repeated, opened=True).mean()
-    model.train()
-    lines: list[str] = []
-    done = ms.settle(model, repeated, once, lr=LR / 5, sink_lr=LR, passes=40, batch_rows=4, say=lines.append)
-    assert model.training and done.steps == 60 and "step 60/60" in lines[-1]
+    done = ms.settle(model, repeated, once, lr=LR / 5, sink_lr=LR, passes=40, batch_rows=4)
+    assert done.steps == 60 and "step 60/60" in caplog.messages[-2] and caplog.messages[-1] == f"settled: {done}"
     short = done.expected.losses.mean() - done.before.mean()
     assert short > 0.3, "nothing to level: the test means nothing"
     left = done.expected.losses.mean() + (done.others_after - done.expected.others).mean() - done.after.mean()
@@ -238,6 +238,79 @@ def test_a_forward_that_somebody_patched_is_set_aside_and_put_back(learnt) -> No
         assert torch.equal(one, other)
 
 
+def modes(model: torch.nn.Module) -> list[bool]:
+    return [module.training for module in model.modules()]
+
+
+def training_in_part(model: torch.nn.Module) -> list[bool]:
+    """Put the model in training mode but for its first layer, as somebody may who freezes it; the modes."""
+    model.train()
+    model.model.layers[0].eval()
+    return modes(model)
+
+
+@pytest.mark.parametrize("opened", [False, True])
+def test_losses_need_no_mode_and_keep_the_one_they_find(learnt, opened) -> None:
+    model = copy.deepcopy(learnt)
+    repeated, _ = ms.repeated_and_once(corpus())
+    expected = losses(model.eval(), repeated, opened=opened)
+    assert not any(modes(model))
+    before = training_in_part(model)
+    np.testing.assert_array_equal(losses(model, repeated, opened=opened), expected)
+    assert modes(model) == before
+
+
+def test_settling_needs_no_mode_and_keeps_the_one_it_finds(learnt) -> None:
+    """In training mode sinks would follow the batch's ids, and dropout would add noise to what is held."""
+    models = [copy.deepcopy(learnt).eval(), copy.deepcopy(learnt)]
+    before = training_in_part(models[1])
+    for model in models:
+        for layer in model.model.layers:
+            layer.self_attn.attention_dropout = 0.5
+        ms.settle(model, *ms.repeated_and_once(corpus()), lr=1e-3, passes=1)
+    assert not any(modes(models[0])) and modes(models[1]) == before
+    for one, other in zip(*(x.parameters() for x in models), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_an_error_in_the_middle_leaves_the_mode_as_it_was(learnt, monkeypatch) -> None:
+    model = copy.deepcopy(learnt)
+    before, forward, left = training_in_part(model), model.model.forward, iter(range(12))
+
+    def failing(*args, **kwargs):
+        if next(left, None) is None:
+            raise RuntimeError("out of memory")
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(model.model, "forward", failing)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        ms.settle(model, *ms.repeated_and_once(corpus()), lr=1e-3)
+    assert modes(model) == before
+
+
+def test_keywords_and_a_config_say_the_same(learnt) -> None:
+    config = ms.SettleConfig(lr=1e-3, sink_lr=2e-3, passes=2, batch_rows=8)
+    models = [copy.deepcopy(learnt) for _ in range(3)]
+    texts = ms.settling_texts(corpus())
+    ms.settle(models[0], *texts, config)
+    ms.settle(models[1], *texts, lr=1e-3, sink_lr=2e-3, passes=2, batch_rows=8)
+    ms.settle(models[2], *texts, dataclasses.replace(config, passes=9), passes=2)
+    for one, *others in zip(*(x.parameters() for x in models), strict=True):
+        assert all(torch.equal(one, other) for other in others)
+
+
+def test_the_learning_rate_follows_from_that_of_training() -> None:
+    assert ms.SettleConfig().after_training(3e-3).lr == 3e-3 / 10
+    assert ms.SettleConfig(lr=1e-4).after_training(3e-3).lr == 1e-4
+
+
+def test_all_that_is_wrong_with_the_settings_is_said_at_once() -> None:
+    with pytest.raises(ConfigError) as error:
+        ms.SettleConfig(lr=0.0, sink_lr=math.inf, passes=1.5, batch_rows=0)  # type: ignore[arg-type]
+    for name in ("lr", "sink_lr", "passes", "batch_rows"):
+        assert f" {name} must be" in str(error.value)
+
+
 def test_a_model_without_sinks_is_settled_too() -> None:
     model = trained()
     done = ms.settle(model, *ms.repeated_and_once(corpus()), lr=LR / 5, passes=20)
@@ -253,8 +326,10 @@ def short(rows: ms.Rows) -> ms.Rows:
     [
         ({"lr": 0.0}, ConfigError, "lr must be positive and finite, got 0.0"),
         ({"sink_lr": float("nan")}, ConfigError, "sink_lr must be positive"),
-        ({"passes": 0}, ConfigError, "passes must be at least 1, got 0"),
-        ({"micro_rows": 0}, ConfigError, "micro_rows must be at least 1, got 0"),
+        ({"lr": None}, ConfigError, "lr is missing; a tenth of the peak"),
+        ({"rate": 1.0}, ConfigError, "unknown setting rate"),
+        ({"passes": 0}, ConfigError, "passes must be an int of at least 1, got 0"),
+        ({"micro_rows": 0}, ConfigError, "micro_rows must be an int of at least 1, got 0"),
         ({"documents": lambda rows: rows.select(slice(0))}, DataError, "no text was repeated"),
         ({"others": short}, DataError, f"at least {LEAST} other texts are needed .* got {LEAST - 1}"),
         ({"documents": lambda _: corpus(48)}, DataError, "row 0 of documents does not hold one document"),

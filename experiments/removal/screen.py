@@ -238,7 +238,7 @@ def settled(screen: Screen, name: str, text: str, seed: int) -> dict[str, Any]:
     if screen.epochs:
         assert unseen is not None
         others, unseen = (unseen.select(x) for x in (slice(0, None, 2), slice(1, None, 2)))
-    found = ms.settle(model, repeated, others, unseen, say=print, **settings)
+    found = ms.settle(model, repeated, others, unseen, **settings)
     print(found)
     return {
         "arm": name, "text": text, "seed": seed, "base": screen.base, "settle": screen.settle,

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from memsinks.data.tokens import encode, load_tokenizer, train_tokenizer
     from memsinks.errors import ArchitectureError, CheckpointError, ConfigError, DataError, MemsinksError
     from memsinks.removal.export import export
-    from memsinks.removal.settle import Settled, repeated_and_once, settle, settling_texts
+    from memsinks.removal.settle import SettleConfig, Settled, SettleResult, repeated_and_once, settle, settling_texts
     from memsinks.runs.recipe import Recipe, parse_recipe, read_recipe
     from memsinks.runs.run import train
     from memsinks.sinks.attach import Added, SinkReport, add_sinks, remove_sinks
@@ -69,7 +69,7 @@ _HOMES = {
     "memsinks.data.tokens": "encode load_tokenizer train_tokenizer",
     "memsinks.errors": "ArchitectureError CheckpointError ConfigError DataError MemsinksError",
     "memsinks.removal.export": "export",
-    "memsinks.removal.settle": "Settled repeated_and_once settle settling_texts",
+    "memsinks.removal.settle": "SettleConfig SettleResult Settled repeated_and_once settle settling_texts",
     "memsinks.runs.recipe": "Recipe parse_recipe read_recipe",
     "memsinks.runs.run": "train",
     "memsinks.sinks.attach": "Added SinkReport add_sinks remove_sinks",
@@ -104,6 +104,8 @@ __all__ = [
     "MemsinksError",
     "Recipe",
     "Rows",
+    "SettleConfig",
+    "SettleResult",
     "Settled",
     "SinkCallback",
     "SinkConfig",

@@ -21,7 +21,7 @@ def model_card(model: PreTrainedModel, rescale: str, notes: str, verified: bool)
     factor = rescale_factor(state, rescale)
     loading = (
         "The checkpoint was loaded by stock transformers in a process without memsinks: no missing or unexpected keys, "
-        "logits equal to those of the trained model with its sinks closed."
+        "logits equal, to rounding, to those of the trained model with its sinks closed."
         if verified
         else "The checkpoint was not loaded and compared after it was written."
     )

@@ -1,29 +1,34 @@
-"""What closed sinks leave behind is levelled: the last step of removal, before export.
+"""Level what closed sinks leave behind: the last step of removal, before export.
 
 Sinks keep what a text teaches after its first exposure away from the shared weights, but not all of it: a small part of the
-memory of repeated texts stays there. Settling takes it out by a few steps of further training, in which each text is pushed
-up to the loss it should have (`expected`) and not beyond, while all other text keeps its predictions:
+memory of repeated texts stays there. Settling takes it out by a few steps of further training. Each text is pushed up to the
+loss it should have (`expected`) and no further, while all other text keeps its predictions:
 
     mean over documents of max(0, T_d - s - L_d)  +  mean over tokens of other texts of KL(before || now)
 
-with L_d the loss of document d with sinks closed, T_d the expected one. T_d is known up to an error of 0.1 to 0.2 nats, and
+with L_d the loss of document d with sinks closed and T_d the expected one. T_d is known up to an error of 0.1 to 0.2 nats, and
 max() would turn that error into a bias: s is the shift at which the documents end, on average, where T says. The sinks
 learn on, with the shared weights constant, so that they still fit what has moved under them.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from tqdm.auto import tqdm
 
-from memsinks.batch import IGNORED, NO_SINKS, collate, trim
+from memsinks.batch import IGNORED, NO_SINKS, collate, target_count, trim
+from memsinks.checks import int_at_least, positive
 from memsinks.data.packing import Rows
 from memsinks.errors import DataError, refuse
 from memsinks.removal.expected import Expected, expected_losses, require_enough
@@ -31,12 +36,59 @@ from memsinks.sinks.attach import PATCHED
 from memsinks.sinks.gradient import frozen
 from memsinks.sinks.opening import sinks_open
 from memsinks.sinks.state import has_sinks, is_sink, shared_parameters, sink_parameters
-from memsinks.training.evaluate import losses, row_losses
+from memsinks.training.evaluate import evaluating, losses, row_losses
 from memsinks.training.optim import AdamW, clip_grad_norm_
+
+logger = logging.getLogger(__name__)
+Batch = dict[str, Tensor]
+
+SINK_LR_FACTOR = 5.0
+"""Learning rate of the sinks over that of the shared weights, unless `SettleConfig.sink_lr` is given."""
+LR_DIVISOR = 10.0
+"""Peak learning rate of training over that of settling, unless `SettleConfig.lr` is given."""
+OTHERS = 600
+"""Other texts that are used of those given."""
+LOG_EVERY = 10
+"""Steps between two lines of progress."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SettleConfig:
+    """How a model is settled, see `settle`. The section `settle` of a recipe.
+
+    Args:
+        lr: peak learning rate of the shared weights; it falls linearly to 0. None = the peak of training over
+            `LR_DIVISOR`, where a recipe knows it.
+        sink_lr: that of the sinks; None = `SINK_LR_FACTOR` times `lr`.
+        passes: times each document is met.
+        batch_rows: documents, and as many others, of one step.
+
+    Raises:
+        ConfigError: listing every problem at once.
+    """
+
+    lr: float | None = None
+    sink_lr: float | None = None
+    passes: int = 8
+    batch_rows: int = 16
+
+    def __post_init__(self) -> None:
+        problems = [
+            problem
+            for name in ("lr", "sink_lr")
+            if getattr(self, name) is not None
+            for problem in positive(name, getattr(self, name))
+        ]
+        problems += int_at_least("passes", self.passes, 1) + int_at_least("batch_rows", self.batch_rows, 1)
+        refuse(problems, "invalid SettleConfig")
+
+    def after_training(self, peak_lr: float) -> SettleConfig:
+        """These settings with `lr` filled in from the peak learning rate of training."""
+        return replace(self, lr=peak_lr / LR_DIVISOR if self.lr is None else self.lr)
 
 
 @dataclass(frozen=True)
-class Settled:
+class SettleResult:
     """What `settle` found and did; losses in nats per token, float64 [documents], sinks closed.
 
     expected: what they should be; shift: s. before, after: of the documents. others_after: of the other texts.
@@ -58,9 +110,7 @@ class Settled:
         )
 
 
-SINK_LR_FACTOR = 5.0
-OTHERS = 600
-"""Other texts that are used of those given."""
+Settled = SettleResult
 
 
 def repeated_and_once(rows: Rows) -> tuple[Rows, Rows]:
@@ -78,104 +128,151 @@ def repeated_and_once(rows: Rows) -> tuple[Rows, Rows]:
 
 
 def settle(
-    model: nn.Module, documents: Rows, others: Rows, unseen: Rows | None = None, *, lr: float, sink_lr: float | None = None,
-    passes: int = 8, batch_rows: int = 16, micro_rows: int | None = None, seed: int = 0, say: Callable[[str], None] | None = None,
-) -> Settled:  # fmt: skip
+    model: nn.Module,
+    documents: Rows,
+    others: Rows,
+    unseen: Rows | None = None,
+    config: SettleConfig | None = None,
+    *,
+    micro_rows: int | None = None,
+    seed: int = 0,
+    **settings: Any,
+) -> SettleResult:
     """Level, in place, what a trained model still knows of `documents` with its sinks closed.
 
     Args:
-        model: with sinks or without; only what was learnt little of can be levelled so cheaply.
+        model: with or without sinks, in any mode, which is kept. Only weak memorization can be removed at this cost.
         documents: the texts that were repeated, one a row, see `repeated_and_once`.
         others: texts of their kind that were met once, best early in training, one a row; the first `OTHERS` are used.
         unseen: texts of their kind that were never met, one a row (`pack(..., one_document_per_row=True)`): the documents
             end as if never met. None = as if met once, as the others.
-        lr: of the shared weights, falling linearly to 0; a tenth of the peak of training is a good start.
-        sink_lr: of the sinks; None = `SINK_LR_FACTOR` times `lr`.
-        passes: times each document is met.
-        batch_rows: documents, and as many others, of one step.
+        config: the settings; `lr` is needed.
         micro_rows: rows of one forward, where memory does not hold a step's at once; the gradients add up. None = all.
-        say: takes a line of progress.
+        seed: of the order of documents and others.
+        settings: fields of `SettleConfig` that replace those of `config`: ``settle(..., lr=1e-4)``.
 
     Raises:
-        ConfigError, DataError: a setting out of range, no documents, several documents in a row, too few others.
+        ConfigError, DataError: a setting out of range or unknown, no documents, several documents in a row, too few others.
     """
-    sink_lr = SINK_LR_FACTOR * lr if sink_lr is None else sink_lr
-    problems = [f"{name} must be positive and finite, got {value}" for name, value in (("lr", lr), ("sink_lr", sink_lr))
-                if not 0 < value < math.inf]  # fmt: skip
-    micro_rows = batch_rows if micro_rows is None else micro_rows
-    counts = (("passes", passes), ("batch_rows", batch_rows), ("micro_rows", micro_rows))
-    problems += [f"{name} must be at least 1, got {value}" for name, value in counts if value < 1]
+    refuse([f"unknown setting {name}" for name in settings if name not in _SETTINGS], "cannot settle")
+    config = replace(config or SettleConfig(), **settings)
+    problems = [] if micro_rows is None else int_at_least("micro_rows", micro_rows, 1)
+    if config.lr is None:
+        problems.append("lr is missing; a tenth of the peak learning rate of training is a good start")
     refuse([*problems, *_weight_problems(model)], "cannot settle")
     others = others.select(slice(OTHERS))
     _check_texts(documents, others, unseen)
-    with _unpatched(model):
-        return _level(model, documents, others, unseen, lr, sink_lr, passes, batch_rows, micro_rows, seed, say)
+    with evaluating(model), _unpatched(model):
+        result = _level(model, documents, others, unseen, config, micro_rows or config.batch_rows, seed)
+    logger.info("settled: %s", result)
+    return result
+
+
+_SETTINGS = tuple(entry.name for entry in dataclasses.fields(SettleConfig))
 
 
 @contextmanager
 def _unpatched(model: nn.Module) -> Iterator[None]:
     """Without the autocast that a Trainer leaves around the forward, in which losses would be bfloat16."""
-    training = model.training
     patched = {name: vars(model).pop(name) for name in PATCHED if name in vars(model)}
     try:
         yield
     finally:
         vars(model).update(patched)
-        model.train(training)
 
 
 def _level(
-    model: nn.Module, documents: Rows, others: Rows, unseen: Rows | None, lr: float, sink_lr: float, passes: int,
-    batch_rows: int, micro_rows: int, seed: int, say: Callable[[str], None] | None,
-) -> Settled:  # fmt: skip
-    """What `settle` does with arguments that are in order."""
-    shared = [x for x in shared_parameters(model) if x.requires_grad]
+    model: nn.Module,
+    documents: Rows,
+    others: Rows,
+    unseen: Rows | None,
+    config: SettleConfig,
+    micro_rows: int,
+    seed: int,
+) -> SettleResult:
+    """The steps of `settle`: push the documents, hold the others, then let the sinks follow."""
     expected = expected_losses(model, documents, others, unseen)
     before = losses(model, documents)
     shift = shift_of(expected.losses, before)
-    target = torch.from_numpy(expected.losses - shift)
+    shared = [x for x in shared_parameters(model) if x.requires_grad]
     held = {name: x.detach().clone() for name, x in model.named_parameters() if not is_sink(name)}
-    optimizer = torch.optim.AdamW(shared, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
-    sinks = AdamW([{"params": sink_parameters(model), "lazy": True}], lr=sink_lr, betas=(0.9, 0.95), weight_decay=0.0) if (
-        has_sinks(model)) else None  # fmt: skip
-    steps = math.ceil(passes * len(documents) / batch_rows)
-    device = shared[0].device
-    own, other = (_order(len(rows), batch_rows, seed + place) for place, rows in enumerate((documents, others)))
+    target = torch.from_numpy(expected.losses - shift).to(shared[0].device)
+    optimizers = _optimizers(model, shared, config)
+    own, other = (_order(len(rows), config.batch_rows, seed + place) for place, rows in enumerate((documents, others)))
+    steps = math.ceil(config.passes * len(documents) / config.batch_rows)
     pushed = False
-    for step in range(steps):
-        for one, rate in ((optimizer, lr), (sinks, sink_lr)):
-            for group in one.param_groups if one else ():
-                group["lr"] = rate * (1 - step / steps)
-        chosen, others_chosen = next(own), next(other)
-        below = moved = 0.0
-        parts = [(part, _batch(documents, part, device)) for part in chosen.split(micro_rows)]
-        for part, batch in parts:
-            found = row_losses(_logits(model, batch), batch["labels"])
-            short = (target[part].to(device) - found).clamp(min=0).sum() / len(chosen)
-            if short.item() > 0:
-                short.backward()
-            below += short.item()
-        pushed = pushed or below > 0
-        if pushed:  # before, all there is of a gradient is rounding, which AdamW would make a step of
-            tokens = int((others.segments["size"][others_chosen.numpy()] - 1).sum())
-            for part in others_chosen.split(micro_rows):
-                apart = _divergence(model, held, _batch(others, part, device)) / tokens
-                apart.backward()
-                moved += apart.item()
-            torch.nn.utils.clip_grad_norm_(shared, 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-        if sinks is not None:
-            for _, batch in parts:
-                with frozen(shared), sinks_open(model, batch["document_ids"][:, 0]):
-                    (row_losses(_logits(model, batch), batch["labels"]).sum() / len(chosen)).backward()
-            clip_grad_norm_(model, 1.0)
-            sinks.step()
-            sinks.zero_grad()
-        if say and (step % 10 == 0 or step + 1 == steps):
-            say(f"settle: step {step + 1}/{steps}  below what is expected {below:.3f}  others moved {moved:.4f}")
-    after, others_after = losses(model, documents), losses(model, others)
-    return Settled(expected, shift, before, after, others_after, steps)
+    with tqdm(total=steps, desc="settle", disable=None, leave=False) as bar:
+        for step in range(steps):
+            for optimizer, peak in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = peak * (1 - step / steps)
+            chosen, others_chosen = next(own).split(micro_rows), next(other).split(micro_rows)
+            batches = [_batch(documents, part, shared[0].device) for part in chosen]
+            short, moved = _push(model, batches, [target[part] for part in chosen]), 0.0
+            pushed = pushed or short > 0
+            if pushed:  # before, all there is of a gradient is rounding, which AdamW would make a step of
+                moved = _hold(model, held, [_batch(others, part, shared[0].device) for part in others_chosen])
+                torch.nn.utils.clip_grad_norm_(shared, 1.0)
+                optimizers[0][0].step()
+                optimizers[0][0].zero_grad()
+            for optimizer, _ in optimizers[1:]:
+                _follow(model, shared, batches)
+                clip_grad_norm_(model, 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+            bar.update()
+            if bar.disable and (step % LOG_EVERY == 0 or step + 1 == steps):
+                logger.info(
+                    "settle: step %d/%d  below what is expected %.3f  others moved %.4f", step + 1, steps, short, moved
+                )
+    return SettleResult(expected, shift, before, losses(model, documents), losses(model, others), steps)
+
+
+def _optimizers(
+    model: nn.Module, shared: list[nn.Parameter], config: SettleConfig
+) -> list[tuple[torch.optim.Optimizer, float]]:
+    """The optimizer of the shared weights and, where there are sinks, theirs; each with its peak learning rate."""
+    assert config.lr is not None
+    rate = SINK_LR_FACTOR * config.lr if config.sink_lr is None else config.sink_lr
+    optimizers: list[tuple[torch.optim.Optimizer, float]] = [
+        (torch.optim.AdamW(shared, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0), config.lr)
+    ]
+    if has_sinks(model):
+        groups = [{"params": sink_parameters(model), "lazy": True}]
+        optimizers.append((AdamW(groups, lr=rate, betas=(0.9, 0.95), weight_decay=0.0), rate))
+    return optimizers
+
+
+def _push(model: nn.Module, batches: Sequence[Batch], targets: Sequence[Tensor]) -> float:
+    """Add the gradient of the mean over documents of how far they are below their targets; that mean, nats."""
+    count = sum(len(x) for x in targets)
+    total = 0.0
+    for batch, target in zip(batches, targets, strict=True):
+        found = row_losses(_logits(model, batch), batch["labels"])
+        short = (target - found).clamp(min=0).sum() / count
+        if short.item() > 0:
+            short.backward()
+        total += short.item()
+    return total
+
+
+def _hold(model: nn.Module, before: dict[str, Tensor], batches: Sequence[Batch]) -> float:
+    """Add the gradient of the mean over targets of KL(before || now), sinks closed; that mean, nats."""
+    targets = sum(target_count(batch["labels"]) for batch in batches)
+    total = 0.0
+    for batch in batches:
+        apart = _divergence(model, before, batch) / targets
+        apart.backward()
+        total += apart.item()
+    return total
+
+
+def _follow(model: nn.Module, shared: list[nn.Parameter], batches: Sequence[Batch]) -> None:
+    """Add the sinks' gradient of the mean loss of the documents, their own sinks open, the shared weights constant."""
+    count = sum(len(batch["labels"]) for batch in batches)
+    for batch in batches:
+        with frozen(shared), sinks_open(model, batch["document_ids"][:, 0]):
+            (row_losses(_logits(model, batch), batch["labels"]).sum() / count).backward()
 
 
 def shift_of(expected: np.ndarray, found: np.ndarray) -> float:
@@ -243,15 +340,15 @@ def _order(count: int, size: int, seed: int) -> Iterator[Tensor]:
         waiting = waiting[size:]
 
 
-def _batch(rows: Rows, chosen: Tensor, device: torch.device) -> dict[str, Tensor]:
+def _batch(rows: Rows, chosen: Tensor, device: torch.device) -> Batch:
     return {name: x.to(device) for name, x in trim(collate([rows[index] for index in chosen.tolist()])).items()}
 
 
-def _logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+def _logits(model: nn.Module, batch: Batch) -> Tensor:
     return model(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).logits
 
 
-def _divergence(model: nn.Module, before: dict[str, Tensor], batch: dict[str, Tensor]) -> Tensor:
+def _divergence(model: nn.Module, before: dict[str, Tensor], batch: Batch) -> Tensor:
     """Sum over targets of KL(before || now), nats, sinks closed."""
     arguments = {name: batch[name] for name in ("input_ids", "position_ids")}
     with torch.no_grad():

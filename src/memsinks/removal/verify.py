@@ -1,4 +1,4 @@
-"""Does a plain checkpoint load in a fresh process without memsinks, and compute the same?"""
+"""Does a checkpoint load in a fresh process without memsinks, and compute what it should?"""
 
 from __future__ import annotations
 
@@ -6,77 +6,95 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from memsinks.errors import CheckpointError
 from memsinks.sinks.opening import sinks_closed
+from memsinks.training.evaluate import evaluating
 
+CHECK_ROWS, CHECK_TOKENS = 2, 32
+"""Rows and tokens of the text that is read for the check."""
+TOLERANCE, HALF_TOLERANCE = 1e-4, 3e-2
+"""Greatest difference of logits over the greatest logit, for float32 and for half precision."""
 CHECK = """
 import sys
 sys.modules["memsinks"] = None
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
-for folder in sys.argv[2:]:
+tokens, results, *folders = sys.argv[1:]
+tokens = load_file(tokens)["tokens"]
+for index, folder in enumerate(folders):
     model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     unmatched = {key: sorted(map(str, report[key])) for key in ("missing_keys", "unexpected_keys") if report[key]}
     if unmatched:
         sys.exit(f"{folder} does not load cleanly: {unmatched}")
-    tokens = load_file(sys.argv[1])["tokens"]
     with torch.no_grad():
         logits = model.eval()(input_ids=tokens).logits
-    save_file({"logits": logits.float().contiguous()}, folder + "/.logits.safetensors")
+    save_file({"logits": logits.float().contiguous()}, f"{results}/{index}.safetensors")
 """
 
 
-def verify_export(model: Any, part: Path, rescale: str) -> None:
-    tokens = _check_tokens(model)
-    training = model.training
-    model.eval()
-    try:
-        # Without the autocast that accelerate leaves around a model's forward.
-        with torch.no_grad(), sinks_closed(model, rescale), torch.autocast(model.device.type, enabled=False):
-            want = type(model).forward(model, input_ids=tokens.to(model.device)).logits.float().cpu()
-    finally:
-        model.train(training)
-    got = logits_in_fresh_process([part], tokens)[0]
-    error = float((got - want).abs().max() / want.abs().max().clamp(min=1e-20))
-    tolerance = 1e-4 if model.dtype in (torch.float32, torch.float64) else 3e-2
-    if not error <= tolerance:
-        raise CheckpointError(
-            f"the exported checkpoint computes other logits than the model: relative error {error:.2g}"
-        )
+def verify(expected: Mapping[Path, Tensor], tokens: Tensor, tolerance: float = TOLERANCE) -> None:
+    """Check that stock transformers, in one fresh process without memsinks, computes these logits from these folders.
+
+    Args:
+        expected: for each folder float [rows, length, vocabulary], on any device.
+        tokens: int64 [rows, length], what is read.
+        tolerance: greatest difference over the greatest expected logit.
+
+    Raises:
+        CheckpointError: a folder does not load, has missing or unexpected weights, or computes something else.
+    """
+    found = logits_in_fresh_process(list(expected), tokens)
+    for (folder, want), got in zip(expected.items(), found, strict=True):
+        want, which = want.float().cpu(), "the checkpoint" if len(expected) == 1 else f"the checkpoint {folder}"
+        if want.shape != got.shape:
+            raise CheckpointError(f"{which} gives logits {list(got.shape)}, the model {list(want.shape)}")
+        error = float((got - want).abs().max() / want.abs().max().clamp(min=1e-20))
+        if not error <= tolerance:
+            raise CheckpointError(
+                f"{which} computes other logits than the model: relative error {error:.2g}, rounding is up to {tolerance:g}"
+            )
 
 
-def _check_tokens(model: Any) -> Tensor:
+def verify_closed(model: PreTrainedModel, folder: Path, rescale: str = "none") -> None:
+    """`verify` a folder against `model` with its sinks closed and its general neurons rescaled; its mode is kept."""
     config = model.config.get_text_config()
-    length = min(32, getattr(config, "max_position_embeddings", None) or 32)
-    return torch.randint(0, config.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
+    length = min(CHECK_TOKENS, getattr(config, "max_position_embeddings", None) or CHECK_TOKENS)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, config.vocab_size, (CHECK_ROWS, length), generator=generator)
+    # Without the autocast that accelerate leaves around a model's forward.
+    with (
+        evaluating(model),
+        torch.no_grad(),
+        sinks_closed(model, rescale),
+        torch.autocast(model.device.type, enabled=False),
+    ):
+        logits = type(model).forward(model, input_ids=tokens.to(model.device)).logits
+    whole = model.dtype in (torch.float32, torch.float64)
+    verify({folder: logits}, tokens, TOLERANCE if whole else HALF_TOLERANCE)
 
 
-def logits_in_fresh_process(folders: list[Path], tokens: Tensor) -> list[Tensor]:
-    """Load plain checkpoints in one new process without memsinks; float32 logits [B, T, vocabulary] of each.
+def logits_in_fresh_process(folders: Sequence[Path], tokens: Tensor) -> list[Tensor]:
+    """Load plain checkpoints in one new process without memsinks; float32 logits [rows, length, vocabulary] of each.
+
+    Nothing is written into the folders.
 
     Raises:
         CheckpointError: with what the process said.
     """
-    from safetensors.torch import save_file
-
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory(prefix="memsinks-verify-") as scratch:
         save_file({"tokens": tokens.contiguous()}, Path(scratch) / "tokens.safetensors")
-        arguments = [sys.executable, "-c", CHECK, f"{scratch}/tokens.safetensors", *(str(x) for x in folders)]
+        arguments = [sys.executable, "-c", CHECK, f"{scratch}/tokens.safetensors", scratch, *(str(x) for x in folders)]
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
         done = subprocess.run(arguments, capture_output=True, text=True, env=environment, check=False)
-    if done.returncode:
-        raise CheckpointError(f"a fresh process could not load the checkpoint: {done.stderr.strip()[-2000:]}")
-    logits = []
-    for folder in folders:
-        path = folder / ".logits.safetensors"
-        logits.append(load_file(path)["logits"])
-        path.unlink()
-    return logits
+        if done.returncode:
+            raise CheckpointError(f"a fresh process could not load the checkpoint: {done.stderr.strip()[-2000:]}")
+        return [load_file(f"{scratch}/{index}.safetensors")["logits"] for index in range(len(folders))]

@@ -18,6 +18,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from memsinks.data.synthetic import corpus
 from memsinks.errors import ConfigError, refuse
+from memsinks.removal.settle import SettleConfig
 from memsinks.runs.sections import change, section, unknown_keys
 from memsinks.runs.shrink import shrink
 from memsinks.sinks.config import SinkConfig
@@ -171,21 +172,6 @@ class TrainingRecipe:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SettleRecipe:
-    """How what closed sinks leave behind is levelled after training, see `settle`.
-
-    Args:
-        lr: peak learning rate of the shared weights; None = a tenth of ``training.lr``.
-        sink_lr: that of the sinks; None = as in `settle`.
-        passes: times each repeated document is met.
-    """
-
-    lr: float | None = None
-    sink_lr: float | None = None
-    passes: int = 8
-
-
-@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """Everything one run needs. `sinks` None trains an ordinary model, `settle` None leaves behind what sinks leave."""
 
@@ -194,7 +180,7 @@ class Recipe:
     data: DataRecipe = field(default_factory=DataRecipe)
     tokenizer: TokenizerRecipe = field(default_factory=lambda: TokenizerRecipe(vocab_size=1024))
     sinks: SinkConfig | None = None
-    settle: SettleRecipe | None = None
+    settle: SettleConfig | None = None
     training: TrainingRecipe = field(default_factory=TrainingRecipe)
 
     def __post_init__(self) -> None:
@@ -233,13 +219,6 @@ class Recipe:
         for name in ("lr", "sink_lr_factor"):
             if not 0 < getattr(training, name) < float("inf"):
                 problems.append(f"training.{name} must be positive, got {getattr(training, name)}")
-        if self.settle is not None:
-            if self.settle.passes < 1:
-                problems.append(f"settle.passes must be at least 1, got {self.settle.passes}")
-            for name in ("lr", "sink_lr"):
-                given = getattr(self.settle, name)
-                if given is not None and not 0 < given < float("inf"):
-                    problems.append(f"settle.{name} must be positive, got {given}")
         for name in ("min_lr_ratio", "warmup"):
             if not 0 <= getattr(training, name) <= 1:
                 problems.append(f"training.{name} must lie in [0, 1], got {getattr(training, name)}")

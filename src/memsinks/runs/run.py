@@ -12,7 +12,6 @@ output/model/            the final model with its sinks and tokenizer, settled i
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import os
@@ -132,14 +131,9 @@ def train(recipe: Recipe, *, resume: bool = False, label: str = "") -> Path:
         if ended is None:
             with written_beside(unsettled) as part:
                 model.save_pretrained(part)
-        chosen, training = dataclasses.asdict(recipe.settle), recipe.training
-        lr, micro = chosen.pop("lr") or training.lr / 10, training.batch_rows // training.accumulate
-
-        def say(line: str) -> None:
-            print(label + line, flush=True)
-
-        found = settle(model, *texts, lr=lr, micro_rows=micro, seed=training.seed, say=say, **chosen)
-        say(f"settled: {found}")
+        training = recipe.training
+        micro, settings = training.batch_rows // training.accumulate, recipe.settle.after_training(training.lr)
+        found = settle(model, *texts, settings, micro_rows=micro, seed=training.seed)
         facts["settled"] = str(found)
     model.save_pretrained(final)
     prepared.tokenizer.save_pretrained(final)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -39,15 +39,31 @@ def row_losses(logits: Tensor, labels: Tensor) -> Tensor:
     return each.double().sum(1) / (labels != IGNORED).sum(1)
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Within the block the model is in eval mode; at its end every module is in the mode it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
 @torch.no_grad()
 def losses(model: nn.Module, rows: AnyRows, *, opened: bool = False) -> np.ndarray:
-    """Mean loss of each row's targets, nats, float64 [rows]; with its own sinks open if asked. One document a row."""
-    model.eval()
+    """Mean loss of each row's targets, nats, float64 [rows]; with its own sinks open if asked. One document a row.
+
+    The model may be in any mode, and is in it again afterwards.
+    """
     found = []
     size = min(EVALUATED_ROWS, max(1, EVALUATED_TOKENS // len(rows[0]["input_ids"]))) if len(rows) else 1
-    for batch in map(trim, batches(rows, size, next(model.parameters()).device)):
-        scope: AbstractContextManager[Any] = sinks_open(model, batch["document_ids"][:, 0]) if opened else nullcontext()
-        with scope:
-            logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).logits
-        found.append(row_losses(logits, batch["labels"]).cpu())
+    with evaluating(model):
+        for batch in map(trim, batches(rows, size, next(model.parameters()).device)):
+            own = batch["document_ids"][:, 0]
+            scope: AbstractContextManager[None] = sinks_open(model, own) if opened else nullcontext()
+            with scope:
+                logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).logits
+            found.append(row_losses(logits, batch["labels"]).cpu())
     return torch.cat(found).numpy()

@@ -33,7 +33,7 @@ from memsinks.research.rivals.method import Batch, Method
 from memsinks.research.rivals.registry import method
 from memsinks.runs.estimate import build
 from memsinks.runs.prepare import AUDITED, Prepared, prepare
-from memsinks.runs.recipe import Recipe, SettleRecipe, TrainingRecipe
+from memsinks.runs.recipe import Recipe, TrainingRecipe
 from memsinks.runs.run import build_model, optimizer_and_schedule
 from memsinks.runs.sections import differing
 from memsinks.sinks.attach import add_sinks
@@ -144,7 +144,7 @@ def train(recipe: Recipe, arm: Arm, seed: int, folder: Path, steps: int | None =
         if made.settle is not None and texts is not None:
             _store(part, settings, parts, (total, curve, seconds))
             start, micro = time.perf_counter(), training.batch_rows // training.accumulate
-            found = settle(model, *texts, micro_rows=micro, seed=seed, say=print, **made.settle)
+            found = settle(model, *texts, made.settle, micro_rows=micro, seed=seed)
             facts["settled"] = str(found)
             facts["seconds"] = round(facts["seconds"] + time.perf_counter() - start, 1)
         _save(folder, model.eval(), made, prepared, settings, facts)
@@ -208,7 +208,8 @@ def settings_of(recipe: Recipe, arm: Arm) -> dict[str, Any]:
     """What a run of an arm depends on beside its seed, JSON-ready."""
     values = {name: value for name, value in recipe.to_dict().items() if name != "output"}
     made = arm.method
-    method = {"sinks": made.sinks and made.sinks.to_dict(), "sinks_first": made.sinks_first, "settle": made.settle}
+    settle = made.settle and {"lr": made.settle.lr, "passes": made.settle.passes}  # what an arm can set
+    method = {"sinks": made.sinks and made.sinks.to_dict(), "sinks_first": made.sinks_first, "settle": settle}
     return json.loads(json.dumps({"recipe": values, "rival": arm.rival, "settings": arm.settings, "method": method}))
 
 
@@ -239,8 +240,7 @@ def with_method(recipe: Recipe, made: Method, seed: int, output: Path) -> Recipe
 def recipe_of_arm(recipe: Recipe, arm: Arm) -> Recipe:
     """What an arm makes of the recipe of its comparison, for an estimate."""
     made = arm.method
-    settle = None if made.settle is None else SettleRecipe()
-    return dataclasses.replace(with_method(recipe, made, 0, Path()), sinks=made.sinks, settle=settle)
+    return dataclasses.replace(with_method(recipe, made, 0, Path()), sinks=made.sinks, settle=made.settle)
 
 
 def _build(recipe: Recipe, made: Method, seed: int, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from memsinks.batch import IGNORED, stock_arguments
+from memsinks.removal.settle import SettleConfig
 from memsinks.sinks.attach import remove_sinks
 from memsinks.sinks.config import SinkConfig
 from memsinks.sinks.state import has_sinks
@@ -58,7 +58,7 @@ class Method:
         change: what is done to each batch: other targets (`IGNORED` drops one), other document ids.
         step: gradients of one step.
         remove: takes out, in place, what is not exported.
-        settle: settings of `settle`, which comes after training, before removal; None = it does not.
+        settle: how it is settled, which comes after training, before removal; None = it does not.
         rescales: also export with these factors of the general neurons (`SinkConfig.rescale_factors`).
         after: the name of the arm whose trained model is edited; nothing above applies then.
         sweep: the names of the models that come out of `edit`.
@@ -74,16 +74,16 @@ class Method:
     change: Callable[[Batch], Batch] = unchanged
     step: Callable[[PreTrainedModel, Batch, Tensor], float] = plain_step
     remove: Callable[[PreTrainedModel], None] = remove_all_sinks
-    settle: Mapping[str, Any] | None = None
+    settle: SettleConfig | None = None
     rescales: tuple[str, ...] = ()
     after: str | None = None
     sweep: tuple[str, ...] = ()
     edit: Edit | None = None
 
 
-def settling(lr: float, passes: int) -> dict[str, Any] | None:
+def settling(lr: float, passes: int) -> SettleConfig | None:
     """`Method.settle` of an arm; a learning rate of 0 is none."""
-    return {"lr": lr, "passes": passes} if lr else None
+    return SettleConfig(lr=lr, passes=passes) if lr else None
 
 
 def without(batch: Batch, dropped: Tensor) -> Batch:
