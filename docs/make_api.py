@@ -26,7 +26,7 @@ Every public name, room by room, as `import memsinks as ms` gives it. Made by `p
 not edit. Shapes are in brackets, losses in nats per token. What is wrong raises one of the [errors](#errors), which says what was
 given and what to do, all problems at once.
 """
-SECTION = re.compile(r"^(Args|Attributes[^:\n]*|Returns|Raises|Yields):$", re.M)
+SECTION = re.compile(r"^(Args|Warns|Attributes[^:\n]*|Returns|Raises|Yields):$", re.M)
 WIDE = 110
 """Characters of a signature on one line, at most."""
 
