@@ -250,10 +250,10 @@ def _stored(recipe: Recipe, folder: Path) -> TokenizedCorpus:
     _refuse_other_settings(facts, recipe, folder)
     _refuse_changed(facts, source_hashes(recipe), folder)
     try:
-        return _load(folder, bool(recipe.data.unseen))
+        return _load(folder, facts, bool(recipe.data.unseen))
     except CheckpointError:
         raise
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+    except (EOFError, OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
         raise CheckpointError(f"{folder} is damaged ({error}); remove it, and it is made anew") from error
 
 
@@ -277,14 +277,15 @@ def _write(recipe: Recipe, part: Path) -> None:
     (part / FACTS).write_text(json.dumps(facts, indent=2) + "\n")
 
 
-def _load(folder: Path, unseen: bool) -> TokenizedCorpus:
+def _load(folder: Path, facts: dict[str, Any], unseen: bool) -> TokenizedCorpus:
     with np.load(folder / "index.npz") as index:
         tokens = StoredTokens(folder / "tokens.bin", index["offsets"])
         documents = TokenizedDocuments(tokens, index["ids"], index["groups"], index["copies"])
-    return TokenizedCorpus(
-        documents, load_documents(folder / "members.jsonl"), load_documents(folder / "controls.jsonl"),
-        load_documents(folder / "unseen.jsonl") if unseen else [], load_tokenizer(folder / "tokenizer"),
-    )  # fmt: skip
+    members, controls = (load_documents(folder / f"{name}.jsonl") for name in ("members", "controls"))
+    if (len(members), len(controls)) != (facts["members"], facts["controls"]):
+        raise DataError("members.jsonl or controls.jsonl is cut short")
+    set_aside = load_documents(folder / "unseen.jsonl") if unseen else []
+    return TokenizedCorpus(documents, members, controls, set_aside, load_tokenizer(folder / "tokenizer"))
 
 
 def _facts(folder: Path) -> dict[str, Any]:
