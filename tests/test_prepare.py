@@ -173,7 +173,9 @@ def test_no_tokens_asked_for(corpus, tmp_path) -> None:
 
 def test_other_settings_are_not_mixed_in(corpus, tmp_path) -> None:
     prepare(recipe_of(corpus, tmp_path), folder=tmp_path / "data")
-    with pytest.raises(CheckpointError, match=r"prepared with other settings \(data.background.tokens, seed\)"):
+    with pytest.raises(
+        CheckpointError, match=r"made with other settings: data.background.tokens 6000 \(now 5000\), seed 0 \(now 1\)"
+    ):
         prepare(recipe_of(corpus, tmp_path, 5000, seed=1), folder=tmp_path / "data")
 
 
