@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import os
 import sys
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memsinks.data.documents import Document, cut_documents, require_unique_keys
-from memsinks.data.readers import read_documents
+from memsinks.data.documents import Document, cut_documents, load_documents, require_unique_keys, write_documents
+from memsinks.data.readers import read_documents, source_hash
 from memsinks.errors import DataError
 
 ROWS = [
@@ -318,3 +320,58 @@ def test_cutting_loses_nothing_but_white_space(text: str, characters: int) -> No
 def test_pieces_need_a_size() -> None:
     with pytest.raises(DataError, match="at least 1 character, got 0"):
         list(cut_documents([Document("a")], 0))
+
+
+WRITTEN = [
+    Document("line\u2028separators\x85and\nnewlines\r\nstay, 猫 عبر 🐈‍⬛", "k1", "s", 64, "record"),
+    Document(" ", None, None, 0, "text"),
+    Document("c", key="3", copies=np.int64(2)),
+]
+
+
+def test_written_documents_come_back(tmp_path) -> None:
+    write_documents(tmp_path / "d.jsonl", iter(WRITTEN))
+    assert load_documents(str(tmp_path / "d.jsonl")) == WRITTEN
+    write_documents(tmp_path / "again.jsonl", load_documents(tmp_path / "d.jsonl"))
+    assert (tmp_path / "again.jsonl").read_bytes() == (tmp_path / "d.jsonl").read_bytes()
+    with pytest.warns(UserWarning, match="skipped 1 blank"):
+        read = list(read_documents(tmp_path / "d.jsonl", source_field="source", copies_field="copies"))
+    assert [(x.text, x.copies) for x in read] == [(x.text, x.copies) for x in (WRITTEN[0], WRITTEN[2])]
+    write_documents(tmp_path / "none.jsonl", [])
+    assert load_documents(tmp_path / "none.jsonl") == []
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"text": "a", "key"', "line 2: damaged or cut short"),
+        ('{"text": "a"}', "line 2: not written by write_documents; use read_documents"),
+        ("[1]", "line 2: not written by write_documents"),
+        ("", "line 2: damaged"),
+    ],
+)
+def test_other_lines_are_not_loaded(tmp_path, line, message) -> None:
+    write_documents(tmp_path / "d.jsonl", WRITTEN[:1])
+    with (tmp_path / "d.jsonl").open("a") as file:
+        file.write(line + "\n")
+    with pytest.raises(DataError, match=message):
+        load_documents(tmp_path / "d.jsonl")
+
+
+@pytest.mark.parametrize("bad", [Document("a\ud800"), Document("a", copies=2.5), Document("a", key=b"k")])
+def test_what_cannot_be_written_leaves_the_file_as_it_was(tmp_path, bad) -> None:
+    write_documents(tmp_path / "d.jsonl", WRITTEN)
+    with pytest.raises(DataError, match="document 1 cannot be written"):
+        write_documents(tmp_path / "d.jsonl", [WRITTEN[0], bad])
+    assert load_documents(tmp_path / "d.jsonl") == WRITTEN
+
+
+def test_the_hash_of_a_source_is_that_of_its_files(tmp_path) -> None:
+    file = write(tmp_path / "data" / "a.jsonl", jsonl(ROWS))
+    alone, folder = source_hash(file), source_hash(tmp_path / "data")
+    assert alone == hashlib.sha256(jsonl(ROWS)).hexdigest() != folder
+    write(tmp_path / "data" / ".cache" / "x", b"hidden")
+    assert source_hash(str(tmp_path / "data")) == folder
+    write(tmp_path / "data" / "sub" / "b.txt", b"more")
+    assert len({folder, source_hash(tmp_path / "data")}) == 2
+    assert source_hash("owner/name") is None

@@ -6,6 +6,7 @@ import collections
 import hashlib
 import json
 import time
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memsinks.batch import NO_SINKS
-from memsinks.data.identity import document_id, equal_repetition, exposures, identify
+from memsinks.data.identity import document_id, equal_repetition, exposures, identify, training_order
 from memsinks.errors import ConfigError, DataError
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "document_ids.json").read_text(encoding="ascii"))
@@ -41,9 +42,9 @@ def test_id_is_the_documented_hash():
 
 
 @given(st.text(), st.sampled_from(["content", "key", "source"]))
-def test_ids_fit_int64_and_bytes_equal_text(text, kind):
-    assert 0 <= document_id(text, kind) < 2**63
-    assert document_id(text, kind) == document_id(text.encode(), kind)
+def test_ids_fit_int64_and_bytes_equal_text(text, by):
+    assert 0 <= document_id(text, by) < 2**63
+    assert document_id(text, by=by) == document_id(text.encode(), by)
 
 
 @pytest.mark.parametrize("value", [None, 3, 1.5, ["a"], bytearray(b"a")])
@@ -123,10 +124,53 @@ def test_bad_groups_are_refused(groups):
             function(groups)
 
 
-@pytest.mark.parametrize("count", [-1, 1.5, True])
+@pytest.mark.parametrize("count", [-1, 1.5, True, "2", None])
 def test_bad_prior_is_refused(count):
     with pytest.raises(DataError, match="group 7 must be an int of at least 0"):
         exposures([7], {7: count})
+
+
+@pytest.mark.parametrize("group", ["7", 7.0, None, True, -2, 2**63])
+def test_groups_of_prior_are_integers(group):
+    with pytest.raises(DataError, match=rf"{group!r} is no group \(JSON makes strings of keys"):
+        exposures([7, 7], {group: 5, 8: 2})
+
+
+def test_prior_is_a_mapping_and_all_that_is_wrong_is_said():
+    with pytest.raises(DataError, match="prior must map groups to counts, got list"):
+        exposures([7], [5])
+    with pytest.raises(DataError, match="'1' is no group, .* group 2 .*, '7' is no group and 2 more"):
+        exposures([7], {"1": 1, 2: -1, **{str(n): 1 for n in range(5, 10)}})
+    assert exposures([7, 7], {np.int64(7): np.int32(5)}).tolist() == [6, 7]
+
+
+def test_iterators_and_other_integers():
+    assert exposures(iter([7, 7])).tolist() == exposures(np.array([7, 7], ">i8")).tolist() == [1, 2]
+    assert exposures(np.array([7, 7], np.uint8)).tolist() == [1, 2]
+    assert equal_repetition(iter([7, 7])) == 2
+    documents = [document("a"), document("b")]
+    assert [x.tolist() for x in identify(iter(documents))] == [x.tolist() for x in identify(documents)]
+    assert training_order(iter(documents)) == training_order(documents)
+
+
+@pytest.mark.parametrize("copies", [2.0, -1, True, "1", None])
+def test_bad_copies_are_refused(copies):
+    with pytest.raises(DataError, match=rf"copies must be integers of at least 0: document 1 has {copies!r}"):
+        training_order([document("a"), SimpleNamespace(text="b", copies=copies)])
+    with pytest.raises(ConfigError, match="epochs must be an int of at least 1, got 0"):
+        training_order([document("a")], epochs=0)
+
+
+def test_one_key_for_many_texts_warns_with_the_largest_group():
+    documents = [document(f"text {n}", key="all" if n < 290 else f"own {n}") for n in range(300)]
+    with pytest.warns(UserWarning, match=r"the key 'all' stands for 290 different texts \(1 of 11 keys") as caught:
+        identify(iter(documents), by="key")
+    assert caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        identify([document("one text", key="all") for _ in range(300)], by="key")
+        identify([document(f"text {n % 19}", key="all") for n in range(300)], by="key")  # near copies
+        identify([document(f"text {n}", source="all") for n in range(300)], by="source")
 
 
 @pytest.mark.parametrize(

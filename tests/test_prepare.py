@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
 import os
 import shutil
@@ -10,15 +12,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from memsinks.batch import FIELDS
 from memsinks.data.identity import document_id
 from memsinks.data.token_store import StoredTokens, write_tokens
-from memsinks.data.tokens import encode
+from memsinks.data.tokens import encode, train_tokenizer
 from memsinks.errors import CheckpointError, ConfigError, DataError
+from memsinks.research.compare.compare import train_arm
+from memsinks.research.compare.comparison import read_comparison
 from memsinks.runs import prepare as module
-from memsinks.runs.prepare import AUDITED, prepare
-from memsinks.runs.recipe import Recipe, parse_recipe
+from memsinks.runs.corpus import AUDITED
+from memsinks.runs.prepare import prepare, refuse_changed_files
+from memsinks.runs.recipe import Recipe, TokenizerRecipe, parse_recipe
 from memsinks.runs.run import train
 
 MODEL = {
@@ -167,7 +173,9 @@ def test_no_tokens_asked_for(corpus, tmp_path) -> None:
 
 def test_other_settings_are_not_mixed_in(corpus, tmp_path) -> None:
     prepare(recipe_of(corpus, tmp_path), folder=tmp_path / "data")
-    with pytest.raises(CheckpointError, match=r"prepared with other settings \(data.background.tokens, seed\)"):
+    with pytest.raises(
+        CheckpointError, match=r"made with other settings: data.background.tokens 6000 \(now 5000\), seed 0 \(now 1\)"
+    ):
         prepare(recipe_of(corpus, tmp_path, 5000, seed=1), folder=tmp_path / "data")
 
 
@@ -178,6 +186,105 @@ def test_a_damaged_folder(corpus, tmp_path) -> None:
         file.write(b"more")
     with pytest.raises(CheckpointError, match="should have .* bytes"):
         prepare(recipe, folder=tmp_path / "data")
+
+
+@pytest.mark.parametrize("name", ["data.json", "index.npz", "members.jsonl", "tokenizer/tokenizer.json", "tokens.bin"])
+@pytest.mark.parametrize("left", [0, 9])
+def test_a_file_that_is_cut_or_gone_is_one_clear_error(corpus, tmp_path, name, left) -> None:
+    recipe, folder = recipe_of(corpus, tmp_path), tmp_path / "data"
+    prepare(recipe, folder=folder)
+    (folder / name).write_bytes((folder / name).read_bytes()[:left])
+    with pytest.raises(CheckpointError, match=r"(?s)(damaged|should have .* bytes).* remove"):
+        prepare(recipe, folder=folder)
+    if name != "data.json":
+        (folder / name).unlink()
+        with pytest.raises(CheckpointError, match=r"(?s)(damaged|should have .* bytes).* remove"):
+            prepare(recipe, folder=folder)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_changed_file_is_refused_wherever_its_old_text_is(corpus, tmp_path, which) -> None:
+    recipe, folder = recipe_of(corpus, tmp_path), tmp_path / "seed-0" / "data"
+    first = prepare(recipe, folder=folder)
+    assert same(prepare(recipe, folder=folder).rows, first.rows)
+    refuse_changed_files(recipe, [folder, tmp_path / "seed-1" / "data"])
+    kept = corpus[which].read_bytes()
+    with corpus[which].open("a") as file:
+        file.write('{"text": "one more"}\n')
+    name = ("data.path", "data.background.path")[which]
+    wanted = rf"files have changed since .*seed-0/data was prepared .*: {name} \(SHA-256 \w{{12}}\.\.\., now \w{{12}}"
+    with pytest.raises(CheckpointError, match=wanted):
+        prepare(recipe, folder=folder)
+    with pytest.raises(CheckpointError, match=wanted):  # before another seed reads the new text
+        refuse_changed_files(recipe_of(corpus, tmp_path, seed=1), [folder])
+    corpus[which].write_bytes(kept)
+    assert same(prepare(recipe, folder=folder).rows, first.rows)
+
+
+def test_a_changed_tokenizer_file_is_refused(corpus, tmp_path) -> None:
+    train_tokenizer(["one text"], 280).save_pretrained(tmp_path / "tokenizer")
+    recipe = recipe_of(corpus, tmp_path)
+    recipe = dataclasses.replace(recipe, tokenizer=TokenizerRecipe(path=str(tmp_path / "tokenizer")))
+    prepare(recipe, folder=tmp_path / "data")
+    train_tokenizer(["another text"], 290).save_pretrained(tmp_path / "tokenizer")
+    with pytest.raises(CheckpointError, match=r"tokenizer\.path \(SHA-256"):
+        prepare(recipe, folder=tmp_path / "data")
+
+
+def test_a_comparison_does_not_mix_old_and_new_text(corpus, tmp_path) -> None:
+    values = recipe_of(corpus, tmp_path / "out").to_dict()
+    values = {name: values[name] for name in ("output", "data", "tokenizer", "model")} | {
+        "training": {"length": 64, "batch_rows": 4}
+    }
+    values |= {"seeds": [0, 1], "roles": {"audited": "a", "against": "a"}, "arms": {"a": {"rival": "standard"}}}
+    (tmp_path / "compare.yaml").write_text(yaml.safe_dump(values))
+    comparison = read_comparison(tmp_path / "compare.yaml")
+    train_arm(comparison, comparison.arms[0], 0)
+    corpus[0].write_text(corpus[0].read_text().replace("s1 ", "s2 "))
+    with pytest.raises(CheckpointError, match="files have changed since .*seed-0/data"):
+        train_arm(comparison, comparison.arms[0], 1)
+    assert not (tmp_path / "out" / "seed-1").exists()
+
+
+def test_folders_from_before_a_setting_or_the_hashes_are_still_read(corpus, tmp_path) -> None:
+    recipe, folder = recipe_of(corpus, tmp_path), tmp_path / "data"
+    first = prepare(recipe, folder=folder)
+    facts = json.loads((folder / "data.json").read_text())
+    assert set(facts.pop("sources")) == {"data.path", "data.background.path"}
+    del facts["settings"]["data"]["unseen"], facts["settings"]["data"]["cut_characters"]
+    (folder / "data.json").write_text(json.dumps(facts))
+    assert same(prepare(recipe, folder=folder).rows, first.rows)
+
+
+def test_what_a_killed_preparation_leaves_is_not_taken_for_whole(corpus, tmp_path, monkeypatch) -> None:
+    recipe, folder = recipe_of(corpus, tmp_path), tmp_path / "data"
+    memory = prepare(recipe)
+
+    def interrupted(path, documents):
+        write_tokens(path, itertools.islice(documents, 9))
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "write_tokens", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(recipe, folder=folder)
+    assert not folder.exists()
+    for half in (tmp_path / ".data.part-killed", folder):  # what SIGKILL leaves, and a folder without its last file
+        half.mkdir()
+        (half / "tokens.bin").write_bytes(b"half")
+        (half / "members.jsonl").write_text('{"text": "ha')
+    assert same(prepare(recipe, folder=folder).rows, memory.rows)
+    assert same(prepare(recipe, folder=folder).rows, memory.rows)
+
+
+def test_progress_is_said_by_the_log_alone(corpus, tmp_path, monkeypatch, caplog, capfd) -> None:
+    monkeypatch.setattr(module, "SAID", 1000)
+    monkeypatch.setattr(module, "BATCH", 20)
+    with caplog.at_level("INFO", "memsinks"):
+        prepare(recipe_of(corpus, tmp_path))
+    said = [record.message for record in caplog.records]
+    assert len(said) >= 2 and said[0].endswith("of 6,000 tokens") and "documents included" in said[-1]
+    assert capfd.readouterr().out == ""
 
 
 def test_a_full_disk_leaves_nothing(corpus, tmp_path, monkeypatch) -> None:

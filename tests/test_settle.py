@@ -56,6 +56,7 @@ def trained(decay: float | None = None, epochs: int = 3) -> torch.nn.Module:
         batch = ms.collate([rows[(step * 9 + row) % len(rows)] for row in range(9)])
         if decay is None:
             batch = {name: batch[name] for name in ("input_ids", "labels", "position_ids")}
+        batch.pop("places", None)  # the rows are met again and again
         model(**batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()

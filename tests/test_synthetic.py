@@ -191,9 +191,9 @@ def test_bad_settings():
         corpus(stories=-1, copies=(0, 1.5))
     with pytest.raises(ConfigError, match="a level twice.*2000 people exceed 1000.*near_copies"):
         corpus(stories=0, people_per_level=1000, copies=(0, 0), near_copies=1)
-    with pytest.raises(ConfigError, match="epochs must be at least 1, got 0"):
+    with pytest.raises(ConfigError, match="epochs must be an int of at least 1, got 0"):
         training_order([Document("a")], epochs=0)
-    with pytest.raises(DataError, match="document 0 has -1 copies"):
+    with pytest.raises(DataError, match="copies must be integers of at least 0: document 0 has -1"):
         training_order([Document("a", copies=-1)])
     with pytest.raises(DataError, match="none of the 1 documents has copies above 0"):
         training_order([Document("a", copies=0)])

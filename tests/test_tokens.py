@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from memsinks.data.tokens import END, encode, load_tokenizer, train_tokenizer
+from memsinks.data.tokens import END, encode, load_tokenizer, pad_token, train_tokenizer
 from memsinks.errors import ConfigError, DataError
 
 STRANGE = ["  x , y .\n\n\t", "u\u0308 ü 😀 \x00", "I 'm not , n't", "\r\n", "3.14159 1999", f"a {END} b"]
@@ -103,6 +103,27 @@ def test_bad_texts_are_refused(tokenizer):
         encode(tokenizer, ["a", None])
     with pytest.raises(DataError, match="got one str"):
         encode(tokenizer, "a text")
+
+
+def test_lone_surrogates_are_refused_with_their_place(tokenizer):
+    for function in (lambda texts: encode(tokenizer, texts), lambda texts: train_tokenizer(texts, 300)):
+        with pytest.raises(DataError, match="document 1 has a lone surrogate at character 2"):
+            function(iter(["a", "ab\ud800"]))
+
+
+def test_a_tokenizer_of_another_library_is_refused():
+    with pytest.raises(ConfigError, match="one of transformers, got Tokenizer; see load_tokenizer"):
+        encode(Tokenizer(models.BPE()), ["a"])
+
+
+def test_the_padding_token(tokenizer):
+    assert pad_token(tokenizer) == tokenizer.pad_token_id
+    other = train_tokenizer(corpus(), 257)
+    other.pad_token = None
+    assert pad_token(other) == other.eos_token_id
+    other.eos_token = None
+    with pytest.raises(ConfigError, match="neither a padding nor an end token"):
+        pad_token(other)
 
 
 def test_end_needs_an_end_token(tmp_path):

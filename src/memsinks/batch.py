@@ -22,8 +22,9 @@ PLACES = "places"
 """Where each row stands in its training order: int64, a scalar in a row, [rows] in a batch. The upper 31 bits are a hash of
 the order, the lower 32 bits the number of the row in it, so a model can see whether rows come in the order in which their
 exposures were counted. Not one of the `FIELDS`: rows made without `pack` need none."""
-ROW_ARGUMENTS = (*FIELDS, PLACES, "inputs_embeds", "attention_mask")
-"""Arguments of a forward whose first dimension is the row, unless it is the same for all rows (1)."""
+ROW_ARGUMENTS = (*FIELDS, "inputs_embeds", "attention_mask")
+"""Arguments of a forward whose first dimension is the row, unless it is the same for all rows (1); `PLACES` apart, which
+only the forward of a training step may be given."""
 
 
 def collate(rows: Iterable[Mapping[str, Any]]) -> dict[str, Tensor]:
@@ -140,7 +141,8 @@ def trim(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def take_rows(arguments: Mapping[str, Any], chosen: Tensor, rows: int) -> dict[str, Any]:
     """The rows `chosen` (int64 [n]) of a forward's arguments, which have `rows` rows; what is the same for all rows stays."""
+    by_row = (*ROW_ARGUMENTS, PLACES)
     return {
-        name: value[chosen] if name in ROW_ARGUMENTS and value is not None and len(value) == rows else value
+        name: value[chosen] if name in by_row and value is not None and len(value) == rows else value
         for name, value in arguments.items()
     }

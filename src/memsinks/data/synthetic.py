@@ -10,6 +10,7 @@ import random
 import re
 from collections.abc import Callable, Sequence
 
+from memsinks.checks import int_at_least
 from memsinks.data.documents import Document
 from memsinks.data.synthetic_words import (
     ABBREVIATIONS,
@@ -32,7 +33,9 @@ from memsinks.data.synthetic_words import (
 from memsinks.errors import DataError, refuse
 
 MOST_PEOPLE = 1000
+"""Invented persons, for whose names and facts the words suffice."""
 STORY_WORDS = (60, 110)
+"""The least and the most words of a story."""
 
 
 def corpus(
@@ -69,24 +72,16 @@ def corpus(
         ConfigError: a number is negative, a level occurs twice, or more people are asked for than there are facts for.
     """
     levels = tuple(copies)
-    numbers = {"stories": stories, "people_per_level": people_per_level, "near_copies": near_copies or 0,
-               "canaries_per_level": canaries_per_level, "held_out_stories": held_out_stories,
-               "people_once": people_once, "people_held_out": people_held_out}  # fmt: skip
-    numbers |= {f"copies[{index}]": level for index, level in enumerate(levels)}
-    wrong = {name: value for name, value in numbers.items()
-             if not isinstance(value, int) or isinstance(value, bool) or value < 0}  # fmt: skip
-    refuse([f"{name} must be an int of at least 0, got {value!r}" for name, value in wrong.items()], "invalid corpus")
+    numbers = {
+        "stories": stories, "people_per_level": people_per_level, "near_copies": near_copies or 0,
+        "canaries_per_level": canaries_per_level, "held_out_stories": held_out_stories, "people_once": people_once,
+        "people_held_out": people_held_out, **{f"copies[{index}]": level for index, level in enumerate(levels)},
+    }  # fmt: skip
+    refuse([problem for x in numbers.items() for problem in int_at_least(*x, 0)], "invalid corpus")
     members = people_per_level * sum(level > 0 for level in levels)
     near_copies = min(24, members) if near_copies is None else near_copies
     people = max(people_per_level, canaries_per_level) * len(levels) + people_once + people_held_out
-    problems = []
-    if len(set(levels)) != len(levels):
-        problems.append(f"copies names a level twice: {levels}")
-    if people > MOST_PEOPLE:
-        problems.append(f"{people} people exceed {MOST_PEOPLE}; lower people_per_level or canaries_per_level")
-    if near_copies > members:
-        problems.append(f"near_copies ({near_copies}) exceeds the {members} records with copies above 0")
-    refuse(problems, "invalid corpus")
+    refuse(_problems(levels, people, near_copies, members), "invalid corpus")
     seen: set[str] = set()
     records = _records(random.Random(f"records {seed}"), people_per_level, levels, seen)
     once = _records(random.Random(f"once {seed}"), people_once, (1,), seen, name="once")
@@ -98,6 +93,17 @@ def corpus(
         *_canaries(random.Random(f"canaries {seed}"), canaries_per_level, levels, seen),
         *_records(random.Random(f"held out {seed}"), people_held_out, (0,), seen, name="unseen"),
     ]
+
+
+def _problems(levels: tuple[int, ...], people: int, near_copies: int, members: int) -> list[str]:
+    problems = []
+    if len(set(levels)) != len(levels):
+        problems.append(f"copies names a level twice: {levels}")
+    if people > MOST_PEOPLE:
+        problems.append(f"{people} people exceed {MOST_PEOPLE}; lower people_per_level or canaries_per_level")
+    if near_copies > members:
+        problems.append(f"near_copies ({near_copies}) exceeds the {members} records with copies above 0")
+    return problems
 
 
 def private_start(document: Document) -> int:

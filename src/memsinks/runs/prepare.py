@@ -14,7 +14,6 @@ not their length.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import json
 import logging
@@ -38,10 +37,10 @@ from memsinks.data.token_store import StoredTokens, write_tokens
 from memsinks.data.tokens import encode, load_tokenizer, pad_token, train_tokenizer
 from memsinks.errors import CheckpointError, ConfigError, DataError
 from memsinks.files import file_hash, written_beside
+from memsinks.provenance import refuse_other_settings
 from memsinks.runs.corpus import AUDITED as AUDITED
 from memsinks.runs.corpus import background_documents, choose_documents, expanded, source_hashes
 from memsinks.runs.recipe import BackgroundRecipe, DataRecipe, Recipe
-from memsinks.runs.sections import differing
 from memsinks.sinks.families import ISOLATES_PACKED
 
 logger = logging.getLogger(__name__)
@@ -235,10 +234,9 @@ def _background(
 
 
 def _settings(recipe: Recipe) -> dict[str, Any]:
-    """What the tokens depend on, JSON-ready; how they are put into rows is decided later."""
-    values = json.loads(json.dumps(recipe.to_dict()))
-    data = {name: value for name, value in values["data"].items() if name not in OF_ROWS}
-    return {"seed": recipe.training.seed, "tokenizer": values["tokenizer"], "data": data}
+    """What the tokens depend on, and how they are put into rows (`OF_ROWS`), which may change later."""
+    values = recipe.to_dict()
+    return {"seed": recipe.training.seed, "tokenizer": values["tokenizer"], "data": values["data"]}
 
 
 def _stored(recipe: Recipe, folder: Path) -> TokenizedCorpus:
@@ -247,13 +245,16 @@ def _stored(recipe: Recipe, folder: Path) -> TokenizedCorpus:
         with written_beside(folder) as part:
             _write(recipe, part)
     facts = _facts(folder)
-    _refuse_other_settings(facts, recipe, folder)
+    refuse_other_settings(
+        facts["settings"], _settings(recipe), folder, kinds={"data": DataRecipe},
+        ignored=[f"data.{name}" for name in OF_ROWS],
+    )  # fmt: skip
     _refuse_changed(facts, source_hashes(recipe), folder)
     try:
-        return _load(folder, bool(recipe.data.unseen))
+        return _load(folder, facts, bool(recipe.data.unseen))
     except CheckpointError:
         raise
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+    except (EOFError, OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
         raise CheckpointError(f"{folder} is damaged ({error}); remove it, and it is made anew") from error
 
 
@@ -277,14 +278,15 @@ def _write(recipe: Recipe, part: Path) -> None:
     (part / FACTS).write_text(json.dumps(facts, indent=2) + "\n")
 
 
-def _load(folder: Path, unseen: bool) -> TokenizedCorpus:
+def _load(folder: Path, facts: dict[str, Any], unseen: bool) -> TokenizedCorpus:
     with np.load(folder / "index.npz") as index:
         tokens = StoredTokens(folder / "tokens.bin", index["offsets"])
         documents = TokenizedDocuments(tokens, index["ids"], index["groups"], index["copies"])
-    return TokenizedCorpus(
-        documents, load_documents(folder / "members.jsonl"), load_documents(folder / "controls.jsonl"),
-        load_documents(folder / "unseen.jsonl") if unseen else [], load_tokenizer(folder / "tokenizer"),
-    )  # fmt: skip
+    members, controls = (load_documents(folder / f"{name}.jsonl") for name in ("members", "controls"))
+    if (len(members), len(controls)) != (facts["members"], facts["controls"]):
+        raise DataError("members.jsonl or controls.jsonl is cut short")
+    set_aside = load_documents(folder / "unseen.jsonl") if unseen else []
+    return TokenizedCorpus(documents, members, controls, set_aside, load_tokenizer(folder / "tokenizer"))
 
 
 def _facts(folder: Path) -> dict[str, Any]:
@@ -293,16 +295,6 @@ def _facts(folder: Path) -> dict[str, Any]:
         return facts | {"settings": dict(facts["settings"])}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder / FACTS} is damaged ({error}); remove {folder}, and it is made anew") from error
-
-
-def _refuse_other_settings(facts: dict[str, Any], recipe: Recipe, folder: Path) -> None:
-    before, now = facts["settings"], _settings(recipe)
-    later = {name: value for name, value in dataclasses.asdict(DataRecipe()).items() if name not in OF_ROWS}
-    other = differing(before | {"data": later | before["data"]}, now)
-    if other:
-        raise CheckpointError(
-            f"{folder} was prepared with other settings ({', '.join(other)}); remove it, or choose another output"
-        )
 
 
 def _refuse_changed(facts: dict[str, Any], now: dict[str, str], folder: Path) -> None:

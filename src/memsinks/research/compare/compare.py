@@ -37,7 +37,7 @@ from memsinks.research.compare.edited import edit_arm, with_bases
 from memsinks.research.compare.picture import draw
 from memsinks.research.compare.table import rows, table
 from memsinks.research.rivals.registry import method
-from memsinks.runs.prepare import prepare
+from memsinks.runs.prepare import prepare, refuse_changed_files
 from memsinks.runs.recipe import Recipe, parse_recipe
 from memsinks.runs.sections import differing, unknown_keys
 
@@ -45,7 +45,8 @@ REPORT = "compare.json"
 
 
 def train_arm(comparison: Comparison, arm: Arm, seed: int, steps: int | None = None) -> dict[str, Any]:
-    """Train one arm with one seed, see `arm.train`; returns its facts."""
+    """Train one arm with one seed, see `arm.train`; returns its facts. Files that changed since another seed are refused."""
+    refuse_changed_files(comparison.recipe, sorted(Path(comparison.recipe.output).glob("seed-*/data")))
     if arm.method.after is not None:
         return edit_arm(comparison, arm, seed, steps)
     return train(comparison.recipe, arm, seed, comparison.folder(arm, seed), steps)
