@@ -5,5 +5,5 @@ import sys
 import memsinks as ms
 
 model, mine, unseen = sys.argv[1:4]
-result = ms.audit(model, list(ms.read_documents(mine)), list(ms.read_documents(unseen)), out="report", progress=True)
+result = ms.audit(model, list(ms.read_documents(mine)), list(ms.read_documents(unseen)), out="report")
 print(result)

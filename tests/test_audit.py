@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import dataclasses
 import json
@@ -152,14 +153,14 @@ def test_ids_come_from_what_training_used(computed) -> None:
     known = [Document(TEXTS[0], key="a", copies=4)]
     controls = [Document(UNSEEN[0], key="b", copies=0)]
     by_content = audit(memorized_in_sinks(), known, controls, state="open")
-    by_key = audit(memorized_in_sinks(), known, controls, state="open", settings=quick(identity="key"))
+    by_key = audit(memorized_in_sinks(), known, controls, state="open", settings=quick(by="key"))
     assert by_key.lines[1].loss.value > by_content.lines[1].loss.value + 0.1
     computed.clear()
     for model, state, more in (
         (memorized_in_sinks(), "open", {}), (llama(), None, {"others": [ms.Subject(memorized_in_sinks(), "open")]}),
     ):  # fmt: skip
         with pytest.raises(DataError, match="needs a key for every document"):
-            audit(model, state=state, settings=quick(identity="key"), **more)
+            audit(model, state=state, settings=quick(by="key"), **more)
     assert computed == []  # said before the work
 
 
@@ -244,6 +245,22 @@ def test_the_state_of_the_sinks_must_be_said(folders) -> None:
             audit(model, state="absent")
     with pytest.raises(ConfigError, match="are not there"):
         audit(Oracle([]), state="closed")
+
+
+def test_an_adapter_is_part_of_what_is_audited() -> None:
+    """A PeftModel, with sinks or without, gives what the model with its adapter merged gives, and is left as it is."""
+    peft = pytest.importorskip("peft")
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    for base, state in ((llama(), None), (copy.deepcopy(memorized_in_sinks()), "open")):
+        wrapped = peft.get_peft_model(base, lora).eval()
+        settings = base.generation_config
+        more = {"against": llama(), "twin": llama(1), "relearn_steps": 0 if state else 2, "settings": quick(generate=2)}
+        found = audit(wrapped, state=state, **more)
+        assert base.generation_config is settings and not wrapped.training
+        assert (found.state, found.audited.sinks is not None) == (state or "absent", state is not None)
+        merged = audit(wrapped.merge_and_unload(), state=state, **more)
+        assert found.lines[1].loss.value == pytest.approx(merged.lines[1].loss.value, abs=1e-5)
+        assert found.lines[1].loss.value != audit(llama()).lines[1].loss.value
 
 
 def test_live_models_are_left_as_they_are() -> None:
@@ -639,6 +656,20 @@ def test_the_text_has_a_line_for_each_number_of_copies_and_the_notes() -> None:
     assert any(line.startswith("loss with sinks closed / own / placebo by copies: 1: ") for line in lines)
     assert any(line.startswith("closing one document's sinks costs it +") for line in lines)
     assert [line for line in lines if line.startswith("note: ")] == [f"note: {note}" for note in result.notes]
+
+
+def test_what_is_looked_at_is_said(caplog) -> None:
+    caplog.set_level("INFO", "memsinks")
+    audit(Oracle([]), twin=Oracle([]))
+    assert caplog.messages == ["audit: twin, 1 of 2", "audit: audited model, 2 of 2"]
+
+
+def test_what_draws_and_writes_a_report_is_loaded_when_one_is_written() -> None:
+    for path in Path(ms.__file__).parent.joinpath("auditing").glob("*.py"):
+        tree = ast.parse(path.read_text())
+        names = [x.module or "" for x in tree.body if isinstance(x, ast.ImportFrom)]
+        names += [alias.name for x in tree.body if isinstance(x, ast.Import) for alias in x.names]
+        assert not {name.split(".")[0] for name in names} & {"jinja2", "matplotlib", "markupsafe"}, path.name
 
 
 def test_the_public_names() -> None:

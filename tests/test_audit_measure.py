@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 
 import numpy as np
 import pytest
+import torch
 from audited import (
     CONTROLS,
     MEMBERS,
@@ -28,20 +30,13 @@ from transformers import PreTrainedTokenizerFast
 
 from memsinks.auditing import measure as measure_module
 from memsinks.auditing import scores
+from memsinks.auditing.corpus import Corpus, read_corpus, start_tokens
 from memsinks.auditing.extraction import extracted, log_probability, longest_run
-from memsinks.auditing.measure import (
-    NOT_ASKED,
-    AuditSettings,
-    Corpus,
-    Measured,
-    measure,
-    read_corpus,
-    start_tokens,
-    token_probabilities,
-)
+from memsinks.auditing.measure import NOT_ASKED, Measurement, measure, token_probabilities
 from memsinks.auditing.membership import min_k_attack, min_k_plus_attack, zlib_attack
 from memsinks.auditing.own_sinks import placebo_ids
 from memsinks.auditing.scores import score
+from memsinks.auditing.settings import AuditSettings
 from memsinks.data.documents import Document
 from memsinks.data.identity import document_id
 from memsinks.errors import ConfigError, DataError
@@ -54,7 +49,7 @@ SHORT = {"prefix": 5, "continuation": 6, "prefixes": (4, 8), "resamples": 100, "
 EVERYTHING = MEMBERS + CONTROLS
 
 
-def measured(model, folder, corpus: Corpus | None = None, state: str = "absent", **changes) -> Measured:
+def measured(model, folder, corpus: Corpus | None = None, state: str = "absent", **changes) -> Measurement:
     settings = AuditSettings(
         **(SHORT | {name: changes.pop(name) for name in list(changes) if name in vars(AuditSettings())})
     )
@@ -63,12 +58,16 @@ def measured(model, folder, corpus: Corpus | None = None, state: str = "absent",
     return measure(model, corpus, settings, folder, **values)
 
 
+def pd_series(values: list[int]):
+    return pytest.importorskip("pandas").Series(values)
+
+
 # Settings
 
 
 def test_all_wrong_settings_are_said_at_once() -> None:
     wrong = {
-        "prefix": 0, "continuation": 1.5, "prefixes": (8, 0), "offsets": (-1,), "identity": "url", "k": 1.0,
+        "prefix": 0, "continuation": 1.5, "prefixes": (8, 0), "offsets": (-1,), "by": "url", "k": 1.0,
         "queries_p": 0, "generate": -1, "collateral": -1, "shown": -1, "margin_loss": 0, "margin_auc": math.nan,
         "resamples": 99, "seed": -1, "batch_tokens": 0,
     }  # fmt: skip
@@ -83,9 +82,7 @@ def test_all_wrong_settings_are_said_at_once() -> None:
 
 
 def test_settings_that_are_right() -> None:
-    found = AuditSettings(
-        prefixes=[3, 4], offsets=[], shown=0, generate=0, collateral=0, batch_tokens=1, identity="key"
-    )
+    found = AuditSettings(prefixes=[3, 4], offsets=[], shown=0, generate=0, collateral=0, batch_tokens=1, by="key")
     assert (found.prefixes, found.offsets) == ((3, 4), ())
 
 
@@ -132,13 +129,52 @@ def test_controls_count_as_never_seen_whatever_their_copies_say() -> None:
     assert read_corpus(MEMBERS, controls, the_tokenizer(), AuditSettings()).copies.tolist() == [1, 4, 4, 16, 0, 0]
 
 
-@pytest.mark.parametrize("identity", ["key", "source"])
-def test_ids_come_from_what_training_used(identity) -> None:
-    named = [Document(x.text, copies=max(1, x.copies), **{identity: f"name {i}"}) for i, x in enumerate(EVERYTHING)]
-    found = read_corpus(named[:4], named[4:], the_tokenizer(), AuditSettings(identity=identity))
-    assert found.ids.tolist() == [document_id(f"name {i}", identity) for i in range(6)]
-    some = read_corpus(named[:4], CONTROLS, the_tokenizer(), AuditSettings(identity=identity))
+@pytest.mark.parametrize("by", ["key", "source"])
+def test_ids_come_from_what_training_used(by) -> None:
+    named = [Document(x.text, copies=max(1, x.copies), **{by: f"name {i}"}) for i, x in enumerate(EVERYTHING)]
+    found = read_corpus(named[:4], named[4:], the_tokenizer(), AuditSettings(by=by))
+    assert found.ids.tolist() == [document_id(f"name {i}", by) for i in range(6)]
+    some = read_corpus(named[:4], CONTROLS, the_tokenizer(), AuditSettings(by=by))
     assert some.ids.tolist() == [-1] * 6
+
+
+@pytest.mark.parametrize(
+    "kind", [list, np.array, lambda x: np.array(x, np.uint64), lambda x: torch.tensor(x), tuple, pd_series]
+)
+def test_ids_that_are_given_are_taken_as_they_are(kind) -> None:
+    ids = [document_id(text) for text in TEXTS + UNSEEN]
+    found = read_corpus(MEMBERS, CONTROLS, the_tokenizer(), AuditSettings(), document_ids=kind(ids))
+    assert found.ids.tolist() == ids and found.ids.dtype == np.int64
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        (lambda ids: np.array(ids, np.float64), "entry 0 is .*went through a float"),
+        (lambda ids: [*ids[:4], 7.0, 8], r"entry 4 is 7\.0"),
+        (lambda ids: [*ids[:5], True], "entry 5 is True"), (lambda ids: [*ids[:5], "7"], "entry 5 is '7'"),
+        (lambda ids: [*ids[:5], None], "entry 5 is None"), (lambda ids: [-2, *ids[1:]], "entry 0 is -2"),
+        (lambda ids: [2**63, *ids[1:]], "entry 0 is 9223372036854775808"),
+        (lambda ids: [2**64, *ids[1:]], "entry 0 is 18446744073709551616"),
+        (lambda ids: np.array(ids, np.float64).astype(np.int64), "all 6 document_ids above .* multiples of 16"),
+        (lambda ids: ids[:5], "5 document_ids for 6 documents and controls"),
+    ],
+)  # fmt: skip
+def test_ids_that_cannot_be_those_of_training_are_refused(change, part) -> None:
+    """Another id opens other sinks, so that a document would look forgotten."""
+    ids = [document_id(text) for text in TEXTS + UNSEEN]
+    with pytest.raises(DataError, match=part):
+        read_corpus(MEMBERS, CONTROLS, the_tokenizer(), AuditSettings(), document_ids=change(ids))
+
+
+def test_the_old_name_of_by_is_read_and_said() -> None:
+    with pytest.warns(DeprecationWarning, match="by="):
+        found = AuditSettings(identity="key", prefix=7)
+    assert (found.by, found.prefix) == ("key", 7)
+    assert dataclasses.replace(found, prefix=8).by == "key"
+    assert "identity" not in dataclasses.asdict(found)
+    with pytest.warns(DeprecationWarning, match="by="), pytest.raises(ConfigError, match="by must be one of"):
+        AuditSettings(identity="url")
 
 
 def test_the_hash_of_the_texts_sees_order_copies_and_text() -> None:
@@ -227,7 +263,7 @@ def test_a_start_token_that_the_tokenizer_adds() -> None:
 def test_values_are_those_of_a_direct_pass(tmp_path, private) -> None:
     corpus = read_corpus(MEMBERS, CONTROLS, the_tokenizer(), AuditSettings())
     corpus = Corpus(**(vars(corpus) | {"private": private}))
-    reference = np.arange(6.0)
+    reference = score(llama(), corpus.tokens, tmp_path / "reference")
     found = measured(memorized_in_sinks(), tmp_path / "a", corpus, "open", reference=reference, k=0.3)
     table = score(memorized_in_sinks(), corpus.tokens, tmp_path / "b", open_ids=corpus.ids.tolist())
     assert len(found.table) == 6
@@ -243,7 +279,7 @@ def test_values_are_those_of_a_direct_pass(tmp_path, private) -> None:
         assert found.attacks["zlib"][index] == zlib_attack(one, EVERYTHING[index].text)
         assert found.attacks["min-k"][index] == min_k_attack(one, 0.3)
         assert found.attacks["min-k++"][index] == min_k_plus_attack(one, 0.3)
-        assert found.attacks["reference"][index] == index - one.loss
+        assert found.attacks["reference"][index] == reference[index].loss - one.loss
         for prefix in (4, 8):
             assert found.grid[prefix, 0][index] == extracted(one, prefix, 6)
     assert set(found.grid) == {(4, 0), (8, 0)}
@@ -342,9 +378,9 @@ def test_every_pass_has_its_sinks_open(tmp_path, monkeypatch) -> None:
 def test_sinks_are_not_asked_without_an_id_for_every_document(tmp_path) -> None:
     named = [Document(text, key=text, copies=2) for text in TEXTS]
     for documents, asked in ((named, True), ([*named[:3], MEMBERS[3]], False)):
-        settings, controls = AuditSettings(identity="key"), [Document(text, key=text) for text in UNSEEN]
+        settings, controls = AuditSettings(by="key"), [Document(text, key=text) for text in UNSEEN]
         corpus = read_corpus(documents, controls, the_tokenizer(), settings)
-        found = measured(memorized_in_sinks(), tmp_path / str(asked), corpus, "closed", identity="key")
+        found = measured(memorized_in_sinks(), tmp_path / str(asked), corpus, "closed", by="key")
         assert (found.sink_losses is not None) == (found.collateral is not None) == asked
 
 

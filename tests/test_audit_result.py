@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 
 from memsinks.auditing import figures as module
+from memsinks.auditing.corpus import Corpus
 from memsinks.auditing.figures import QUERIES, Figures
-from memsinks.auditing.measure import NOT_ASKED, AuditSettings, Corpus, Measured
+from memsinks.auditing.measure import NOT_ASKED, Measurement
 from memsinks.auditing.membership import auc, tpr_at_fpr
 from memsinks.auditing.relearning import RelearningCurve, compare
 from memsinks.auditing.result import Audit
+from memsinks.auditing.settings import AuditSettings
 from memsinks.auditing.uncertainty import wilson
 from memsinks.data.documents import Document
 
@@ -41,14 +43,14 @@ def corpus(
     )
 
 
-def measured(loss: np.ndarray, name: str = "model", role: str = "audited", **changes) -> Measured:
+def measured(loss: np.ndarray, name: str = "model", role: str = "audited", **changes) -> Measurement:
     """A model of these losses that recites nothing."""
     count = len(loss)
     values = {
         "facts": {}, "recited": np.zeros(count, int), "run": np.zeros(count, int), "log_p": np.full(count, -50.0),
         "grid": {}, "attacks": {"loss": -loss}, "table": SimpleNamespace(), "state": "absent",
     }  # fmt: skip
-    return Measured(name=name, role=role, loss=loss, **(values | changes))
+    return Measurement(name=name, role=role, loss=loss, **(values | changes))
 
 
 def some_losses(seed: int, known: float) -> np.ndarray:
@@ -263,9 +265,9 @@ def test_attacks_are_over_target_documents_and_controls() -> None:
 
 def test_resamples_of_the_auc_are_taken_a_part_at_a_time(monkeypatch) -> None:
     values = np.random.default_rng(0).normal(size=40)
-    found = Figures(corpus(), SETTINGS).aucs(values)
+    found = Figures(corpus(), SETTINGS).auc(values)
     monkeypatch.setattr(module, "AT_ONCE", 7)
-    again = Figures(corpus(), SETTINGS).aucs(values)
+    again = Figures(corpus(), SETTINGS).auc(values)
     assert found[1].shape == (200,)
     assert (found[1] == again[1]).all()
     assert found[1].std() > 0.01

@@ -282,17 +282,14 @@ DOCUMENTS = [np.arange(start, start + 6) for start in range(10)]
 
 def test_an_interrupted_pass_goes_on_where_it_stopped(tmp_path, small_chunks) -> None:
     whole = score(Watcher(8), DOCUMENTS, tmp_path / "whole", key={"model": 1})
-    done: list[int] = []
     broken = Watcher(8, fail_at=8)
     with pytest.raises(RuntimeError, match="power"):
-        score(broken, DOCUMENTS, tmp_path / "part", key={"model": 1}, batch_tokens=1, progress=done.append)
-    assert done == [3, 3]
+        score(broken, DOCUMENTS, tmp_path / "part", key={"model": 1}, batch_tokens=1)
     assert len(list((tmp_path / "part").glob("*.safetensors"))) == 2
     assert not list((tmp_path / "part").glob("*.part"))
     again = Watcher(8)
-    table = score(again, DOCUMENTS, tmp_path / "part", key={"model": 1}, batch_tokens=1, progress=done.append)
+    table = score(again, DOCUMENTS, tmp_path / "part", key={"model": 1}, batch_tokens=1)
     assert again.forwards == 4
-    assert done == [3, 3, 3, 3, 3, 1]
     assert identical(table, whole)
     idle = Watcher(8)
     assert identical(score(idle, DOCUMENTS, tmp_path / "part", key={"model": 1}), whole)

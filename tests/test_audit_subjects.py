@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,45 @@ def test_a_path_that_exists_is_taken_as_it_is(tmp_path, monkeypatch, name) -> No
     assert Subject.parse(name) == Subject(name)
     assert Subject.parse(f"{name}@closed") == Subject(name, "closed")
     assert Subject.parse(f"mine={name}@open") == Subject(name, "open", "mine")
+
+
+# Wrappers
+
+
+class Wrapper(torch.nn.Module):
+    """As DDP keeps a model."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+
+def with_adapter(model: torch.nn.Module):
+    """A PeftModel whose LoRA does something."""
+    peft = pytest.importorskip("peft")
+    wrapped = peft.get_peft_model(
+        model, peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    )
+    return wrapped.eval()
+
+
+@pytest.mark.parametrize("wrap", [Wrapper, torch.compile, with_adapter])
+def test_a_wrapped_model_is_seen_through(wrap) -> None:
+    for model, state in ((llama(), None), (copy.deepcopy(memorized_in_sinks()), "closed")):
+        subject = Subject(wrap(model), state)
+        assert subject.checked_state() == (state or "absent")
+        assert subject.config() is model.config
+        with subject.loaded() as loaded:
+            assert loaded is model
+        with pytest.raises(ConfigError, match="state must be one of"):
+            Subject(wrap(model), "open" if state is None else None).checked_state()
+
+
+def test_learned_prompts_are_refused_by_name() -> None:
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(llama(), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    with pytest.raises(ConfigError, match="learned prompts .* cannot be audited"):
+        Subject(model).checked_state()
 
 
 # The state
@@ -122,6 +162,35 @@ def test_the_hash_sees_every_bit() -> None:
         assert weights_hash(model) == before, name
     tied = 1
     assert len(found) == 3 + len(model.state_dict()) - tied
+
+
+def strided(values: torch.Tensor, kind: str) -> torch.Tensor:
+    """The same values, laid out in another way."""
+    if kind == "columns":
+        return values.t().contiguous().t()
+    if kind == "every other":
+        wide = torch.zeros(*values.shape[:-1], 2 * values.shape[-1])
+        wide[..., ::2] = values
+        return wide[..., ::2]
+    if kind == "part of a longer one":
+        return torch.cat([torch.ones_like(values), values])[len(values) :]
+    if kind == "negated":
+        return torch._neg_view(-values)
+    return torch.zeros(64).as_strided(values.shape, (7,) * values.dim()).copy_(values)  # "one value"
+
+
+@pytest.mark.parametrize(
+    ("shape", "kind"),
+    [((4, 6), "columns"), ((4, 6), "every other"), ((4, 6), "part of a longer one"), ((4, 6), "negated"),
+     ((1, 1), "one value"), ((1,), "one value"), ((1, 6), "columns"), ((6, 1), "every other")],
+)  # fmt: skip
+def test_the_hash_is_of_the_values_not_of_how_they_lie(shape, kind) -> None:
+    model = torch.nn.Module()
+    values = torch.arange(1.0, 1 + torch.Size(shape).numel()).view(shape)
+    model.weight = torch.nn.Parameter(values.clone())
+    before = weights_hash(model)
+    model.weight.data = strided(values, kind)
+    assert torch.equal(model.weight.data, values) and weights_hash(model) == before
 
 
 def test_the_hash_sees_names_and_shapes() -> None:

@@ -16,9 +16,9 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
+from memsinks.auditing.corpus import start_tokens
 from memsinks.auditing.extraction import extracted
 from memsinks.auditing.harness import write_lm_eval_task
-from memsinks.auditing.measure import start_tokens
 from memsinks.auditing.scores import score
 from memsinks.cli import main
 from memsinks.data.documents import Document, write_documents

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import math
 
@@ -13,7 +14,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from memsinks.batch import IGNORED
 from memsinks.cli import main
-from memsinks.errors import CheckpointError, ConfigError
+from memsinks.errors import CheckpointError, ConfigError, DataError
 from memsinks.research.compare.compare import compare, plan
 from memsinks.research.compare.comparison import read_comparison
 from memsinks.research.rivals import scorers as s
@@ -32,7 +33,7 @@ from memsinks.research.rivals.pruning import (
     top_neurons,
     zero_neurons,
 )
-from memsinks.research.rivals.registry import method
+from memsinks.research.rivals.registry import RIVALS, method
 
 PLANTED = (1, 5)
 """Layer and neuron."""
@@ -283,6 +284,44 @@ def test_unlearning_forgets(tiny_llama, kind) -> None:
             assert mean_loss(edited, forget[0]) == before
     assert apart[0] < apart[1] < apart[2]
     assert kind == "gradient-ascent" or mean_loss(model, retain[0]) < kept
+
+
+POSTHOC = [name for name, make in RIVALS.items() if "after" in inspect.signature(make).parameters]
+
+
+def without_targets() -> dict[str, torch.Tensor]:
+    batch = batch_of()
+    return batch | {"labels": torch.full_like(batch["labels"], IGNORED)}
+
+
+@pytest.mark.parametrize("name", POSTHOC)
+@pytest.mark.parametrize("forget", [[], [without_targets()]])
+def test_nothing_to_forget_is_refused_before_anything_moves(tiny_llama, name, forget) -> None:
+    model = tiny_llama()
+    before = copy.deepcopy(model.state_dict())
+    edit = method(name, {"after": "standard"}).edit
+    with pytest.raises(DataError, match="no document to be forgotten has a target"):
+        next(iter(edit(model, forget, [batch_of(seed=2)], 0)))
+    if name in ("graddiff", "npo", "simnpo"):
+        with pytest.raises(DataError, match="no document to be kept has a target"):
+            next(iter(edit(model, [batch_of()], [], 0)))
+    assert all(torch.equal(x, before[key]) for key, x in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "score", [s.activations, s.zero_out, s.integrated_gradients, lambda *x: hard_concrete(*x, iterations=2)]
+)
+def test_scores_of_no_target_are_refused(tiny_llama, score) -> None:
+    for rows in ([], [without_targets()]):
+        with pytest.raises(DataError, match="has a target"):
+            score(tiny_llama(), rows)
+
+
+def test_a_batch_without_a_target_has_no_part_in_hard_concrete(tiny_llama) -> None:
+    found = [
+        hard_concrete(tiny_llama(), rows, iterations=4) for rows in ([batch_of()], [without_targets(), batch_of()])
+    ]
+    assert torch.equal(*found)
 
 
 def test_unlearning_stops_where_it_is_told(tiny_llama) -> None:

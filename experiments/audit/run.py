@@ -147,7 +147,7 @@ def audit(seed: int) -> None:
     result = ms.audit(
         subject("gated, decay 1"), documents, controls, against=subject("standard"), twin=subject("twin"),
         seen_once=subject("seen once"), others=[subject("gated, decay 0.5"), subject("published")],
-        relearn_steps=300, relearn_lr=1e-3, out=OUT / f"report-{seed}", progress=True,
+        relearn_steps=300, relearn_lr=1e-3, out=OUT / f"report-{seed}",
     )  # fmt: skip
     print(result)
     (HERE / "table.txt").write_text(f"{result}\n")

@@ -28,8 +28,8 @@ from memsinks._version import __version__
 
 if TYPE_CHECKING:
     from memsinks.auditing.audit import audit
-    from memsinks.auditing.measure import AuditSettings
     from memsinks.auditing.result import Audit
+    from memsinks.auditing.settings import AuditSettings
     from memsinks.auditing.subjects import Subject
     from memsinks.batch import NO_SINKS, collate, target_count
     from memsinks.data.documents import Document, load_documents, require_unique_keys, write_documents
@@ -58,7 +58,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "memsinks.auditing.audit": "audit",
-    "memsinks.auditing.measure": "AuditSettings",
+    "memsinks.auditing.settings": "AuditSettings",
     "memsinks.auditing.result": "Audit",
     "memsinks.auditing.subjects": "Subject",
     "memsinks.batch": "NO_SINKS collate target_count",

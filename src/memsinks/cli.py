@@ -119,7 +119,7 @@ def _parser() -> argparse.ArgumentParser:
     asked.add_argument("--margin-auc", type=float, default=0.03, help="of equivalence, AUC (%(default)s)")
     read = audit.add_argument_group("how files are read")
     read.add_argument(
-        "--identity", choices=("content", "key", "source"), default="content", help="what ids were made of"
+        "--by", "--identity", choices=("content", "key", "source"), default="content", help="what ids were made of"
     )
     read.add_argument("--key-field", help="field that holds the key")
     read.add_argument("--source-field", help="field that holds the source")
@@ -278,7 +278,7 @@ def _audit(arguments: argparse.Namespace) -> None:
 
     settings = AuditSettings(
         prefix=arguments.prefix, continuation=arguments.continuation, prefixes=tuple(arguments.prefixes),
-        offsets=tuple(arguments.offsets), identity=arguments.identity, end=not arguments.no_end, shown=arguments.shown,
+        offsets=tuple(arguments.offsets), by=arguments.by, end=not arguments.no_end, shown=arguments.shown,
         generate=arguments.generate, margin_loss=arguments.margin_loss, margin_auc=arguments.margin_auc,
     )  # fmt: skip
     fields = {name: getattr(arguments, name) for name in ("text_field", "key_field", "source_field")}
@@ -293,7 +293,7 @@ def _audit(arguments: argparse.Namespace) -> None:
         Subject.parse(arguments.model), documents, controls,
         load_tokenizer(arguments.tokenizer) if arguments.tokenizer else None, state=arguments.state, against=against,
         twin=twin, seen_once=seen_once, others=[Subject.parse(text) for text in arguments.also], settings=settings,
-        relearn_steps=arguments.relearn, relearn_lr=arguments.relearn_lr, out=arguments.out, progress=True,
+        relearn_steps=arguments.relearn, relearn_lr=arguments.relearn_lr, out=arguments.out,
     )  # fmt: skip
     print(result)
     if arguments.out:

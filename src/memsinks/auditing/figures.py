@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from memsinks.auditing.corpus import Corpus
 from memsinks.auditing.extraction import canary_exposure, log10_queries
 from memsinks.auditing.forgetting import counterfactual_closure, gap_closed, loss_gap, price
-from memsinks.auditing.measure import NOT_ASKED, AuditSettings, Corpus, Measured
+from memsinks.auditing.measure import NOT_ASKED, Measurement
 from memsinks.auditing.membership import auc, blind_scores, tokenizer_attack, tpr_at_fpr, weighted_auc, word_numbers
 from memsinks.auditing.result import Attack, AuditLine, ExtractionLine, Forgetting, ModelResult, SinkLine
+from memsinks.auditing.settings import AuditSettings
 from memsinks.auditing.uncertainty import AT_ONCE, Equivalence, Estimate, Resamples, equivalence, estimate, wilson
 
 FPRS = (0.01, 0.001)
@@ -28,6 +30,18 @@ def _recited(hits: np.ndarray) -> tuple[int, Estimate]:
     return asked, wilson(int((hits == 1).sum()), asked)
 
 
+class Sampled(NamedTuple):
+    """A figure, and its value in each resample, [resamples]."""
+
+    value: float
+    resampled: np.ndarray
+
+
+def combined(figure: Callable[..., Any], *parts: Sampled) -> Sampled:
+    """A figure of figures, in each resample too."""
+    return Sampled(float(figure(*(x.value for x in parts))), figure(*(x.resampled for x in parts)))
+
+
 class Figures:
     """Computes results of models over one corpus, all on the same resamples."""
 
@@ -37,20 +51,19 @@ class Figures:
         groups = np.where(self.is_control, -1, corpus.copies)
         self.resamples = Resamples(groups, settings.resamples, settings.seed)
 
-    def aucs(self, values: np.ndarray) -> tuple[float, np.ndarray]:
-        """AUC of target documents against controls, and in each resample."""
+    def auc(self, values: np.ndarray) -> Sampled:
+        """AUC of target documents against controls; values [n]."""
         chosen = [values[self.is_target], values[self.is_control]]
         weights = [self.resamples.weights[:, x] for x in (self.is_target, self.is_control)]
         parts = [
             weighted_auc(*chosen, *(x[at : at + AT_ONCE] for x in weights)) for at in range(0, len(weights[0]), AT_ONCE)
         ]
-        return auc(*chosen), np.concatenate(parts)
+        return Sampled(auc(*chosen), np.concatenate(parts))
 
     def attack(self, name: str, values: np.ndarray) -> Attack:
-        """AUC and true positive rates of one attack."""
-        value, resampled = self.aucs(values)
+        """AUC and true positive rates of one attack; values [n]."""
         sides = values[self.is_target], values[self.is_control]
-        return Attack(name, estimate(value, resampled), {f"{fpr:.1%}": tpr_at_fpr(*sides, fpr) for fpr in FPRS})
+        return Attack(name, estimate(*self.auc(values)), {f"{fpr:.1%}": tpr_at_fpr(*sides, fpr) for fpr in FPRS})
 
     def blind(self) -> tuple[Attack, ...]:
         """The attacks that ask no model: on the texts alone, on the tokenizer alone; none with too few documents."""
@@ -68,41 +81,57 @@ class Figures:
         ]
         return self.attack("texts alone", values), self.attack("tokenizer alone", np.array(lengths))
 
-    def means(self, values: np.ndarray, chosen: np.ndarray) -> tuple[float, np.ndarray]:
-        """Mean over the chosen documents, and in each resample."""
-        return float(values[chosen].mean()), self.resamples.means(values, chosen)
+    def mean(self, values: np.ndarray, chosen: np.ndarray) -> Sampled:
+        """Mean over the chosen documents; values, chosen [n]."""
+        return Sampled(float(values[chosen].mean()), self.resamples.means(values, chosen))
+
+    def gap(self, one: Measurement) -> Sampled:
+        """Loss gap of one model, nats per token."""
+        return combined(loss_gap, self.mean(one.loss, self.is_control), self.mean(one.loss, self.is_target))
 
     def model(
-        self, one: Measured, against: Measured | None, twin: Measured | None, fair: Sequence[Measured]
+        self, one: Measurement, against: Measurement | None, twin: Measurement | None, fair: Sequence[Measurement]
     ) -> ModelResult:
         """All figures of one model; `fair`: the models that it should be equivalent to."""
         copies = np.where(self.is_control, 0, self.corpus.copies)
         levels = [int(level) for level in np.unique(copies)]
-        documents, controls = (self.means(one.loss, side) for side in (self.is_target, self.is_control))
-        gap = loss_gap(controls[0], documents[0]), loss_gap(controls[1], documents[1])
         return ModelResult(
-            one.name, one.role, one.state, one.facts,
-            tuple(self._line(one, level, copies == level) for level in levels),
-            tuple(
-                ExtractionLine(level, prefix, offset, *_recited(hits[copies == level]))
-                for (prefix, offset), hits in sorted(one.grid.items(), key=lambda item: item[0][::-1]) for level in levels
+            name=one.name,
+            role=one.role,
+            state=one.state,
+            facts=one.facts,
+            lines=tuple(self._line(one, level, copies == level) for level in levels),
+            extraction=tuple(
+                ExtractionLine(level, prefix, offset, *_recited(one.grid[prefix, offset][copies == level]))
+                for prefix, offset in sorted(one.grid, key=lambda place: place[::-1])
+                for level in levels
             ),
-            {("controls" if level == 0 else str(level)): self._queries(one.log_p[copies == level]) for level in levels},
-            estimate(*documents), estimate(*controls), estimate(*gap),
-            tuple(self.attack(name, values) for name, values in one.attacks.items()),
-            self._forgetting(one, against, twin) if against is not None and one is not against else None,
-            tuple(test for other in fair if other is not one for test in self._equivalences(one, other)),
-            one.generated, self._sinks(one, copies), one.collateral,
-        )  # type: ignore[arg-type]  # fmt: skip
+            queries={str(level or "controls"): self._queries(one.log_p[copies == level]) for level in levels},
+            documents=estimate(*self.mean(one.loss, self.is_target)),
+            controls=estimate(*self.mean(one.loss, self.is_control)),
+            gap=estimate(*self.gap(one)),
+            attacks=tuple(self.attack(name, values) for name, values in one.attacks.items()),
+            forgetting=None if against is None or one is against else self._forgetting(one, against, twin),
+            equivalences=tuple(test for other in fair if other is not one for test in self._equivalences(one, other)),
+            generated=one.generated,
+            sinks=self._sinks(one, copies),
+            collateral=one.collateral,
+        )
 
-    def _line(self, one: Measured, level: int, chosen: np.ndarray) -> AuditLine:
+    def _line(self, one: Measurement, level: int, chosen: np.ndarray) -> AuditLine:
+        asked, extracted = _recited(one.recited[chosen])
         runs = one.run[chosen]
         return AuditLine(
-            level, int(chosen.sum()), estimate(*self.means(one.loss, chosen)), *_recited(one.recited[chosen]),
-            (float(runs.mean()), int(runs.max())), self._exposure(one, chosen),
-        )  # fmt: skip
+            copies=level,
+            documents=int(chosen.sum()),
+            loss=estimate(*self.mean(one.loss, chosen)),
+            asked=asked,
+            extracted=extracted,
+            longest_run=(float(runs.mean()), int(runs.max())),
+            canary_exposure=self._exposure(one, chosen),
+        )
 
-    def _exposure(self, one: Measured, chosen: np.ndarray) -> float | None:
+    def _exposure(self, one: Measurement, chosen: np.ndarray) -> float | None:
         canary = np.array([document.kind == "canary" for document in self.corpus.documents])
         candidates = one.loss[canary & self.is_control]
         inserted = one.loss[canary & chosen & ~self.is_control]
@@ -116,41 +145,30 @@ class Figures:
         needed = np.array([log10_queries(x, self.settings.queries_p) for x in asked])
         return {n: float((needed <= np.log10(n) + 1e-9).mean()) if len(asked) else float("nan") for n in QUERIES}
 
-    def _forgetting(self, one: Measured, against: Measured, twin: Measured | None) -> Forgetting:
-        pairs = [[self.means(x.loss, side) for side in (self.is_control, self.is_target)] for x in (one, against)]
-        (control, document), (standard_control, standard_document) = pairs
-
-        def at(figure: Any, *values: tuple[float, np.ndarray]) -> Estimate:
-            return estimate(figure(*(x[0] for x in values)), figure(*(x[1] for x in values)))
-
-        closed = at(
-            lambda a, b, c, d: gap_closed(loss_gap(a, b), loss_gap(c, d)),
-            control, document, standard_control, standard_document,
-        )  # fmt: skip
+    def _forgetting(self, one: Measurement, against: Measurement, twin: Measurement | None) -> Forgetting:
+        documents, standard = (self.mean(x.loss, self.is_target) for x in (one, against))
+        controls, standard_controls = (self.mean(x.loss, self.is_control) for x in (one, against))
         closure = None
         if twin is not None:
-            closure = at(counterfactual_closure, document, standard_document, self.means(twin.loss, self.is_target))
-        return Forgetting(closed, at(price, control, standard_control), closure)
+            unseen = self.mean(twin.loss, self.is_target)
+            closure = estimate(*combined(counterfactual_closure, documents, standard, unseen))
+        return Forgetting(
+            gap_closed=estimate(*combined(gap_closed, self.gap(one), self.gap(against))),
+            price=estimate(*combined(price, controls, standard_controls)),
+            closure=closure,
+        )
 
-    def _equivalences(self, one: Measured, other: Measured) -> list[Equivalence]:
-        sides = self.is_target, self.is_control
-        (mine, my_control), (its, its_control) = ([self.means(x.loss, side) for side in sides] for x in (one, other))
-        margin = self.settings.margin_loss
-        tests = []
-        for name, figure in (
-            ("loss on the documents", lambda a, b, c, d: a - c),
-            ("loss gap", lambda a, b, c, d: loss_gap(b, a) - loss_gap(d, c)),
-        ):
-            values, resampled = (figure(*(x[part] for x in (mine, my_control, its, its_control))) for part in (0, 1))
-            tests.append(equivalence(name, other.name, values, resampled, margin))  # type: ignore
-        found = [self.aucs(x.attacks["loss"]) for x in (one, other)]
-        tests.append(equivalence(
-            "AUC of the loss attack", other.name, found[0][0] - found[1][0], found[0][1] - found[1][1],
-            self.settings.margin_auc,
-        ))  # fmt: skip
-        return tests
+    def _equivalences(self, one: Measurement, other: Measurement) -> list[Equivalence]:
+        """Whether `one` is as `other` within the margins: in loss, in its gap and under attack."""
+        margin_loss, margin_auc = self.settings.margin_loss, self.settings.margin_auc
+        pairs = [
+            ("loss on the documents", [self.mean(x.loss, self.is_target) for x in (one, other)], margin_loss),
+            ("loss gap", [self.gap(x) for x in (one, other)], margin_loss),
+            ("AUC of the loss attack", [self.auc(x.attacks["loss"]) for x in (one, other)], margin_auc),
+        ]
+        return [equivalence(name, other.name, *combined(np.subtract, *pair), margin) for name, pair, margin in pairs]
 
-    def _sinks(self, one: Measured, copies: np.ndarray) -> tuple[SinkLine, ...] | None:
+    def _sinks(self, one: Measurement, copies: np.ndarray) -> tuple[SinkLine, ...] | None:
         if one.sink_losses is None:
             return None
         levels = copies[: self.corpus.members]

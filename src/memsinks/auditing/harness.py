@@ -18,7 +18,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from memsinks._version import __version__
-from memsinks.auditing.measure import AuditSettings, Corpus, read_corpus
+from memsinks.auditing.corpus import Corpus, read_corpus
+from memsinks.auditing.settings import AuditSettings
 from memsinks.data.documents import Document
 from memsinks.data.tokens import token_offsets
 from memsinks.errors import CheckpointError, ConfigError, DataError

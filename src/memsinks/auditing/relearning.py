@@ -89,7 +89,8 @@ def relearn(
             rows, labels = _padded([same[index] for index in chosen], student.device)
             student(input_ids=rows, labels=labels, use_cache=False).loss.backward()
             torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
-            optimizer.step(), optimizer.zero_grad()
+            optimizer.step()
+            optimizer.zero_grad()
     return RelearningCurve(name, tuple(marks), tuple(x[0] for x in losses), tuple(x[1] for x in losses))
 
 

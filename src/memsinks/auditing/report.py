@@ -7,9 +7,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
-from markupsafe import Markup
 
 from memsinks.auditing.pictures import drawn
 from memsinks.auditing.result import CAVEAT, Audit, Example, outcome, verdict
@@ -21,10 +19,12 @@ SURE = (0, 114, 178)
 
 def write_report(audit: Audit, path: Path) -> None:
     """Write the page. It holds the text of `AuditSettings.shown` documents, and loads nothing from anywhere."""
+    import jinja2  # and not above: an audit without a report does not need it
+
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    environment.filters |= {"estimate": _estimate, "number": _number, "share": _share}
+    environment.filters |= {"number": _number, "interval": _interval, "share": _share}
     template = environment.from_string((files("memsinks.auditing") / "report.html.j2").read_text(encoding="utf-8"))
     words = verdict(audit)
     pictures = [(title, text, base64.b64encode(svg).decode()) for title, text, svg in drawn(audit)]
@@ -36,11 +36,9 @@ def write_report(audit: Audit, path: Path) -> None:
     path.write_text(html, encoding="utf-8")
 
 
-def _estimate(value: Estimate | None, form: str = ".3f") -> Markup | str:
-    """The value, and its interval in small print below."""
-    if value is None or np.isnan(value.value):
-        return "–"
-    return Markup(f"{value.value:{form}}<small>[{value.low:{form}}, {value.high:{form}}]</small>")
+def _interval(value: Estimate | None, form: str = ".3f") -> str:
+    """The interval in brackets; nothing where there is none."""
+    return "" if value is None or np.isnan(value.value) else f"[{value.low:{form}}, {value.high:{form}}]"
 
 
 def _share(value: Estimate) -> str:

@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from memsinks.auditing.measure import Corpus, Measured
+from memsinks.auditing.corpus import Corpus
+from memsinks.auditing.measure import Measurement
 from memsinks.auditing.relearning import Relearning
 from memsinks.auditing.subjects import Role, State
 from memsinks.auditing.uncertainty import (
@@ -100,6 +101,11 @@ class ModelResult:
     sinks: tuple[SinkLine, ...] | None
     collateral: dict[str, Any] | None
 
+    @property
+    def strongest(self) -> Attack:
+        """The membership attack with the greatest AUC."""
+        return max(self.attacks, key=lambda attack: attack.auc.value)
+
 
 @dataclass(frozen=True)
 class Example:
@@ -130,7 +136,7 @@ class Audit:
     settings: dict[str, Any]
     versions: dict[str, str]
     data: dict[str, Any]
-    measured: tuple[Measured, ...] = field(repr=False, default=())
+    measured: tuple[Measurement, ...] = field(repr=False, default=())
     corpus: Corpus | None = field(repr=False, default=None)
     examples: tuple[Example, ...] = field(repr=False, default=())
 
@@ -165,12 +171,8 @@ class Audit:
         return _plain(values)
 
     def __str__(self) -> str:
-        return "\n\n".join(
-            [
-                *(table(model, self.target) for model in self.models),
-                "\n".join([*verdict(self), *(f"note: {x}" for x in self.notes)]),
-            ]
-        )
+        tables = [table(model, self.target) for model in self.models]
+        return "\n\n".join([*tables, "\n".join([*verdict(self), *(f"note: {x}" for x in self.notes)])])
 
 
 def _plain(value: Any) -> Any:
@@ -226,48 +228,67 @@ def _above(value: Estimate, chance: float, tests: int) -> bool:
 
 def verdict(audit: Audit) -> list[str]:
     """The verdict as sentences, the headline first and the caveat last."""
-    model, before = audit.audited, audit.model("against")
-    sentences = [HEADLINES[outcome(audit)], *_extraction(audit, model, before)]
-    gap = f"Loss gap to controls, {audit.target}: {_nats(model.gap)}"
-    sentences.append(gap + (f"; {_nats(before.gap)} in {before.name}." if before else "."))
-    best = max(model.attacks, key=lambda attack: attack.auc.value)
-    sentence = f"Best of {len(model.attacks)} membership attacks: {best.name}, AUC {_short(best.auc)}"
-    if before:
-        positive = max(before.attacks, key=lambda attack: attack.auc.value)
-        sentence += f"; {positive.name}, {_short(positive.auc)} in {before.name}"
-        if positive.auc.low <= 0.5:
-            sentence += ", where they find nothing either, so they are no evidence"
-    sentences.append(sentence + ".")
-    if model.forgetting:
-        found = f"Gap closed against {before.name if before else 'the ordinary model'}: {_percent(model.forgetting.gap_closed)}"
-        if model.forgetting.closure:
-            found += f"; closure against the twin (1 = as if never seen): {_short(model.forgetting.closure)}"
-        sentences.append(f"{found}; price on controls: {_nats(model.forgetting.price)}.")
-    for other in dict.fromkeys(test.other for test in model.equivalences):
-        tests = [test for test in model.equivalences if test.other == other]
-        words = [
-            f"{test.name} {'equivalent' if test.equivalent else 'not shown equivalent'} ({test.difference:+.3f}, margin "
-            f"{test.margin:g})" for test in tests
-        ]  # fmt: skip
-        sentences.append(f"Beside {other}: {'; '.join(words)}.")
-    sentences += _relearning(audit)
-    return [*sentences, CAVEAT]
+    return [
+        HEADLINES[outcome(audit)], _extraction(audit), _gap(audit), _strongest_attack(audit), *_forgetting(audit),
+        *_equivalences(audit), *_relearning(audit), CAVEAT,
+    ]  # fmt: skip
 
 
 def _targets(audit: Audit, model: ModelResult) -> list[AuditLine]:
     return [line for line in model.lines if line.copies >= (2 if audit.target != "all documents" else 1)]
 
 
-def _extraction(audit: Audit, model: ModelResult, before: ModelResult | None) -> list[str]:
-    def count(which: ModelResult) -> tuple[int, int]:
-        lines = _targets(audit, which)
-        return round(sum(x.extracted.value * x.asked for x in lines if x.asked)), sum(x.asked for x in lines)
+def _extraction(audit: Audit) -> str:
+    def count(model: ModelResult) -> tuple[int, int]:
+        lines = [line for line in _targets(audit, model) if line.asked]
+        return round(sum(x.extracted.value * x.asked for x in lines)), sum(x.asked for x in lines)
 
-    hits, asked = count(model)
+    hits, asked = count(audit.audited)
+    before = audit.model("against")
     if not asked:
-        return ["No document is long enough for the extraction asked; lower prefix or continuation."]
-    sentence = f"Verbatim: {hits} of {asked} documents"
-    return [sentence + (f"; {count(before)[0]} in {before.name}." if before else ".")]
+        return "No document is long enough for the extraction asked; lower prefix or continuation."
+    return f"Verbatim: {hits} of {asked} documents" + (f"; {count(before)[0]} in {before.name}." if before else ".")
+
+
+def _gap(audit: Audit) -> str:
+    before = audit.model("against")
+    gap = f"Loss gap to controls, {audit.target}: {_nats(audit.audited.gap)}"
+    return gap + (f"; {_nats(before.gap)} in {before.name}." if before else ".")
+
+
+def _strongest_attack(audit: Audit) -> str:
+    model, before = audit.audited, audit.model("against")
+    best = model.strongest
+    sentence = f"Best of {len(model.attacks)} membership attacks: {best.name}, AUC {_short(best.auc)}"
+    if before:
+        positive = before.strongest
+        sentence += f"; {positive.name}, {_short(positive.auc)} in {before.name}"
+        if positive.auc.low <= 0.5:
+            sentence += ", where they find nothing either, so they are no evidence"
+    return sentence + "."
+
+
+def _forgetting(audit: Audit) -> list[str]:
+    found, before = audit.audited.forgetting, audit.model("against")
+    if found is None:
+        return []
+    closed = f"Gap closed against {before.name if before else 'the ordinary model'}: {_percent(found.gap_closed)}"
+    if found.closure:
+        closed += f"; closure against the twin (1 = as if never seen): {_short(found.closure)}"
+    return [f"{closed}; price on controls: {_nats(found.price)}."]
+
+
+def _equivalences(audit: Audit) -> list[str]:
+    """A sentence for each fair model."""
+    sentences = []
+    for other in dict.fromkeys(test.other for test in audit.audited.equivalences):
+        tests = [test for test in audit.audited.equivalences if test.other == other]
+        words = [
+            f"{test.name} {'equivalent' if test.equivalent else 'not shown equivalent'} ({test.difference:+.3f}, margin "
+            f"{test.margin:g})" for test in tests
+        ]  # fmt: skip
+        sentences.append(f"Beside {other}: {'; '.join(words)}.")
+    return sentences
 
 
 def _relearning(audit: Audit) -> list[str]:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +20,13 @@ import numpy as np
 import torch
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from memsinks.errors import CheckpointError, DataError
 from memsinks.files import written_beside
 from memsinks.sinks.opening import sinks_open
+from memsinks.training.evaluate import evaluating
 
 CHUNK = 256
 """Documents scored together, sorted by length among themselves, and written as one file."""
@@ -104,7 +106,7 @@ def score(
     start: np.ndarray | None = None,
     open_ids: Sequence[int] | None = None,
     batch_tokens: int | None = None,
-    progress: Callable[[int], Any] = lambda documents: None,
+    label: str = "scores",
 ) -> ScoreTable:
     """Score documents, each by itself.
 
@@ -122,7 +124,7 @@ def score(
         batch_tokens: tokens in one forward, padding included; None = as many as `TOKENS` and
             `LOGITS` allow. Scores do not depend on it beyond rounding: logits are taken in float32 and padding stands on
             the right, where a causal model does not look.
-        progress: called with the number of documents after each chunk.
+        label: stands before the progress bar, which is shown on a terminal.
 
     Raises:
         DataError: a document with nothing to predict (fewer than 2 tokens, or 1 after a start token); NaN or infinite
@@ -140,18 +142,14 @@ def score(
         raise DataError(f"a context of {limit} tokens is too short to score anything")
     batch_tokens = batch_tokens or max(1, min(TOKENS, LOGITS // config.vocab_size))
     _claim(folder, {"chunk": CHUNK, "inputs": _inputs_hash(tokens, start, open_ids), **(key or {})})
-    training = model.training
-    model.eval()
-    try:
+    with tqdm(total=len(tokens), desc=label, unit=" documents", disable=None, leave=False) as bar, evaluating(model):
         for chunk, begin in enumerate(range(0, len(tokens), CHUNK)):
             path = folder / f"{chunk:06d}.safetensors"
             part = tokens[begin : begin + CHUNK]
             if not path.exists():
                 ids = None if open_ids is None else open_ids[begin : begin + CHUNK]
                 _write(path, _score_chunk(model, part, start, limit, ids, batch_tokens, begin))
-            progress(len(part))
-    finally:
-        model.train(training)
+            bar.update(len(part))
     return ScoreTable(folder, len(tokens), first)
 
 
@@ -208,15 +206,7 @@ def _score_chunk(
         width = len(start) + windows[at][2] - windows[at][1]
         chosen = windows[at : at + max(1, batch_tokens // width)]
         at += len(chosen)
-        batch = np.zeros((len(chosen), width), np.int64)
-        for row, (index, low, high, _) in enumerate(chosen):
-            batch[row, : len(start) + high - low] = np.concatenate([start, tokens[index][low:high]])
-        rows = torch.from_numpy(batch).to(model.device)
-        opened = None if ids is None else torch.tensor([ids[index] for index, *_ in chosen])
-        with nullcontext() if opened is None else sinks_open(model, opened):
-            logits = model(input_ids=rows, use_cache=False).logits
-        found = token_statistics(logits, rows.roll(-1, 1))  # the last column is not used: cutting it off would copy all
-        found = dict(zip(FIELDS[1:], (x.cpu().numpy() for x in found), strict=True))
+        found = _read_windows(model, tokens, start, ids, chosen, width)
         for row, (index, low, high, new) in enumerate(chosen):
             place = int(ends[index]) - (len(tokens[index]) - first) + new - first
             here = slice(len(start) + new - low - 1, len(start) + high - low - 1)
@@ -227,6 +217,24 @@ def _score_chunk(
         index = begin + int(np.searchsorted(ends, np.flatnonzero(bad)[0], side="right"))
         raise DataError(f"the model gives NaN or infinite losses on document {index}; it cannot be audited")
     return table | {"ends": ends.astype(np.int64)}
+
+
+def _read_windows(
+    model: PreTrainedModel, tokens: Sequence[np.ndarray], start: np.ndarray, ids: Sequence[int] | None,
+    windows: list[tuple[int, int, int, int]], width: int,
+) -> dict[str, np.ndarray]:  # fmt: skip
+    """One forward over some windows, padded on the right: each statistic of the token after each place, [windows, width]."""
+    batch = np.zeros((len(windows), width), np.int64)
+    for row, (index, low, high, _) in enumerate(windows):
+        batch[row, : len(start) + high - low] = np.concatenate([start, tokens[index][low:high]])
+    rows = torch.from_numpy(batch).to(model.device)
+    opened = None if ids is None else torch.tensor([ids[index] for index, *_ in windows])
+    with nullcontext() if opened is None else sinks_open(model, opened):
+        logits = model(input_ids=rows, use_cache=False).logits
+    statistics = token_statistics(
+        logits, rows.roll(-1, 1)
+    )  # the last column is not used: cutting it off would copy all
+    return dict(zip(FIELDS[1:], (x.cpu().numpy() for x in statistics), strict=True))
 
 
 def _windows(length: int, limit: int, first: int) -> list[tuple[int, int, int]]:

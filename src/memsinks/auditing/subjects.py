@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from memsinks.data.tokens import load_tokenizer
 from memsinks.errors import CheckpointError, ConfigError
 from memsinks.sinks.checkpoint import load_any
-from memsinks.sinks.state import has_sinks, require_sinks, shared_parameters, sink_parameters
+from memsinks.sinks.state import has_sinks, require_sinks, shared_parameters, sink_parameters, unwrap
 from memsinks.sinks.storage import TABLE, fingerprint, has_saved_sinks
 
 State = Literal["open", "closed", "absent"]
@@ -28,7 +29,8 @@ class Subject:
     """A model to be looked at.
 
     Args:
-        model: live, or the path or name of a checkpoint.
+        model: live, also inside torch.compile, DDP or a PeftModel (with its adapter as it is); or the path or name of a
+            checkpoint.
         state: of its sinks, ``"open"`` (each document's own) or ``"closed"``; None for a model without.
         name: as it stands in the report; default: its role, or the path.
     """
@@ -56,15 +58,27 @@ class Subject:
     def config(self) -> PretrainedConfig:
         """The model's configuration, read without loading weights; CheckpointError if there is none."""
         if self.path is None:
-            return self.model.config  # type: ignore[union-attr]
+            return self.live().config
         try:
             return AutoConfig.from_pretrained(self.path)
         except (OSError, ValueError) as error:
             raise CheckpointError(f"cannot load a model from {self.path}: {error}") from error
 
+    def live(self) -> PreTrainedModel:
+        """The live model that is given, out of what it is wrapped in; ConfigError where a wrapper changes what it reads."""
+        prompts = getattr(getattr(self.model, "active_peft_config", None), "is_prompt_learning", False)
+        if prompts:
+            raise ConfigError(
+                "a PeftModel with learned prompts reads tokens that no text has and cannot be audited; adapters in the "
+                "weights (LoRA) can"
+            )
+        model: Any = unwrap(self.model)
+        base: Any = getattr(model, "get_base_model", None)  # of a PeftModel: the model with the adapter in it
+        return model if base is None else base()
+
     def checked_state(self) -> State:
         """The state, ``"absent"`` for a model without sinks; ConfigError if it is missing or not possible."""
-        sinks = has_saved_sinks(self.path) if self.path else has_sinks(self.model)  # type: ignore[arg-type]
+        sinks = has_saved_sinks(self.path) if self.path else has_sinks(self.live())
         state = "absent" if self.state is None and not sinks else self.state
         possible = ("open", "closed") if sinks else ("absent",)
         if state not in possible:
@@ -85,9 +99,9 @@ class Subject:
 
     @contextmanager
     def loaded(self) -> Iterator[PreTrainedModel]:
-        """The model, in eval mode, on a GPU if it comes from a path and there is one; a loaded one is let go after."""
+        """The live model as it is, or the one of the path, in eval mode, on a GPU if there is one, and let go after."""
         if self.path is None:
-            yield self.model  # type: ignore[misc]
+            yield self.live()
             return
         model = load_any(self.path)
         yield model.to("cuda") if torch.cuda.is_available() else model  # type: ignore[arg-type]
@@ -105,8 +119,14 @@ def weights_hash(model: PreTrainedModel) -> str:
         found.update(str([getattr(table, name).tolist() for name in TABLE]).encode())
     for name, tensor in sorted(model.state_dict().items()):
         found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())  # type: ignore[arg-type]
+        found.update(_bytes(tensor).data)
     return found.hexdigest()
+
+
+def _bytes(tensor: torch.Tensor) -> np.ndarray:
+    """The values of a tensor, row by row, whatever its strides; uint8 [bytes]."""
+    flat = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().flatten()
+    return flat.as_strided((flat.numel(),), (1,)).view(torch.uint8).numpy()  # one value may have any stride
 
 
 def facts(model: PreTrainedModel) -> dict[str, Any]:

@@ -212,7 +212,7 @@ def audit_seed(comparison: Comparison, arms: Sequence[Arm], seed: int) -> Audit:
     print(f"audit of seed {seed}: {len(roles) + len(subjects)} models", flush=True)
     return audit(
         roles["audited"], documents, controls, against=roles["against"], twin=roles.get("twin"),
-        seen_once=roles.get("seen_once"), others=list(subjects.values()), progress=True,
+        seen_once=roles.get("seen_once"), others=list(subjects.values()),
         settings=AuditSettings(generate=0, collateral=0, end=False, seed=seed), document_ids=ids,
         out=Path(comparison.recipe.output) / f"seed-{seed}" / "report",
     )  # fmt: skip

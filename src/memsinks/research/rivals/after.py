@@ -70,7 +70,7 @@ def hard_concrete_pruning(
 
 
 def random_neurons(*, after: str, fractions: Sequence[float] = FRACTIONS) -> Method:
-    """Zero neurons drawn at random: the control that every scorer has to beat."""
+    """Zero neurons drawn at random, the same ones for every forget set: the control that every scorer has to beat."""
     return _pruning(after, fractions, lambda model, forget, seed: scorers.random_scores(model, seed))
 
 
@@ -112,6 +112,7 @@ def _pruning(
     def edit(
         model: PreTrainedModel, forget: Sequence[Batch], retain: Sequence[Batch], seed: int
     ) -> Iterator[PreTrainedModel]:
+        scorers.require_targets(forget)
         return pruned(model, score(model, forget, seed), fractions)
 
     return Method(after=after, sweep=tuple(f"{100 * x:g}%" for x in fractions), edit=edit)

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from memsinks.research.rivals.method import Batch
 from memsinks.research.rivals.pruning import down_projections, neuron_vectors, neurons_changed
-from memsinks.research.rivals.scorers import predicting, token_log_probabilities
+from memsinks.research.rivals.scorers import predicting, require_targets, token_log_probabilities
 from memsinks.sinks.gradient import frozen
 
 LOW, HIGH = -0.1, 1.1
@@ -48,7 +48,12 @@ def hard_concrete(
 
     Returns:
         sigmoid(log_alpha), float64 [layers, neurons].
+
+    Raises:
+        DataError: no row has a target.
     """
+    require_targets(rows)
+    rows = [batch for batch in rows if predicting(batch).any()]
     downs = down_projections(model)
     device = downs[0].weight.device
     first = math.log(start / (1 - start))

@@ -1,7 +1,7 @@
 """Which neurons hold some documents: a score for each MLP neuron of a trained model, float64 [layers, neurons], higher = more.
 
 Each takes batches of `collate` (one or several documents a row) in which the targets say what is asked about: labels other
-than -100. Sources: Chang, Thomason, Jia, "Do localization methods actually localize memorized data in LLMs?", NAACL 2024;
+than -100; DataError where there is none. Sources: Chang, Thomason, Jia, "Do localization methods actually localize memorized data in LLMs?", NAACL 2024;
 for integrated gradients also Dai et al., "Knowledge neurons", ACL 2022. Hard concrete, which is learnt, is in `hard_concrete`.
 """
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from memsinks.batch import IGNORED
+from memsinks.errors import DataError
 from memsinks.research.rivals.method import Batch
 from memsinks.research.rivals.pruning import down_projections, neuron_vectors, neurons_changed
 from memsinks.sinks.gradient import frozen
@@ -35,6 +36,7 @@ def token_log_probabilities(model: PreTrainedModel, batch: Batch) -> Tensor:
 @torch.no_grad()
 def activations(model: PreTrainedModel, rows: Sequence[Batch]) -> Tensor:
     """Mean over the predicting positions of abs(a_i) x norm of the vector that neuron i writes."""
+    count = require_targets(rows)
     norms = torch.stack([neuron_vectors(down).double().norm(dim=1) for down in down_projections(model)]).cpu()
     total = torch.zeros_like(norms)
     for batch in rows:
@@ -46,7 +48,7 @@ def activations(model: PreTrainedModel, rows: Sequence[Batch]) -> Tensor:
 
         with neurons_changed(model, look):
             model(input_ids=batch["input_ids"], position_ids=batch["position_ids"])
-    return norms * total / _targets(rows)
+    return norms * total / count
 
 
 @torch.no_grad()
@@ -56,7 +58,7 @@ def zero_out(model: PreTrainedModel, rows: Sequence[Batch], together: int = 8) -
     Args:
         together: neurons tried in one forward pass; changes the speed, not the result.
     """
-    downs = down_projections(model)
+    targets, downs = require_targets(rows), down_projections(model)
     scores = torch.zeros(len(downs), len(neuron_vectors(downs[0])), dtype=torch.float64)
     for batch in rows:
         before = token_log_probabilities(model, batch).double().sum().item()
@@ -75,7 +77,7 @@ def zero_out(model: PreTrainedModel, rows: Sequence[Batch], together: int = 8) -
             with neurons_changed(model, zero):
                 after = token_log_probabilities(model, copies).double().view(count, -1).sum(1)
             scores[layer, neuron : neuron + count] += before - after.cpu()
-    return scores / _targets(rows)
+    return scores / targets
 
 
 def integrated_gradients(model: PreTrainedModel, rows: Sequence[Batch], steps: int = 16) -> Tensor:
@@ -84,7 +86,7 @@ def integrated_gradients(model: PreTrainedModel, rows: Sequence[Batch], steps: i
     One layer at a time, from the baseline 0. All positions of the layer are scaled at once, so a neuron is also credited
     for what it does through attention to later tokens; Dai et al. scale the predicting position alone.
     """
-    downs = down_projections(model)
+    targets, downs = require_targets(rows), down_projections(model)
     scores = torch.zeros(len(downs), len(neuron_vectors(downs[0])), dtype=torch.float64)
     with frozen(model.parameters()):
         for batch in rows:
@@ -98,11 +100,11 @@ def integrated_gradients(model: PreTrainedModel, rows: Sequence[Batch], steps: i
                         probabilities = token_log_probabilities(model, batch).exp()[asked].sum()
                     total += torch.autograd.grad(probabilities, scaled)[0]
                 scores[layer] += (neurons * total / steps).double().sum((0, 1)).cpu()
-    return scores / _targets(rows)
+    return scores / targets
 
 
 def random_scores(model: PreTrainedModel, seed: int) -> Tensor:
-    """Scores that mean nothing: the control."""
+    """Scores that mean nothing, the same for every forget set: the control."""
     downs = down_projections(model)
     generator = torch.Generator().manual_seed(seed)
     return torch.rand(len(downs), len(neuron_vectors(downs[0])), dtype=torch.float64, generator=generator)
@@ -121,5 +123,9 @@ def _hidden(model: PreTrainedModel, batch: Batch) -> list[Tensor]:
     return found
 
 
-def _targets(rows: Sequence[Batch]) -> int:
-    return sum(int(predicting(batch).sum()) for batch in rows)
+def require_targets(rows: Sequence[Batch], what: str = "forgotten") -> int:
+    """The number of targets of `rows`; DataError if there is none, which would score or train on nothing."""
+    count = sum(int(predicting(batch).sum()) for batch in rows)
+    if not count:
+        raise DataError(f"no document to be {what} has a target, so there is nothing to do; leave this method out")
+    return count

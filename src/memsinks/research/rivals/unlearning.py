@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from memsinks.errors import ConfigError
 from memsinks.research.rivals.method import Batch
-from memsinks.research.rivals.scorers import predicting, token_log_probabilities
+from memsinks.research.rivals.scorers import predicting, require_targets, token_log_probabilities
 
 
 def gradient_ascent_loss(forget: Tensor, sizes: Tensor) -> Tensor:
@@ -64,9 +64,15 @@ def unlearn(
     Args:
         kind: "gradient-ascent", "graddiff", "npo" or "simnpo".
         steps: rising.
+
+    Raises:
+        ConfigError, DataError: an unknown kind; nothing to forget, or to keep where that is needed. Before the first step.
     """
     if kind not in KINDS:
         raise ConfigError(f"unlearning must be one of {', '.join(KINDS)}, got {kind!r}")
+    require_targets(forget)
+    if kind != "gradient-ascent":
+        require_targets(retain, "kept")
     model.eval()
     with torch.no_grad():
         before = [document_log_probabilities(model, batch)[0] for batch in forget]

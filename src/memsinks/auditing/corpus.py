@@ -1,0 +1,159 @@
+"""Documents and controls in tokens, with the ids they had in training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from memsinks.auditing.settings import AuditSettings, Identity
+from memsinks.batch import NO_SINKS
+from memsinks.checks import is_int
+from memsinks.data.documents import Document, texts_hash
+from memsinks.data.identity import identify
+from memsinks.data.tokens import encode
+from memsinks.errors import DataError
+
+EXACT = 2**56
+"""Above this a float64 holds only multiples of 16."""
+ROUNDED = 4
+"""Ids above `EXACT` from which on it is no chance that all are multiples of 16 (1 in 65,536)."""
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents and controls in tokens, documents first.
+
+    tokens: int32 [tokens of the document] each. copies: int64 [n], 0 for controls. ids: int64 [n].
+    start: int64 [0 or 1], the tokenizer's start token. private: for each the token at which its private part begins, or
+    None where the main figure asks for `continuation` tokens after `prefix`.
+    """
+
+    documents: list[Document]
+    members: int
+    tokens: list[np.ndarray]
+    copies: np.ndarray
+    ids: np.ndarray
+    start: np.ndarray
+    private: list[int] | None
+    sha256: str
+
+    @property
+    def control(self) -> np.ndarray:
+        """Which entries are controls, bool [n]."""
+        return np.arange(len(self.tokens)) >= self.members
+
+    @property
+    def target(self) -> np.ndarray:
+        """The documents that summary figures are over, bool [n]: those with 2 copies or more, or all if there are none."""
+        repeated = (self.copies > 1) & ~self.control
+        return repeated if repeated.any() else ~self.control
+
+    @property
+    def target_name(self) -> str:
+        """`target` in words."""
+        return "all documents" if (self.target | self.control).all() else "documents with 2 copies or more"
+
+
+def read_corpus(
+    documents: Sequence[Document],
+    controls: Sequence[Document],
+    tokenizer: PreTrainedTokenizerBase,
+    settings: AuditSettings,
+    private_start: Callable[[Document], int] | None = None,
+    document_ids: Sequence[int] | np.ndarray | None = None,
+) -> Corpus:
+    """Check both sides and encode them.
+
+    Raises:
+        DataError: an empty side, a document with 0 copies, texts on both sides (listed), a text without tokens; a
+            `private_start` outside its text; ids that are no integers, out of range or rounded, or not one for each.
+    """
+    _check_sides(documents, controls)
+    everything = [*documents, *controls]
+    ids = _ids(everything, settings.by, document_ids)
+    tokens = [one.astype(np.int32) for one in encode(tokenizer, (x.text for x in everything), end=settings.end)]
+    private = None if private_start is None else _private(everything, tokens, tokenizer, private_start)
+    copies = np.array([document.copies for document in documents] + [0] * len(controls))
+    return Corpus(
+        everything, len(documents), tokens, copies, ids, start_tokens(tokenizer), private, texts_hash(everything)
+    )
+
+
+def _check_sides(documents: Sequence[Document], controls: Sequence[Document]) -> None:
+    if not documents or not controls:
+        raise DataError(
+            f"an audit needs both sides: {len(documents)} documents and {len(controls)} controls were given"
+        )
+    unseen = sum(document.copies == 0 for document in documents)
+    if unseen:
+        raise DataError(f"{unseen} of the documents have 0 copies, so they were not trained on; give them as controls")
+    both = sorted({document.text for document in documents} & {document.text for document in controls})
+    if both:
+        shown = ", ".join(repr(text[:60]) for text in both[:5]) + (" ..." if len(both) > 5 else "")
+        raise DataError(f"{len(both)} texts are documents and controls at once, take them out of one side: {shown}")
+
+
+def _private(
+    documents: list[Document],
+    tokens: list[np.ndarray],
+    tokenizer: PreTrainedTokenizerBase,
+    private_start: Callable[[Document], int],
+) -> list[int]:
+    """The token at which the private part of each document begins."""
+    offsets = [private_start(document) for document in documents]
+    outside = [f"{at} of {len(x.text)}" for at, x in zip(offsets, documents, strict=True) if not 0 <= at < len(x.text)]
+    if outside:
+        raise DataError(
+            f"private_start must lie within the text; for {len(outside)} texts it does not (offset of characters): "
+            + ", ".join(outside[:5])
+        )
+    prompts = iter(encode(tokenizer, [x.text[:at] for at, x in zip(offsets, documents, strict=True) if at], end=False))
+    return [_agreeing(next(prompts), own) if at else 0 for at, own in zip(offsets, tokens, strict=True)]
+
+
+def _agreeing(prompt: np.ndarray, tokens: np.ndarray) -> int:
+    """How many tokens of a prompt are the document's: one across the boundary belongs to the private part."""
+    both = min(len(prompt), len(tokens))
+    return int((prompt[:both] == tokens[:both]).cumprod().sum())
+
+
+def _ids(documents: list[Document], by: Identity, given: Any) -> np.ndarray:
+    """Document ids, int64 [n]: those given, or made as in training; all -1 where a document has no such key or source."""
+    if given is not None:
+        return _given_ids(given, len(documents))
+    if by == "content" or all(getattr(document, by) is not None for document in documents):
+        return identify(documents, by)[0]
+    return np.full(len(documents), NO_SINKS)
+
+
+def _given_ids(given: Any, count: int) -> np.ndarray:
+    """Ids that somebody gives, int64 [count]; DataError unless they can be those of training."""
+    values: list[Any] = given.tolist() if hasattr(given, "tolist") else list(given)
+    if len(values) != count:
+        raise DataError(f"{len(values)} document_ids for {count} documents and controls; give one for each")
+    for place, value in enumerate(values):
+        if not is_int(value) or not NO_SINKS <= value < 2**63:
+            raise DataError(
+                f"document_ids must be the integers of training, from 0 to 2**63 - 1 or exactly -1 for none; entry {place} "
+                f"is {value!r}. An id that went through a float is another document's"
+            )
+    large = [value for value in values if value > EXACT]
+    if len(large) >= ROUNDED and not any(value % 16 for value in large):
+        raise DataError(
+            f"all {len(large)} document_ids above 2**56 are multiples of 16: they went through floats, which rounds them to "
+            "other ids. Read them as integers (in pandas dtype int64 or str, never a column with missing values)"
+        )
+    return np.array(values, np.int64)
+
+
+def start_tokens(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+    """The start token, int64 [1], where the tokenizer puts one before every text by itself (Llama, Gemma); else [0].
+
+    A model that was trained with it is scored with it: without, its losses are those of another model.
+    """
+    first = tokenizer("a")["input_ids"][:1]
+    return np.array(first if first == [tokenizer.bos_token_id] else [], np.int64)
