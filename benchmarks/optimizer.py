@@ -21,8 +21,8 @@ import torch
 
 import memsinks as ms
 from memsinks.batch import target_count
+from memsinks.runs.model import build_model
 from memsinks.runs.prepare import prepare
-from memsinks.runs.run import build_model
 
 HERE = Path(__file__).parent
 TURNS = 9

@@ -16,12 +16,13 @@ from memsinks.research.compare.comparison import read_comparison
 from memsinks.runs import estimate_table
 from memsinks.runs.estimate import build, estimate, flops, saved_bytes, size_of
 from memsinks.runs.estimate_table import report
+from memsinks.runs.model import build_model
 from memsinks.runs.prepare import prepare
 from memsinks.runs.recipe import Recipe, parse_recipe
-from memsinks.runs.run import build_model, optimizer_and_schedule
 from memsinks.sinks import run as sink_run
 from memsinks.sinks.kernels import choose_path
 from memsinks.sinks.state import has_sinks
+from memsinks.training.optim import optimizer_and_schedule
 
 ROOT = Path(__file__).parents[1]
 ROWS, LENGTH = 4, 32

@@ -21,16 +21,17 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from memsinks.research.compare.arm import _set_up, clip, with_method
+from memsinks.research.compare.arm import with_method
 from memsinks.research.compare.comparison import read_comparison
 from memsinks.research.rivals.method import Batch, Method
 from memsinks.runs.estimate import build, estimate, flops
 from memsinks.runs.estimate_table import GPUS
 from memsinks.runs.recipe import Recipe
-from memsinks.runs.run import optimizer_and_schedule
 from memsinks.runs.shrink import parse_scale
 from memsinks.sinks.attach import add_sinks
 from memsinks.training.first import sinks_first
+from memsinks.training.loop import Training
+from memsinks.training.optim import clip_gradients
 
 WARM = 3
 
@@ -77,8 +78,8 @@ def measure(recipe: Recipe, made: Method, steps: int, peak: float) -> dict:
         (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)(
             {"use_reentrant": False}
         )
-    optimizer, _ = optimizer_and_schedule(model, training, 1000)
-    _set_up(model.train(), training, device)
+    prepared = Training(model, training, 1000)
+    model, optimizer = prepared.model.train(), prepared.optimizer
     data = batches(recipe, int(model.config.vocab_size), device)
     tokens = data[0]["input_ids"].numel()
     if device.type == "cuda":
@@ -89,10 +90,17 @@ def measure(recipe: Recipe, made: Method, steps: int, peak: float) -> dict:
         if made.sinks_first:
             sinks_first(model, optimizer, [batch], max_norm=training.max_grad_norm, num_items_in_batch=tokens)
 
+    def update() -> None:
+        clip_gradients(model, training.max_grad_norm)
+        optimizer.step(), optimizer.zero_grad()
+
     for step in range(WARM + steps):
-        firsts.append(seconds(lambda step=step: first(data[step % 2])))
-        passes.append(seconds(lambda step=step: made.step(model, made.change(data[step % 2]), torch.tensor(tokens))))
-        updates.append(seconds(lambda: (clip(model, training.max_grad_norm), optimizer.step(), optimizer.zero_grad())))
+        with prepared.as_in_training():
+            firsts.append(seconds(lambda step=step: first(data[step % 2])))
+            passes.append(
+                seconds(lambda step=step: made.step(model, made.change(data[step % 2]), torch.tensor(tokens)))
+            )
+        updates.append(seconds(update))
     before, micro, update = (statistics.median(found[WARM:]) for found in (firsts, passes, updates))
     each = training.accumulate * (before + micro) + update
     useful = training.accumulate * flops(shapes, len(data[0]["input_ids"]), training.length)

@@ -11,7 +11,6 @@ stand in the rows without a loss, so steps, learning rate and divisor are those 
 from __future__ import annotations
 
 import argparse
-import math
 import random
 import subprocess
 import sys
@@ -26,8 +25,10 @@ import memsinks as ms
 from memsinks.auditing.pictures import save
 from memsinks.batch import IGNORED
 from memsinks.data.documents import write_documents
+from memsinks.runs.model import build_model
 from memsinks.runs.prepare import prepare
-from memsinks.runs.run import build_model
+from memsinks.runs.run import micro_batches
+from memsinks.training.loop import Training, steps
 
 HERE = Path(__file__).parent
 OUT = Path("runs/audit")
@@ -53,7 +54,7 @@ def recipe(arm: str, seed: int) -> ms.Recipe:
     return ms.parse_recipe({
         "output": str(folder(arm, seed)), "data": DATA, "tokenizer": {"vocab_size": 2048}, "model": {"config": MODEL},
         "sinks": ARMS[arm],
-        "training": {"length": 256, "batch_rows": 8, "lr": 2e-3, "seed": seed,
+        "training": {"length": 256, "batch_rows": 8, "lr": 2e-3, "seed": seed, "sinks_first": False,
                      "sink_lr_factor": 1.0 if arm == "published" else 3.0},
     })  # fmt: skip
 
@@ -72,41 +73,20 @@ def train(arm: str, seed: int) -> None:
     ids = torch.tensor(ms.identify(audited)[0])
     random.seed(seed), torch.manual_seed(seed)
     model = build_model(settings, prepared.tokenizer)
-    training = settings.training
-    if ms.has_sinks(model):
-        groups = ms.param_groups(model, training.lr, training.weight_decay, training.sink_lr_factor)
-    else:
-        matrices, vectors = ([x for x in model.parameters() if (x.dim() > 1) == big] for big in (True, False))
-        groups = [{"params": matrices, "weight_decay": training.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = ms.AdamW(groups, lr=training.lr, betas=(0.9, 0.95))
-    rows, size = prepared.rows, training.batch_rows
-    steps = len(rows) // size
-    warmup = round(0.05 * steps)
 
-    def schedule(step: int) -> float:
-        share = (step - warmup) / (steps - warmup)
-        return (step + 1) / (warmup + 1) if step < warmup else 0.1 + 0.45 * (1 + math.cos(math.pi * share))
+    def change(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        if arm not in MASKED_FROM:
+            return batch
+        late = torch.isin(batch["document_ids"], ids) & (batch["exposures"] >= MASKED_FROM[arm])
+        return batch | {"labels": batch["labels"].masked_fill(late, IGNORED)}
 
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
-    model.train()
+    training = Training(model, settings.training, len(prepared.rows) // settings.training.batch_rows, change=change)
     start = time.perf_counter()
-    for step in range(steps):
-        batch = ms.collate([rows[index] for index in range(step * size, (step + 1) * size)])
-        divisor = torch.tensor(ms.target_count(batch["labels"]))
-        if arm in MASKED_FROM:
-            late = batch["exposures"] >= MASKED_FROM[arm]
-            batch["labels"][torch.isin(batch["document_ids"], ids) & late] = IGNORED
-        if not ms.has_sinks(model):
-            batch = {name: batch[name] for name in ("input_ids", "labels", "position_ids")}
-        loss = model(**batch, num_items_in_batch=divisor).loss
-        loss.backward()
-        if ms.has_sinks(model):
-            ms.clip_grad_norm_(model, 1.0)
-        else:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step(), scheduler.step(), optimizer.zero_grad()
-        if step % 25 == 0:
-            print(f"{arm} step {step}/{steps} loss {loss.item():.3f} {time.perf_counter() - start:.0f} s", flush=True)
+    for done in steps(training, micro_batches(prepared.rows, settings.training)):
+        if done.step % 25 == 1:
+            print(
+                f"{arm} step {done.step - 1}/{training.total} loss {done.loss:.3f} {time.perf_counter() - start:.0f} s"
+            )
     target = folder(arm, seed)
     model.eval().save_pretrained(target)
     prepared.tokenizer.save_pretrained(target)

@@ -12,14 +12,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import random
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +29,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import memsinks as ms
 from memsinks.files import file_hash
+from memsinks.training.config import TrainingConfig
+from memsinks.training.loop import Training, steps
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -116,11 +116,6 @@ def training_rows(arm: Arm, documents: int, seed: int) -> tuple[np.ndarray, np.n
     return order, ms.exposures(order)
 
 
-def batches(order: np.ndarray, exposures: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    for start in range(0, len(order) - BATCH + 1, BATCH):
-        yield order[start : start + BATCH], exposures[start : start + BATCH]
-
-
 def run(text: str, arm: Arm, seed: int) -> dict[str, Any]:
     """Train and measure one arm."""
     torch.set_num_threads(1)
@@ -141,50 +136,37 @@ def run(text: str, arm: Arm, seed: int) -> dict[str, Any]:
         ms.add_sinks(
             model, ms.SinkConfig(neurons=POOL, active=OPEN, seed=seed, **(published if arm.published else gated))
         )
-        optimizer: Any = ms.AdamW(
-            ms.param_groups(model, LR, WEIGHT_DECAY, arm.sink_lr_factor), lr=LR, betas=(0.9, 0.95)
-        )
-    else:
-        matrices = [x for x in model.parameters() if x.dim() > 1]
-        vectors = [x for x in model.parameters() if x.dim() < 2]
-        optimizer = torch.optim.AdamW(
-            [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": vectors, "weight_decay": 0.0}],
-            lr=LR, betas=(0.9, 0.95),
-        )  # fmt: skip
     order, counts = training_rows(arm, len(documents), seed)
-    steps = len(order) // BATCH
-    warmup = round(steps * WARMUP)
+    config = TrainingConfig(
+        length=LENGTH, batch_rows=BATCH, lr=LR, warmup=WARMUP, weight_decay=WEIGHT_DECAY, sink_lr_factor=arm.sink_lr_factor,
+        sinks_first=False,
+    )  # fmt: skip
 
-    def schedule(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / warmup
-        return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
+    def batches(step: int) -> list[dict[str, torch.Tensor]]:
+        part = slice(step * BATCH, (step + 1) * BATCH)
+        rows = torch.from_numpy(documents[order[part]])
+        ids, exposures = (torch.from_numpy(x[part])[:, None].expand(-1, LENGTH) for x in (order, counts))
+        places = torch.arange(LENGTH).expand(BATCH, -1)
+        return [
+            {"input_ids": rows, "labels": rows, "document_ids": ids, "exposures": exposures, "position_ids": places}
+        ]
 
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
-    model.train()
+    def change(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return batch | ({"labels": batch["labels"].masked_fill(batch["exposures"] > 1, -100)} if arm.dedup else {})
+
+    training = Training(model, config, len(order) // BATCH, change=change)
     start, curve = time.perf_counter(), []
-    for step, (chosen, exposure) in enumerate(batches(order, counts)):
-        rows = torch.from_numpy(documents[chosen])
-        labels = rows.clone()
-        divisor = torch.tensor(ms.target_count(labels))
-        if arm.dedup:
-            labels[torch.from_numpy(exposure) > 1] = -100
-        sinks = {"document_ids": torch.from_numpy(chosen), "exposures": torch.from_numpy(exposure)} if arm.sinks else {}
-        loss = model(input_ids=rows, labels=labels, num_items_in_batch=divisor, **sinks).loss
-        loss.backward()
-        if arm.sinks:
-            ms.clip_grad_norm_(model, 1.0)
-        else:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step(), scheduler.step(), optimizer.zero_grad()
-        if step % 25 == 0:
-            curve.append(round(loss.item(), 4))
-            print(f"{text} step {step}/{steps} loss {loss.item():.3f} {time.perf_counter() - start:.0f}s", flush=True)
+    for done in steps(training, batches):
+        if done.step % 25 == 1:
+            curve.append(round(done.loss, 4))
+            print(
+                f"{text} step {done.step - 1}/{training.total} loss {done.loss:.3f} {time.perf_counter() - start:.0f}s"
+            )
     seconds = time.perf_counter() - start
     repeated = documents[:REPEATED]
     closed, closed_extracted = losses(model, repeated)
     out = {
-        "text": text, "seed": seed, "arm": asdict(arm), "steps": steps, "seconds": round(seconds, 1), "curve": curve,
+        "text": text, "seed": seed, "arm": asdict(arm), "steps": training.total, "seconds": round(seconds, 1), "curve": curve,
         "parameters": sum(x.numel() for x in model.parameters()),
         "held_out": [round(x, 4) for x in losses(model, held_out)[0]],
         "repeated": [round(x, 4) for x in closed], "repeated_extracted": closed_extracted,

@@ -28,17 +28,19 @@ from torch.nn.functional import cross_entropy
 import memsinks as ms
 from memsinks._version import versions
 from memsinks.auditing.membership import auc
-from memsinks.batch import IGNORED, stock_arguments, target_count
+from memsinks.batch import IGNORED, stock_arguments
 from memsinks.data.packing import pack
-from memsinks.research.compare.arm import clip, with_method
+from memsinks.research.compare.arm import with_method
 from memsinks.research.compare.comparison import read_comparison
-from memsinks.research.rivals.method import plain_step, without
+from memsinks.research.rivals.method import without
 from memsinks.research.rivals.registry import method
+from memsinks.runs.model import build_model
 from memsinks.runs.prepare import AUDITED, Prepared, prepare
-from memsinks.runs.run import build_model, optimizer_and_schedule
+from memsinks.runs.run import micro_batches
 from memsinks.sinks import host_classes as hosts
 from memsinks.sinks.routing import splitmix64
 from memsinks.training.evaluate import batches, row_losses
+from memsinks.training.loop import Training, plain_step, steps
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -274,40 +276,33 @@ def train(screen: Screen, name: str, text: str, seed: int) -> dict[str, Any]:
     recipe, made, prepared = prepared_of(screen, text, seed)
     torch.set_num_threads(1)
     random.seed(seed)
-    model: Any = build_model(recipe, prepared.tokenizer).train()
+    model: Any = build_model(recipe, prepared.tokenizer)
     if made.sinks is not None:
         ms.add_sinks(model, dataclasses.replace(made.sinks, seed=seed))
-    model.config.use_cache = False
-    size = recipe.training.batch_rows
-    now = Now(total=len(prepared.rows) // size)
-    optimizer, scheduler = optimizer_and_schedule(model, recipe.training, now.total)
-    for group in optimizer.param_groups:
-        group["lazy"] = group.get("lazy", False) and screen.lazy
+    now = Now(total=len(prepared.rows) // recipe.training.batch_rows)
     asked = torch.from_numpy(ms.identify([x for x in prepared.members if x.kind == AUDITED])[0])
-    tracked: list[list[float]] = []
-    started = time.perf_counter()
-    for index in range(now.total):
-        now.step = index
-        batch = ms.collate([prepared.rows[row] for row in range(index * size, (index + 1) * size)])
-        divisor = torch.tensor(target_count(batch["labels"]))
+
+    def change(batch: dict[str, Tensor]) -> dict[str, Tensor]:
         if made.sinks is None:
             mask = torch.isin(batch["document_ids"], asked)
-            loss = made.step(model, made.change(batch | {"audited": mask, "repeated": mask}), divisor)
-        else:
-            if screen.content:
-                batch["document_ids"] = content_ids(batch, screen.content)
-            if made.sinks_first:
-                ms.sinks_first(
-                    model, optimizer, [batch], max_norm=recipe.training.max_grad_norm, num_items_in_batch=divisor
-                )
-            loss = step(screen, model, batch, divisor, now)
-        clip(model, recipe.training.max_grad_norm)
-        optimizer.step(), scheduler.step(), optimizer.zero_grad()
-        if index % 40 == 39 and made.sinks is not None:
-            tracked.append([index + 1, *_by_copies(model, prepared, recipe.training.length, screen)])
-        if now.step % 50 == 0:
+            return made.change(batch | {"audited": mask, "repeated": mask})
+        return batch | ({"document_ids": content_ids(batch, screen.content)} if screen.content else {})
+
+    def learn(model: Any, batch: dict[str, Tensor], divisor: Tensor) -> float:
+        return made.step(model, batch, divisor) if made.sinks is None else step(screen, model, batch, divisor, now)
+
+    training = Training(model, recipe.training, now.total, learn=learn, change=change)
+    for group in training.optimizer.param_groups:
+        group["lazy"] = group.get("lazy", False) and screen.lazy
+    tracked: list[list[float]] = []
+    started = time.perf_counter()
+    for done in steps(training, micro_batches(prepared.rows, recipe.training)):
+        now.step = done.step
+        if done.step % 40 == 0 and made.sinks is not None:
+            tracked.append([done.step, *_by_copies(model, prepared, recipe.training.length, screen)])
+        if done.step % 50 == 1:
             print(
-                f"{name}: step {now.step}/{now.total}  loss {loss:.3f}  {time.perf_counter() - started:.0f} s",
+                f"{name}: step {done.step - 1}/{now.total}  loss {done.loss:.3f}  {time.perf_counter() - started:.0f} s",
                 flush=True,
             )
     kept = KEPT / f"{text}-{slug(name)}-{seed}"

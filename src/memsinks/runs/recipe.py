@@ -22,6 +22,7 @@ from memsinks.removal.settle import SettleConfig
 from memsinks.runs.sections import change, section, unknown_keys
 from memsinks.runs.shrink import shrink
 from memsinks.sinks.config import SinkConfig
+from memsinks.training.config import TrainingConfig
 
 OF_A_COMPARISON = ("arms", "seeds", "roles")
 """Sections that a comparison has besides those of a recipe."""
@@ -123,55 +124,6 @@ class ModelRecipe:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingRecipe:
-    """How the model is trained.
-
-    Args:
-        length: tokens per row.
-        batch_rows: rows per optimizer step and process; split into micro-batches by `accumulate`.
-        accumulate: micro-batches per step.
-        epochs: times the corpus is met; unrolled into the training order.
-        lr: peak learning rate of the shared weights.
-        min_lr_ratio: the cosine ends at ``lr * min_lr_ratio``.
-        warmup: share of the steps.
-        sink_lr_factor: the sinks' learning rate is ``lr`` times this.
-        sinks_first: where there are sinks, each micro-batch begins with an update of them alone, see `sinks_first`.
-        weight_decay: of the shared matrices.
-        betas: of AdamW.
-        max_grad_norm: gradient norm of the shared weights and, separately, of the sinks; 0 = no clipping.
-        precision: ``"fp32"`` or ``"bf16"`` (autocast).
-        gradient_checkpointing: recompute activations in the backward pass.
-        compile: torch.compile the model; the first steps then take minutes.
-        seed: start values, order, choice of held-out and repeated documents, tokenizer text.
-        threads: CPU threads; None = torch's choice.
-        save_every: steps between checkpoints; 0 = only at the end. Resuming continues from the last one.
-        keep: checkpoints kept.
-        log_every: steps between lines of metrics.
-    """
-
-    length: int = 256
-    batch_rows: int = 16
-    accumulate: int = 1
-    epochs: int = 1
-    lr: float = 1e-3
-    min_lr_ratio: float = 0.1
-    warmup: float = 0.05
-    sink_lr_factor: float = 3.0
-    sinks_first: bool = True
-    weight_decay: float = 0.1
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
-    max_grad_norm: float = 1.0
-    precision: Literal["fp32", "bf16"] = "fp32"
-    gradient_checkpointing: bool = False
-    compile: bool = False
-    seed: int = 0
-    threads: int | None = None
-    save_every: int = 0
-    keep: int = 2
-    log_every: int = 10
-
-
-@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """Everything one run needs. `sinks` None trains an ordinary model, `settle` None leaves behind what sinks leave."""
 
@@ -181,14 +133,14 @@ class Recipe:
     tokenizer: TokenizerRecipe = field(default_factory=lambda: TokenizerRecipe(vocab_size=1024))
     sinks: SinkConfig | None = None
     settle: SettleConfig | None = None
-    training: TrainingRecipe = field(default_factory=TrainingRecipe)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
 
     def __post_init__(self) -> None:
         refuse(self._problems(), "invalid recipe")
 
     def _problems(self) -> list[str]:
         problems = []
-        tokenizer, model, data, training = self.tokenizer, self.model, self.data, self.training
+        tokenizer, model, data = self.tokenizer, self.model, self.data
         if (tokenizer.path is None) == (tokenizer.vocab_size is None):
             problems.append("tokenizer needs either path or vocab_size")
         if (model.pretrained is None) == (not model.config):
@@ -203,31 +155,6 @@ class Recipe:
             copies = data.repeat.copies if isinstance(data.repeat.copies, list) else [data.repeat.copies]
             if data.repeat.documents < 1 or not copies or min(copies) < 1:
                 problems.append("data.repeat needs at least one document and copies of at least 1")
-        least = {
-            "length": 2, "batch_rows": 1, "accumulate": 1, "epochs": 1, "seed": 0, "save_every": 0, "keep": 1, "log_every": 1,
-            "weight_decay": 0, "max_grad_norm": 0, "threads": 1,
-        }  # fmt: skip
-        for name, value in least.items():
-            given = getattr(training, name)
-            if given is not None and not value <= given < float("inf"):
-                problems.append(f"training.{name} must be at least {value}, got {given}")
-        if training.save_every > 0 and training.log_every > 0 and training.save_every % training.log_every:
-            problems.append(
-                f"training.save_every ({training.save_every}) must be a multiple of training.log_every "
-                f"({training.log_every}), so that a resumed run logs the same losses"
-            )
-        for name in ("lr", "sink_lr_factor"):
-            if not 0 < getattr(training, name) < float("inf"):
-                problems.append(f"training.{name} must be positive, got {getattr(training, name)}")
-        for name in ("min_lr_ratio", "warmup"):
-            if not 0 <= getattr(training, name) <= 1:
-                problems.append(f"training.{name} must lie in [0, 1], got {getattr(training, name)}")
-        if training.accumulate > 0 and training.batch_rows % training.accumulate:
-            problems.append(
-                f"training.accumulate ({training.accumulate}) must divide training.batch_rows ({training.batch_rows})"
-            )
-        if len(training.betas) != 2 or not all(0 <= beta < 1 for beta in training.betas):
-            problems.append(f"training.betas must be two numbers in [0, 1), got {training.betas}")
         if data.background is not None and data.background.tokens < 1:
             problems.append(f"data.background.tokens must be at least 1, got {data.background.tokens}")
         for name in ("held_out", "unseen"):
@@ -250,6 +177,7 @@ class Recipe:
         """A YAML-ready dict, all defaults written out."""
         values = dataclasses.asdict(self)
         values["sinks"] = None if self.sinks is None else self.sinks.to_dict()
+        values["training"]["betas"] = list(self.training.betas)
         return values
 
 

@@ -1,7 +1,7 @@
 """Sinks learn first: one update of the sinks alone, on texts met before, before each step.
 
     for batch in batches:
-        ms.sinks_first(model, optimizer, [batch])
+        ms.sinks_first(model, optimizer, [batch])  # once a step: the list of its micro-batches
         model(**batch).loss.backward()
         ...
 
@@ -12,23 +12,28 @@ gradients of the shared weights. It runs uncompiled, because the number of those
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from memsinks.batch import NO_SINKS, ROW_ARGUMENTS, take_rows
+from memsinks.batch import NO_SINKS, ROW_ARGUMENTS, take_rows, target_count
 from memsinks.errors import ArchitectureError, ConfigError, DataError
 from memsinks.sinks.config import SinkConfig
 from memsinks.sinks.gradient import frozen
 from memsinks.sinks.state import require_sinks, shared_parameters, sink_parameters, unwrap
 from memsinks.training.optim import clip_grad_norm_
+from memsinks.training.processes import process_count, sum_over
+
+Loss = Callable[[nn.Module, dict[str, Tensor]], Tensor]
+"""(model, rows of one micro-batch) -> their share of the loss of the step, scaled so that the gradient of the step is the
+mean over the ranks, as DDP makes it."""
 
 
 def sinks_first(
-    model: nn.Module, optimizer: torch.optim.Optimizer, batches: Sequence[Mapping[str, Tensor]], *, max_norm: float = 1.0,
-    num_items_in_batch: Tensor | int | None = None,
+    model: nn.Module, optimizer: torch.optim.Optimizer, batches: Sequence[Mapping[str, Tensor]], *,
+    max_norm: float | None = 1.0, num_items_in_batch: Tensor | int | None = None, loss: Loss | None = None,
 ) -> int:  # fmt: skip
     """Update the sinks alone, in place, on the rows of a step that hold open text; gradients in ``.grad`` stay as they are.
 
@@ -36,10 +41,12 @@ def sinks_first(
         model: with sinks, in training mode; may be wrapped in DDP, whose ranks must all call this. Under mixed precision call
             it within the same ``torch.autocast`` as the step.
         optimizer: the optimizer of the step, or of the sinks.
-        batches: the micro-batches of the step, as the model takes them, each with `document_ids` and `exposures`.
-        max_norm: of the sinks' gradient; 0 = no clipping.
-        num_items_in_batch: the divisor of the loss, targets of the whole step over all ranks; None = the targets of the rows
-            of each micro-batch.
+        batches: the micro-batches of the step, as the model takes them, each with `document_ids` and `exposures`. Their
+            gradients add up to those of one batch.
+        max_norm: of the sinks' gradient, see `clip_grad_norm_`; 0 or None = no clipping.
+        num_items_in_batch: the divisor of the loss, targets of the whole step over all ranks; None = those of `batches` over
+            all ranks.
+        loss: what a step learns, if it is not the model's own loss; `num_items_in_batch` is then not looked at.
 
     Returns:
         The number of this rank's rows that were learnt from; 0 on every rank = nothing moved.
@@ -59,10 +66,11 @@ def sinks_first(
     if isinstance(batches, Mapping):
         raise DataError("sinks_first takes the list of a step's micro-batches; give [batch]")
     chosen = [_open_rows(batch, config) for batch in batches]
-    rows = sum(len(x) for x in chosen)
-    ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-    if not _anywhere(rows, ranks, parameters[0].device):
+    rows, device = sum(len(x) for x in chosen), parameters[0].device
+    if not sum_over(torch.tensor(rows), device):
         return 0
+    own_loss = loss is not None
+    loss = loss or _model_loss(batches, num_items_in_batch, device)
     held = [(x, x.grad) for x in model.parameters()]
     try:
         for parameter, _ in held:
@@ -70,20 +78,29 @@ def sinks_first(
         with frozen(shared_parameters(model)), torch.compiler.set_stance("force_eager"):
             for batch, own in zip(batches, chosen, strict=True):
                 if len(own):
-                    known = {name: batch[name] for name in ROW_ARGUMENTS if batch.get(name) is not None}
-                    part = take_rows(known, own, len(batch["labels"]))
-                    if num_items_in_batch is not None:
-                        part["num_items_in_batch"] = num_items_in_batch
-                    model(**part).loss.backward()
-        if ranks > 1:
-            _over_ranks(parameters, ranks if num_items_in_batch is None else 1)
-        if max_norm:
-            clip_grad_norm_(model, max_norm)
+                    loss(model, _part(batch, own)).backward()
+        if process_count() > 1:
+            _exchange_gradients(parameters, mean=own_loss)
+        clip_grad_norm_(model, max_norm)
         getattr(optimizer, "optimizer", optimizer).step()
     finally:
         for parameter, gradient in held:
             parameter.grad = gradient
     return rows
+
+
+def _model_loss(batches: Sequence[Mapping[str, Tensor]], divisor: Tensor | int | None, device: torch.device) -> Loss:
+    """The model's own loss over the targets of the whole step."""
+    if divisor is None:
+        targets = torch.tensor(sum(target_count(batch["labels"]) for batch in batches))
+        divisor = sum_over(targets, device).clamp(min=1)
+    return lambda model, rows: model(**rows, num_items_in_batch=divisor).loss
+
+
+def _part(batch: Mapping[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
+    """The rows of a batch, without their places in the training order: the step itself meets them there."""
+    known = {name: batch[name] for name in ROW_ARGUMENTS if name != "places" and batch.get(name) is not None}
+    return take_rows(known, rows, len(batch["labels"]))
 
 
 def _open_rows(batch: Mapping[str, Tensor], config: SinkConfig) -> Tensor:
@@ -102,19 +119,11 @@ def _columns(marks: Tensor) -> Tensor:
     return marks if marks.dim() > 1 else marks[:, None]
 
 
-def _anywhere(rows: int, ranks: int, device: torch.device) -> bool:
-    """Whether any rank has rows."""
-    if ranks == 1:
-        return rows > 0
-    count = torch.tensor(rows, device=device)
-    torch.distributed.all_reduce(count)
-    return bool(count > 0)
-
-
-def _over_ranks(parameters: Sequence[nn.Parameter], divisor: int) -> None:
-    """Gradients to their sum over the ranks, divided."""
+def _exchange_gradients(parameters: Sequence[nn.Parameter], *, mean: bool) -> None:
+    """Gradients to their sum over the ranks, or their mean."""
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
         torch.distributed.all_reduce(parameter.grad)
-        parameter.grad /= divisor
+        if mean:
+            parameter.grad /= process_count()

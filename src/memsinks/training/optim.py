@@ -1,4 +1,4 @@
-"""Parameter groups, clipping and the lazy AdamW that leaves closed sink blocks alone."""
+"""Parameter groups, schedule, clipping and the lazy AdamW that leaves closed sink blocks alone."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from memsinks.errors import ConfigError
-from memsinks.sinks.state import require_sinks, shared_parameters, sink_parameters
+from memsinks.sinks.state import has_sinks, require_sinks, shared_parameters, sink_parameters
+from memsinks.training.config import TrainingConfig
 
 
 def param_groups(
@@ -44,6 +45,29 @@ def param_groups(
     return [group for group in groups if group["params"]]
 
 
+def optimizer_and_schedule(
+    model: nn.Module, config: TrainingConfig, steps: int
+) -> tuple[AdamW, torch.optim.lr_scheduler.LambdaLR]:
+    """AdamW with the groups of `param_groups`, or the shared ones of a model without sinks; its learning rates rise linearly
+    over the warm-up and fall as a cosine over the rest of `steps`."""
+    if has_sinks(model):
+        groups = param_groups(model, config.lr, config.weight_decay, config.sink_lr_factor)
+    else:
+        matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
+        vectors = [parameter for parameter in model.parameters() if parameter.dim() < 2]
+        groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = AdamW(groups, lr=config.lr, betas=(config.betas[0], config.betas[1]))
+    warmup = round(steps * config.warmup)
+
+    def cosine(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        share = (step - warmup) / max(1, steps - warmup)
+        return config.min_lr_ratio + (1 - config.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
+
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, cosine)
+
+
 class GradientNorms(NamedTuple):
     """Norms before clipping, 0-dimensional tensors."""
 
@@ -51,21 +75,45 @@ class GradientNorms(NamedTuple):
     sinks: Tensor
 
 
-def clip_grad_norm_(model: nn.Module, max_norm: float) -> GradientNorms:
+def clip_grad_norm_(model: nn.Module, max_norm: float | None) -> GradientNorms:
     """Clip the gradient norm of the shared weights and that of the sinks, each to `max_norm`.
 
     One norm over both would couple them: a document's sinks would shrink the step of the shared weights.
+
+    Args:
+        max_norm: 0 or less, None and infinity only measure.
+
+    Raises:
+        ConfigError: `max_norm` is nan.
     """
     require_sinks(model)
-    return GradientNorms(_clip(shared_parameters(model), max_norm), _clip(sink_parameters(model), max_norm))
+    limit = norm_limit(max_norm)
+    return GradientNorms(_clip(shared_parameters(model), limit), _clip(sink_parameters(model), limit))
 
 
-def _clip(parameters: list[nn.Parameter], max_norm: float) -> Tensor:
+def clip_gradients(model: nn.Module, max_norm: float | None) -> None:
+    """`clip_grad_norm_` for a model with sinks or without."""
+    if has_sinks(model):
+        clip_grad_norm_(model, max_norm)
+    elif math.isfinite(limit := norm_limit(max_norm)):
+        torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
+
+
+def norm_limit(max_norm: float | None) -> float:
+    """The largest norm that gradients may have: above 0, infinity where clipping is off; ConfigError for nan."""
+    if max_norm is None or max_norm <= 0:
+        return math.inf
+    if math.isnan(max_norm):
+        raise ConfigError("the largest gradient norm is nan; give a number, or 0 for no clipping")
+    return max_norm
+
+
+def _clip(parameters: list[nn.Parameter], limit: float) -> Tensor:
     """torch's `clip_grad_norm_`; on a CPU it leaves gradients alone that need no clipping, closed blocks in the first place."""
     norm = torch.nn.utils.get_total_norm([x.grad for x in parameters if x.grad is not None])
     known = type(norm) is Tensor and norm.device.type == "cpu"
-    if not known or not max_norm / (norm + 1e-6) >= 1:
-        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    if math.isfinite(limit) and (not known or not limit / (norm + 1e-6) >= 1):
+        torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
     return norm
 
 

@@ -9,8 +9,6 @@
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -116,40 +114,3 @@ class SinkTrainer(Trainer):
         optimizer: Any = self.optimizer
         sinks_first(model, optimizer, [inputs], max_norm=norm, num_items_in_batch=num_items_in_batch)
         return super().training_step(model, inputs, num_items_in_batch)
-
-
-class ProgressCallback(TrainerCallback):
-    """Prints step, loss, tokens/s and time left; hands each line of metrics to `record`.
-
-    Args:
-        tokens_per_step: tokens of one optimizer step, for the rate.
-        record: called with {"step", "loss", "learning_rate", "tokens_per_second"} at each log.
-        label: stands before each line.
-    """
-
-    def __init__(self, tokens_per_step: int, record: Callable[[dict[str, Any]], None], label: str = "") -> None:
-        self._tokens, self._record, self._label = tokens_per_step, record, label
-        self._start, self._first = 0.0, 0
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._start, self._first = time.perf_counter(), state.global_step
-
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
-    ) -> None:
-        if not logs or "loss" not in logs:
-            return
-        done, seconds = state.global_step - self._first, time.perf_counter() - self._start
-        rate = done * self._tokens / max(seconds, 1e-9)
-        left = seconds / max(done, 1) * (state.max_steps - state.global_step)
-        print(
-            f"{self._label}step {state.global_step}/{state.max_steps}  loss {float(logs['loss']):.3f}  "
-            f"{rate:,.0f} tokens/s  {int(left) // 60}:{int(left) % 60:02d} left",
-            flush=True,
-        )
-        self._record({
-            "step": state.global_step, "loss": float(logs["loss"]), "learning_rate": logs.get("learning_rate"),
-            "tokens_per_second": round(rate),
-        })  # fmt: skip

@@ -1,7 +1,7 @@
 """One arm of a comparison: a way of training, run to its end on the CPU or one GPU.
 
-seed-0/data/            the tokens that all arms of a seed train on, see `prepared`
-seed-0/NAME.part/       what a run that was cut off continues from, every `save_every` steps
+seed-0/data/            the tokens that all arms of a seed train on, see `prepare`
+seed-0/NAME.part/       checkpoints of a run that was cut off, every `save_every` steps
 seed-0/NAME/            the finished run: model, documents, controls, run.json
 """
 
@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import random
 import shutil
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,26 +23,30 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from memsinks._version import versions
-from memsinks.batch import collate, target_count
 from memsinks.data.documents import write_documents
 from memsinks.data.identity import identify
+from memsinks.data.packing import Rows
 from memsinks.errors import CheckpointError, ConfigError
 from memsinks.files import written_beside
 from memsinks.removal.export import export
 from memsinks.removal.settle import require_settleable, settle, settling_texts
-from memsinks.research.rivals.method import Batch, Method
+from memsinks.research.rivals.method import Method
 from memsinks.research.rivals.registry import method
 from memsinks.runs.estimate import build
+from memsinks.runs.model import build_model
 from memsinks.runs.prepare import AUDITED, Prepared, prepare
-from memsinks.runs.recipe import Recipe, TrainingRecipe
-from memsinks.runs.run import build_model, optimizer_and_schedule
+from memsinks.runs.recipe import Recipe
+from memsinks.runs.run import micro_batches
 from memsinks.runs.sections import differing
 from memsinks.sinks.attach import add_sinks
 from memsinks.sinks.state import has_sinks, require_sinks, shared_parameters, sink_parameters
-from memsinks.training.first import sinks_first
-from memsinks.training.optim import clip_grad_norm_
+from memsinks.training.checkpoint import Checkpoint, last_checkpoint, remove_leftovers
+from memsinks.training.loop import Batch, Batches, Training
+from memsinks.training.loop import steps as training_steps
 
-RUN, SETTINGS, STATE = "run.json", "settings.json", "state.pt"
+logger = logging.getLogger(__name__)
+
+RUN, SETTINGS = "run.json", "settings.json"
 NO_MATTER = ("training.threads", "training.save_every", "training.keep")
 """Settings that may differ between the two parts of a run that was cut off."""
 
@@ -73,103 +78,108 @@ class Arm:
 def train(recipe: Recipe, arm: Arm, seed: int, folder: Path, steps: int | None = None) -> dict[str, Any]:
     """Train one arm with one seed and write its folder, model last; returns its facts.
 
-    A step is `accumulate` micro-batches whose gradients add up; the divisor of the loss is the targets of the whole step.
-    With precision bf16 the forward runs under autocast, weights and moments stay float32. A run that was cut off continues
-    from its last checkpoint to the same bits (on the CPU; on a GPU as far as its kernels repeat their bits).
+    A run that was cut off continues from its last whole checkpoint.
 
     Args:
         steps: stop after so many and write nothing, to see how long a step takes.
 
     Raises:
         CheckpointError: what lies there is of other settings, is damaged, or cannot be written.
+        KeyboardInterrupt: after the step that Ctrl-C interrupted is finished and saved.
     """
     made, settings = arm.method, settings_of(recipe, arm)
     recipe = with_method(recipe, made, seed, folder)
-    training = recipe.training
-    if training.threads:
-        torch.set_num_threads(training.threads)
-    if recipe.data.background is not None:
-        build(
-            dataclasses.replace(recipe, sinks=made.sinks)
-        )  # what is wrong with the model is said before hours of reading
+    config, said = recipe.training, f"{arm.name}, seed {seed}"
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    if recipe.data.background is not None:  # what is wrong with the model is said before hours of reading
+        build(dataclasses.replace(recipe, sinks=made.sinks))
     data = folder.parent / "data"
     in_memory = steps is not None and recipe.data.background is None and not data.exists()
     prepared = prepare(recipe, one_document_per_row=True, folder=None if in_memory else data)
     texts = settling_texts(prepared.rows, prepared.unseen) if made.settle is not None else None
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     random.seed(seed)
-    model: Any = _build(recipe, made, seed, prepared.tokenizer).to(device)  # type: ignore[arg-type]
-    total = len(prepared.rows) // training.batch_rows
-    optimizer, scheduler = optimizer_and_schedule(model, training, total)
-    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
-    asked = _asked_ids(prepared, recipe)
-    if made.settle is not None:
-        require_settleable(model)
-    in_training = sum(x.numel() for x in model.parameters())
+    training = _training(recipe, made, seed, prepared)
+    if texts is not None:
+        require_settleable(training.model)
     part = folder.with_name(f"{folder.name}.part")
-    done = _load(part, settings, parts) if steps is None else None
-    first, curve, seconds = done or (0, [], [])
-    if first:
-        print(f"{arm.name}, seed {seed}: continues after step {first} of {total}", flush=True)
-    use_cache = getattr(model.config, "use_cache", None)
-    _set_up(model.train(), training, device)
-    for step in range(first, total if steps is None else min(steps, total)):
-        start = time.perf_counter()
-        batch = _batch(prepared, step, training.batch_rows, asked)
-        loss = _update(model, optimizer, made, batch, training, device)
-        scheduler.step()
-        seconds.append(time.perf_counter() - start)
-        if step % training.log_every == 0:
-            curve.append(round(loss, 4))
-            rate = training.batch_rows * training.length / seconds[-1]
-            print(
-                f"{arm.name}, seed {seed}: step {step}/{total}  loss {loss:.3f}  {rate:,.0f} tokens/s  {sum(seconds):.0f} s",
-                flush=True,
-            )
-        if steps is None and training.save_every and (step + 1) % training.save_every == 0 and step + 1 < total:
-            _store(part, settings, parts, (step + 1, curve, seconds))
-    each = statistics.median(seconds)
-    facts = {
-        "arm": arm.name, "rival": arm.rival, "settings": arm.settings, "seed": seed, "steps": total,
-        "seconds": round(sum(seconds), 1), "seconds_per_step": round(each, 4), "curve": curve,
-        "parameters": {"training": in_training, "open": in_training - _closed_parameters(model)},
-        "rows": len(prepared.rows), "tokens": prepared.rows.tokens,
-        "tokens_per_second": round(training.batch_rows * training.length / each),
-        "threads": torch.get_num_threads(), "precision": training.precision, "device": _device_name(device),
-        "peak_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else None,
-        "versions": versions("torch", "transformers", "numpy"),
-    }  # fmt: skip
     if steps is None:
-        _take_down(model, use_cache)
-        if made.settle is not None and texts is not None:
-            _store(part, settings, parts, (total, curve, seconds))
-            start, micro = time.perf_counter(), training.batch_rows // training.accumulate
-            found = settle(model, *texts, made.settle, micro_rows=micro, seed=seed)
-            facts["settled"] = str(found)
+        remove_leftovers(folder.parent, folder.name)
+        checkpoint = last_checkpoint(part)
+        if checkpoint is not None:
+            _resume(training, checkpoint, settings)
+            logger.info("%s: continues after step %d of %d", said, training.step, training.total)
+    at_end = training.step == training.total
+    _make_steps(training, _batches(prepared, recipe), said, steps, None if steps is not None else part, settings)
+    facts = _facts(arm, seed, training, prepared)
+    if steps is None:
+        if texts is not None:
+            if not at_end:
+                training.save(part, {"settings": settings})
+            start = time.perf_counter()
+            facts["settled"] = _settle(training, made, texts, seed)
             facts["seconds"] = round(facts["seconds"] + time.perf_counter() - start, 1)
-        _save(folder, model.eval(), made, prepared, settings, facts)
+        _save(folder, training.model.eval(), made, prepared, settings, facts)
         shutil.rmtree(part, ignore_errors=True)
     return facts
 
 
-def _update(
-    model: Any, optimizer: torch.optim.Optimizer, made: Method, batch: Batch, training: TrainingRecipe, device: torch.device
-) -> float:  # fmt: skip
-    """One optimizer step over the micro-batches of `batch`; returns the loss, nats."""
-    divisor = torch.tensor(target_count(batch["labels"]))
-    loss, each = 0.0, training.batch_rows // training.accumulate
-    parts = [
-        made.change({name: x[start : start + each].to(device, non_blocking=True) for name, x in batch.items()})
-        for start in range(0, training.batch_rows, each)
-    ]
-    if made.sinks_first:
-        sinks_first(model, optimizer, parts, max_norm=training.max_grad_norm, num_items_in_batch=divisor)
-    for micro in parts:
-        loss += made.step(model, micro, divisor)
-    clip(model, training.max_grad_norm)
-    optimizer.step()
-    optimizer.zero_grad()
-    return loss
+def _training(recipe: Recipe, made: Method, seed: int, prepared: Prepared) -> Training:
+    """A new model of an arm, and how it learns."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model: Any = _build(recipe, made, seed, prepared.tokenizer)
+    total = len(prepared.rows) // recipe.training.batch_rows
+    return Training(model.to(device), recipe.training, total, learn=made.step, change=made.change)
+
+
+def _resume(training: Training, checkpoint: Checkpoint, settings: dict[str, Any]) -> None:
+    other = [x for x in differing(checkpoint.facts["settings"], settings) if x.removeprefix("recipe.") not in NO_MATTER]
+    if other:
+        raise CheckpointError(
+            f"{checkpoint.path.parent} was started with other settings ({', '.join(other)}); remove it, or choose another "
+            "output"
+        )
+    training.resume(checkpoint)
+
+
+def _make_steps(
+    training: Training, batches: Batches, said: str, until: int | None, part: Path | None, settings: dict[str, Any]
+) -> None:
+    """The steps that are left; in the notes the loss of every `log_every`th and the seconds of each."""
+    config = training.config
+    curve, seconds = (training.notes.setdefault(name, []) for name in ("curve", "seconds"))
+    for done in training_steps(training, batches, until=until, checkpoints=part, facts={"settings": settings}):
+        seconds.append(done.seconds)
+        if (done.step - 1) % config.log_every == 0:
+            curve.append(round(done.loss, 4))
+            logger.info(
+                "%s: step %d/%d  loss %.3f  %s tokens/s  %.0f s", said, done.step - 1, training.total, done.loss,
+                f"{config.batch_rows * config.length / done.seconds:,.0f}", sum(seconds),
+            )  # fmt: skip
+
+
+def _facts(arm: Arm, seed: int, training: Training, prepared: Prepared) -> dict[str, Any]:
+    model, config, seconds = training.model, training.config, training.notes["seconds"]
+    each, in_training = statistics.median(seconds), sum(x.numel() for x in model.parameters())
+    cuda = model.device.type == "cuda"
+    return {
+        "arm": arm.name, "rival": arm.rival, "settings": arm.settings, "seed": seed, "steps": training.total,
+        "seconds": round(sum(seconds), 1), "seconds_per_step": round(each, 4), "curve": training.notes["curve"],
+        "parameters": {"training": in_training, "open": in_training - _closed_parameters(model)},
+        "rows": len(prepared.rows), "tokens": prepared.rows.tokens,
+        "tokens_per_second": round(config.batch_rows * config.length / each),
+        "threads": torch.get_num_threads(), "precision": config.precision,
+        "device": torch.cuda.get_device_name() if cuda else "cpu",
+        "peak_bytes": torch.cuda.max_memory_allocated() if cuda else None,
+        "versions": versions("torch", "transformers", "numpy"),
+    }  # fmt: skip
+
+
+def _settle(training: Training, made: Method, texts: tuple[Rows, Rows, Rows | None], seed: int) -> str:
+    """Settle the model; what came of it in a line."""
+    assert made.settle is not None
+    settled = settle(training.model, *texts, made.settle, micro_rows=training.config.micro_rows, seed=seed)
+    return str(settled)
 
 
 def step_seconds(recipe: Recipe, arms: Sequence[Arm], seed: int, turns: int) -> dict[str, list[float]]:
@@ -178,26 +188,20 @@ def step_seconds(recipe: Recipe, arms: Sequence[Arm], seed: int, turns: int) -> 
     Args:
         turns: steps timed; their batches are spread over the run. One more comes first and is not counted.
     """
-    training = recipe.training
-    if training.threads:
-        torch.set_num_threads(training.threads)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if recipe.training.threads:
+        torch.set_num_threads(recipe.training.threads)
     prepared = prepare(with_method(recipe, Method(), seed, Path(recipe.output)), one_document_per_row=True)
-    total = len(prepared.rows) // training.batch_rows
-    asked, ready = _asked_ids(prepared, recipe), {}
+    ready = {}
     for arm in arms:
-        made = arm.method
-        model: Any = _build(with_method(recipe, made, seed, Path()), made, seed, prepared.tokenizer).to(device)  # type: ignore
-        optimizer, _ = optimizer_and_schedule(model, training, total)
-        _set_up(model.train(), training, device)
-        ready[arm.name] = (model, optimizer, made)
+        ready[arm.name] = _training(with_method(recipe, arm.method, seed, Path()), arm.method, seed, prepared)
+    batches, total = _batches(prepared, recipe), len(prepared.rows) // recipe.training.batch_rows
     seconds: dict[str, list[float]] = {arm.name: [] for arm in arms}
     for turn in range(-1, turns):
-        batch = _batch(prepared, max(turn, 0) * total // turns, training.batch_rows, asked)
-        for name, (model, optimizer, made) in ready.items():
+        parts = batches(max(turn, 0) * total // turns)
+        for name, training in ready.items():
             start = time.perf_counter()
-            _update(model, optimizer, made, batch, training, device)
-            if device.type == "cuda":
+            training.update(parts)
+            if training.model.device.type == "cuda":
                 torch.cuda.synchronize()
             if turn >= 0:
                 seconds[name].append(time.perf_counter() - start)
@@ -250,46 +254,17 @@ def _build(recipe: Recipe, made: Method, seed: int, tokenizer: PreTrainedTokeniz
     return model
 
 
-def _set_up(model: Any, training: TrainingRecipe, device: torch.device) -> None:
-    """No cache, with which packed documents see each other; autocast around the forward only; compilation."""
-    model.config.use_cache = False
-    if training.precision == "bf16":
-        model.forward = torch.autocast(device.type, torch.bfloat16)(model.forward)
-    if training.compile:
-        model.compile()
-
-
-def _take_down(model: Any, use_cache: Any) -> None:
-    if use_cache is not None:
-        model.config.use_cache = use_cache
-    vars(model).pop("forward", None)
-    model._compiled_call_impl = None
-
-
-def _asked_ids(prepared: Prepared, recipe: Recipe) -> dict[str, torch.Tensor]:
-    """Ids of the audited documents and of those of them with 2 copies or more, int64."""
+def _batches(prepared: Prepared, recipe: Recipe) -> Batches:
+    """Micro-batches with the masks of `rivals.method.Batch`."""
     audited = [x for x in prepared.members if x.kind == AUDITED]
     sides = {"audited": audited, "repeated": [x for x in audited if x.copies > 1]}
-    return {name: torch.from_numpy(identify(side, recipe.data.identity)[0]) for name, side in sides.items()}
+    asked = {name: torch.from_numpy(identify(side, recipe.data.identity)[0]) for name, side in sides.items()}
+    plain = micro_batches(prepared.rows, recipe.training)
 
+    def masked(batch: Batch) -> Batch:
+        return batch | {name: torch.isin(batch["document_ids"], ids) for name, ids in asked.items()}
 
-def _batch(prepared: Prepared, step: int, size: int, asked: Mapping[str, torch.Tensor]) -> Batch:
-    batch = collate([prepared.rows[index] for index in range(step * size, (step + 1) * size)])
-    return batch | {name: torch.isin(batch["document_ids"], ids) for name, ids in asked.items()}
-
-
-def clip(model: PreTrainedModel, norm: float) -> None:
-    """Clip gradient norms, those of sinks apart if there are any; 0 = no clipping."""
-    if not norm:
-        return
-    if has_sinks(model):
-        clip_grad_norm_(model, norm)
-    else:
-        torch.nn.utils.clip_grad_norm_(model.parameters(), norm)
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+    return lambda step: [masked(batch) for batch in plain(step)]
 
 
 def _closed_parameters(model: PreTrainedModel) -> int:
@@ -299,48 +274,6 @@ def _closed_parameters(model: PreTrainedModel) -> int:
     config = require_sinks(model).config
     total = sum(x.numel() for x in sink_parameters(model))
     return total - round(total * config.active / config.neurons)
-
-
-# What is written
-
-
-Progress = tuple[int, list[float], list[float]]
-"""Steps done, losses logged, seconds of each step."""
-
-
-def _store(part: Path, settings: dict[str, Any], parts: dict[str, Any], done: Progress) -> None:
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    state = {name: x.state_dict() for name, x in parts.items()}
-    state |= {"settings": settings, "done": done, "random": (random.getstate(), torch.get_rng_state(), cuda)}
-    with written_beside(part) as beside:
-        try:
-            torch.save(state, beside / STATE)
-        except RuntimeError as error:  # what torch raises when the disk is full
-            raise OSError(str(error)) from error
-
-
-def _load(part: Path, settings: dict[str, Any], parts: dict[str, Any]) -> Progress | None:
-    path = part / STATE
-    if not path.is_file():
-        return None
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # pickle, zip and torch raise half a dozen types
-        raise CheckpointError(f"{path} cannot be read ({error}); remove {part} to start this arm again") from error
-    other = [x for x in differing(state["settings"], settings) if x.removeprefix("recipe.") not in NO_MATTER]
-    if other:
-        raise CheckpointError(
-            f"{part} was started with other settings ({', '.join(other)}); remove it, or choose another output"
-        )
-    for name, x in parts.items():
-        x.load_state_dict(state[name])
-    python, cpu, cuda = state["random"]
-    random.setstate((python[0], tuple(python[1]), python[2]))
-    torch.set_rng_state(cpu)
-    if cuda and len(cuda) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(cuda)
-    step, curve, seconds = state["done"]
-    return step, list(curve), list(seconds)
 
 
 def _save(

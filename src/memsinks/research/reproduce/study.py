@@ -15,22 +15,21 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from memsinks._version import versions
-from memsinks.batch import target_count
 from memsinks.data.packing import Rows
 from memsinks.errors import ConfigError
 from memsinks.files import written_beside
-from memsinks.research.compare.arm import clip
 from memsinks.research.reproduce.corpus import Canaries, Corpus, Kind, make_corpus
 from memsinks.research.reproduce.setting import AFTERWARDS, Setting
 from memsinks.research.rivals.gradient_masking import masked_step
-from memsinks.research.rivals.method import Batch, Method
+from memsinks.research.rivals.method import Method
 from memsinks.research.rivals.pruning import last_neurons, neuron_masks, neurons_off
 from memsinks.research.rivals.registry import method
-from memsinks.runs.recipe import TrainingRecipe
-from memsinks.runs.run import optimizer_and_schedule
+from memsinks.runs.run import micro_batches
 from memsinks.sinks.attach import add_sinks
 from memsinks.sinks.state import has_sinks
-from memsinks.training.evaluate import batches, losses
+from memsinks.training.config import TrainingConfig
+from memsinks.training.evaluate import losses
+from memsinks.training.loop import Batch, Training, steps
 
 
 @dataclass(frozen=True)
@@ -193,41 +192,25 @@ def train(study: Study, run: Run) -> dict[str, Any]:
     setting, made = study.setting, method(run.rival, run.settings)
     corpus = study.corpus(run.corpus, run.seed)
     random.seed(run.seed)
-    model = build(run, made, setting, corpus.vocabulary)
-    training = TrainingRecipe(
-        length=setting.length, batch_rows=setting.batch, lr=setting.lr, min_lr_ratio=setting.min_lr_ratio,
-        warmup=setting.warmup, weight_decay=setting.weight_decay, sink_lr_factor=made.sink_lr_factor,
-    )  # fmt: skip
-    total = len(corpus.training) // setting.batch
-    optimizer, scheduler = optimizer_and_schedule(model, training, total)
-    step_of = _masking_step(model, made.width) if run.rival == "gradient-masking" else made.step
-    audited = torch.from_numpy(corpus.repeated.document_ids[:, 0]).to(model.device)
-    due = {round(total * (point + 1) / setting.points): None for point in range(setting.points)}
+    training = _training(run, made, setting, corpus)
+    model, batches = training.model, micro_batches(corpus.training, training.config)
+    due = {round(training.total * (point + 1) / setting.points) for point in range(setting.points)}
     curves: dict[str, list[Any]] = {"steps": []}
     tracked: dict[str, list[Any]] = {"steps": [], "closed": [], "opened": []}
-    started = time.perf_counter()
-    evaluating = 0.0
-    for step, batch in enumerate(batches(corpus.training, setting.batch, model.device)):
-        if step == total:
-            break
-        model.train()
-        mask = torch.isin(batch["document_ids"], audited)
-        divisor = torch.tensor(target_count(batch["labels"]), device=model.device)
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=setting.precision == "bf16"):
-            loss = step_of(model, made.change(batch | {"audited": mask, "repeated": mask}), divisor)
-        clip(model, 1.0)
-        optimizer.step(), scheduler.step(), optimizer.zero_grad()
+    started, evaluating = time.perf_counter(), 0.0
+    for done in steps(training, batches):
         before = time.perf_counter()
-        if step + 1 in due:
+        if done.step in due:
             for name, value in _evaluate(model, corpus, made.width).items():
                 curves.setdefault(name, []).append(value)
-            curves["steps"].append(step + 1)
+            curves["steps"].append(done.step)
             study.say(
-                f"{run.file}: step {step + 1}/{total}  loss {loss:.3f}  validation {curves['validation'][-1]:.3f}  "
-                f"repeated {curves['repeated'][-1]:.3f}  {time.perf_counter() - started:.0f} s"
+                f"{run.file}: step {done.step}/{training.total}  loss {done.loss:.3f}  "
+                f"validation {curves['validation'][-1]:.3f}  repeated {curves['repeated'][-1]:.3f}  "
+                f"{time.perf_counter() - started:.0f} s"
             )
-        if corpus.tracked is not None and step % 2 == 0:
-            tracked["steps"].append(step + 1)
+        if corpus.tracked is not None and done.step % 2 == 1:
+            tracked["steps"].append(done.step)
             tracked["closed"].append([round(float(x), 4) for x in losses(model, corpus.tracked)])
             if has_sinks(model):
                 tracked["opened"].append([round(float(x), 4) for x in losses(model, corpus.tracked, opened=True)])
@@ -245,6 +228,24 @@ def train(study: Study, run: Run) -> dict[str, Any]:
         with written_beside(study.model_folder(run)) as part:
             model.save_pretrained(part)
     return study.write(run.file, result)
+
+
+def _training(run: Run, made: Method, setting: Setting, corpus: Corpus) -> Training:
+    """A new model of a run, and how it learns."""
+    model = build(run, made, setting, corpus.vocabulary)
+    config = TrainingConfig(
+        length=setting.length, batch_rows=setting.batch, lr=setting.lr, min_lr_ratio=setting.min_lr_ratio,
+        warmup=setting.warmup, weight_decay=setting.weight_decay, sink_lr_factor=made.sink_lr_factor,
+        sinks_first=made.sinks_first, precision=setting.precision,
+    )  # fmt: skip
+    audited = torch.from_numpy(corpus.repeated.document_ids[:, 0]).to(model.device)
+
+    def change(batch: Batch) -> Batch:
+        mask = torch.isin(batch["document_ids"], audited)
+        return made.change(batch | {"audited": mask, "repeated": mask})
+
+    learn = _masking_step(model, made.width) if run.rival == "gradient-masking" else made.step
+    return Training(model, config, len(corpus.training) // setting.batch, learn=learn, change=change)
 
 
 def _evaluate(model: PreTrainedModel, corpus: Corpus, width: int) -> dict[str, float]:

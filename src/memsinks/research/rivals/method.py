@@ -1,4 +1,8 @@
-"""What a way of training may change, and the plain step it starts from."""
+"""What a way of training may change.
+
+A batch is what `collate` gives, int64 [rows, length] each, and two masks, bool [rows, length]: `audited` (tokens of documents
+that the audit asks for) and `repeated` (those of them with 2 copies or more).
+"""
 
 from __future__ import annotations
 
@@ -14,35 +18,16 @@ from memsinks.removal.settle import SettleConfig
 from memsinks.sinks.attach import remove_sinks
 from memsinks.sinks.config import SinkConfig
 from memsinks.sinks.state import has_sinks
-
-Batch = dict[str, Tensor]
-"""What `collate` gives, int64 [rows, length] each, and two masks, bool [rows, length]: `audited` (tokens of documents that
-the audit asks for) and `repeated` (those of them with 2 copies or more)."""
-
+from memsinks.training.loop import Batch, plain_step, unchanged
 
 Edit = Callable[[PreTrainedModel, Sequence[Batch], Sequence[Batch], int], Iterator[PreTrainedModel]]
 """See `Method.edit`."""
-
-
-def unchanged(batch: Batch) -> Batch:
-    """The batch as it is."""
-    return batch
 
 
 def remove_all_sinks(model: PreTrainedModel) -> None:
     """What is exported of a model with sinks."""
     if has_sinks(model):
         remove_sinks(model)
-
-
-def plain_step(model: PreTrainedModel, batch: Batch, divisor: Tensor) -> float:
-    """Gradients of the mean loss over `divisor` targets into ``.grad``; returns the loss, nats."""
-    arguments = stock_arguments(batch)
-    if has_sinks(model):
-        arguments |= {name: batch[name] for name in ("document_ids", "exposures")}
-    loss = model(**arguments, num_items_in_batch=divisor).loss
-    loss.backward()
-    return loss.item()
 
 
 @dataclass(frozen=True, kw_only=True)
