@@ -10,8 +10,8 @@ import pytest
 import memsinks
 
 SOURCE = Path(memsinks.__file__).parent
-ORDER = ("_version", "errors", "checks", "files", "batch", "data", "sinks", "training", "removal", "auditing", "runs", "research",
-         "cli")  # fmt: skip
+ORDER = ("_version", "errors", "checks", "provenance", "files", "batch", "data", "sinks", "training", "removal", "auditing",
+         "runs", "research", "cli")  # fmt: skip
 LAZY = {"__init__.py", "cli.py"}
 """Files that import inside functions: what is not asked for is not loaded."""
 

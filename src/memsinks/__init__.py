@@ -4,6 +4,7 @@ A document enters as text and leaves as a model without it. The rooms stand in t
 
 errors      the error types                         checks    numbers in range, as a list of problems
 files       written beside and renamed, hashes      batch     the contract of a batch, and its collator
+provenance  what was made with which settings
 data        text -> rows: documents, readers, identity, tokens, packing, sampling, the built-in corpus; imports no model
 sinks       the mechanism, for any decoder: config, routing, table, plan, layer, kernels, families, host classes, attach,
             opening, storage, checkpoint
