@@ -196,7 +196,7 @@ def _read(recipe: Recipe, file: Path | None = None) -> Corpus:
     members = [document for document in documents if document.copies > 0]
     controls = [document for document in documents if document.copies == 0]
     tokenizer = load_tokenizer_of(recipe, members)
-    member_ids, member_groups = identify(members, data.identity)
+    member_ids, member_groups = identify(members, data.by)
     tokens = encode(tokenizer, [document.text for document in members])
     more_ids = array("q")
     everything: Iterator[np.ndarray] = iter(tokens)

@@ -13,6 +13,16 @@ import yaml
 
 from memsinks.errors import ConfigError
 
+RENAMED = {"data": {"identity": "by"}, "arms.*": {"width": "extra_neurons"}}
+"""Settings that had other names, by section: old name -> today's. Old names are read everywhere."""
+
+
+def with_new_names(values: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """`values` with old names replaced; one that stands beside its new name stays, and is then refused as unknown."""
+    return {
+        names[name] if name in names and names[name] not in values else name: value for name, value in values.items()
+    }
+
 
 def unknown_keys(given: Iterable[Any], where: str, known: Iterable[str]) -> list[str]:
     """A sentence with the nearest known name for each key that is not known."""

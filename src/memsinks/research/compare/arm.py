@@ -15,6 +15,7 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,9 @@ from memsinks.errors import CheckpointError, ConfigError
 from memsinks.files import written_beside
 from memsinks.removal.export import export
 from memsinks.removal.settle import require_settleable, settle, settling_texts
-from memsinks.research.rivals.method import Batch, Method
+from memsinks.research.rivals.method import Batch, EditingMethod, TrainingMethod
 from memsinks.research.rivals.registry import method
-from memsinks.runs.estimate import build
+from memsinks.runs.estimate import meta_model
 from memsinks.runs.prepare import AUDITED, Prepared, prepare
 from memsinks.runs.recipe import Recipe, SettleRecipe, TrainingRecipe
 from memsinks.runs.run import build_model, optimizer_and_schedule
@@ -54,15 +55,25 @@ class Arm:
     rival: str
     settings: dict[str, Any]
 
-    @property
-    def method(self) -> Method:
-        return method(self.rival, self.settings)
+    @cached_property
+    def training(self) -> TrainingMethod:
+        """How its model is trained: ordinarily, where it edits the model of another arm."""
+        made = method(self.rival, self.settings)
+        return made if isinstance(made, TrainingMethod) else TrainingMethod()
+
+    @cached_property
+    def editing(self) -> EditingMethod | None:
+        """How it edits the model of another arm, if it does."""
+        made = method(self.rival, self.settings)
+        return made if isinstance(made, EditingMethod) else None
 
     @property
     def models(self) -> dict[str, str]:
         """The arm's models beyond its folder ``model``: folder -> name in the table."""
-        made = self.method
-        return {x: f"{self.name}, rescale {x}" for x in made.rescales} | {x: f"{self.name}, {x}" for x in made.sweep}
+        sweep = self.editing.sweep if self.editing else ()
+        return {x: f"{self.name}, rescale {x}" for x in self.training.rescales} | {
+            x: f"{self.name}, {x}" for x in sweep
+        }
 
     @property
     def slug(self) -> str:
@@ -83,13 +94,13 @@ def train(recipe: Recipe, arm: Arm, seed: int, folder: Path, steps: int | None =
     Raises:
         CheckpointError: what lies there is of other settings, is damaged, or cannot be written.
     """
-    made, settings = arm.method, settings_of(recipe, arm)
+    made, settings = arm.training, settings_of(recipe, arm)
     recipe = with_method(recipe, made, seed, folder)
     training = recipe.training
     if training.threads:
         torch.set_num_threads(training.threads)
     if recipe.data.background is not None:
-        build(
+        meta_model(
             dataclasses.replace(recipe, sinks=made.sinks)
         )  # what is wrong with the model is said before hours of reading
     data = folder.parent / "data"
@@ -153,8 +164,13 @@ def train(recipe: Recipe, arm: Arm, seed: int, folder: Path, steps: int | None =
 
 
 def _update(
-    model: Any, optimizer: torch.optim.Optimizer, made: Method, batch: Batch, training: TrainingRecipe, device: torch.device
-) -> float:  # fmt: skip
+    model: Any,
+    optimizer: torch.optim.Optimizer,
+    made: TrainingMethod,
+    batch: Batch,
+    training: TrainingRecipe,
+    device: torch.device,
+) -> float:
     """One optimizer step over the micro-batches of `batch`; returns the loss, nats."""
     divisor = torch.tensor(target_count(batch["labels"]))
     loss, each = 0.0, training.batch_rows // training.accumulate
@@ -182,11 +198,11 @@ def step_seconds(recipe: Recipe, arms: Sequence[Arm], seed: int, turns: int) -> 
     if training.threads:
         torch.set_num_threads(training.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    prepared = prepare(with_method(recipe, Method(), seed, Path(recipe.output)), one_document_per_row=True)
+    prepared = prepare(with_method(recipe, TrainingMethod(), seed, Path(recipe.output)), one_document_per_row=True)
     total = len(prepared.rows) // training.batch_rows
     asked, ready = _asked_ids(prepared, recipe), {}
     for arm in arms:
-        made = arm.method
+        made = arm.training
         model: Any = _build(with_method(recipe, made, seed, Path()), made, seed, prepared.tokenizer).to(device)  # type: ignore
         optimizer, _ = optimizer_and_schedule(model, training, total)
         _set_up(model.train(), training, device)
@@ -207,23 +223,25 @@ def step_seconds(recipe: Recipe, arms: Sequence[Arm], seed: int, turns: int) -> 
 def settings_of(recipe: Recipe, arm: Arm) -> dict[str, Any]:
     """What a run of an arm depends on beside its seed, JSON-ready."""
     values = {name: value for name, value in recipe.to_dict().items() if name != "output"}
-    made = arm.method
+    made = arm.training
     method = {"sinks": made.sinks and made.sinks.to_dict(), "sinks_first": made.sinks_first, "settle": made.settle}
     return json.loads(json.dumps({"recipe": values, "rival": arm.rival, "settings": arm.settings, "method": method}))
 
 
-def with_method(recipe: Recipe, made: Method, seed: int, output: Path) -> Recipe:
-    """The recipe with the method's extra width and heads, its learning rate of the sinks, and the seed."""
+def with_method(recipe: Recipe, made: TrainingMethod, seed: int, output: Path) -> Recipe:
+    """The recipe with the method's extra neurons and heads, its learning rate of the sinks, and the seed."""
     config = dict(recipe.model.config)
-    if made.width:
+    if made.extra_neurons:
         name = "n_inner" if "n_inner" in config else "intermediate_size"
         if name not in config:
             raise ConfigError(
-                f"model.config needs intermediate_size (n_inner for gpt2), to which {made.width} neurons are added"
+                f"model.config needs intermediate_size (n_inner for gpt2), to which {made.extra_neurons} neurons are added"
             )
-        config[name] += made.width
+        config[name] += made.extra_neurons
         if config[name] < 1:
-            raise ConfigError(f"a width of {made.width} leaves no general neurons of {config[name] - made.width}")
+            raise ConfigError(
+                f"extra_neurons {made.extra_neurons} leaves no general neurons of {config[name] - made.extra_neurons}"
+            )
     if made.heads:
         config["head_dim"] = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
         config["num_attention_heads"] += made.heads
@@ -238,12 +256,12 @@ def with_method(recipe: Recipe, made: Method, seed: int, output: Path) -> Recipe
 
 def recipe_of_arm(recipe: Recipe, arm: Arm) -> Recipe:
     """What an arm makes of the recipe of its comparison, for an estimate."""
-    made = arm.method
+    made = arm.training
     settle = None if made.settle is None else SettleRecipe()
     return dataclasses.replace(with_method(recipe, made, 0, Path()), sinks=made.sinks, settle=settle)
 
 
-def _build(recipe: Recipe, made: Method, seed: int, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+def _build(recipe: Recipe, made: TrainingMethod, seed: int, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     model = build_model(recipe, tokenizer)
     if made.sinks is not None:
         add_sinks(model, dataclasses.replace(made.sinks, seed=seed))
@@ -270,7 +288,7 @@ def _asked_ids(prepared: Prepared, recipe: Recipe) -> dict[str, torch.Tensor]:
     """Ids of the audited documents and of those of them with 2 copies or more, int64."""
     audited = [x for x in prepared.members if x.kind == AUDITED]
     sides = {"audited": audited, "repeated": [x for x in audited if x.copies > 1]}
-    return {name: torch.from_numpy(identify(side, recipe.data.identity)[0]) for name, side in sides.items()}
+    return {name: torch.from_numpy(identify(side, recipe.data.by)[0]) for name, side in sides.items()}
 
 
 def _batch(prepared: Prepared, step: int, size: int, asked: Mapping[str, torch.Tensor]) -> Batch:
@@ -344,8 +362,13 @@ def _load(part: Path, settings: dict[str, Any], parts: dict[str, Any]) -> Progre
 
 
 def _save(
-    folder: Path, model: PreTrainedModel, made: Method, prepared: Prepared, settings: dict[str, Any], facts: dict[str, Any]
-) -> None:  # fmt: skip
+    folder: Path,
+    model: PreTrainedModel,
+    made: TrainingMethod,
+    prepared: Prepared,
+    settings: dict[str, Any],
+    facts: dict[str, Any],
+) -> None:
     with written_beside(folder) as part:
         if has_sinks(model):
             model.save_pretrained(part / "model")
