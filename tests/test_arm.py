@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from memsinks.cli import main
 from memsinks.errors import CheckpointError, ConfigError
 from memsinks.research.compare import arm as module
-from memsinks.research.compare import compare as comparing
+from memsinks.research.compare import processes
 from memsinks.research.compare.compare import compare, prepare_data, train_arm
 from memsinks.research.compare.comparison import read_comparison
 from memsinks.sinks.checkpoint import load_any
@@ -39,9 +39,9 @@ SMALL = {
         "ours": {"rival": "gated", "neurons": 64, "active": 16, "block_size": 8},
         "ours first": {"rival": "gated", "neurons": 64, "active": 16, "block_size": 8, "sinks_first": True},
         "exact": {"rival": "gated", "neurons": 64, "active": 16, "block_size": 8, "shared": "none"},
-        "published": {"rival": "published", "neurons": 64, "active": 16, "width": -8},
-        "masking": {"rival": "gradient-masking", "width": 8},
-        "sgtm": {"rival": "sgtm", "width": 8, "heads": 2},
+        "published": {"rival": "published", "neurons": 64, "active": 16, "extra_neurons": -8},
+        "masking": {"rival": "gradient-masking", "extra_neurons": 8},
+        "sgtm": {"rival": "sgtm", "extra_neurons": 8, "heads": 2},
     },
 }  # fmt: skip
 GPT2 = {
@@ -194,7 +194,9 @@ def test_documents_of_a_packed_row_do_not_see_each_other_in_a_stock_model(tmp_pa
         data = {"one_document_per_row": own, "synthetic": SMALL["data"]["synthetic"] | {"stories": 9}, "long": "refuse"}
         arms = {"without": "exact", "data": data, "training": changes}
         comparison = read_comparison(written(tmp_path / str(own), **arms))
-        rows = module.prepare(module.with_method(comparison.recipe, comparison.arms[0].method, 0, tmp_path), True).rows
+        rows = module.prepare(
+            module.with_method(comparison.recipe, comparison.arms[0].training, 0, tmp_path), True
+        ).rows
         arms["training"] = changes | {"batch_rows": len(rows)}
         losses[own] = run(tmp_path / str(own), "standard", **arms)
     assert losses[False]["rows"] < losses[True]["rows"]
@@ -227,9 +229,9 @@ def test_what_the_exact_mode_cannot_do_is_said_before(tmp_path, sections, part) 
     assert part in str(caught.value)
 
 
-def test_a_width_that_leaves_no_neurons(tmp_path) -> None:
-    with pytest.raises(ConfigError, match="a width of -32 leaves no general neurons of 32"):
-        run(tmp_path, "published", arms={"published": SMALL["arms"]["published"] | {"width": -32}})
+def test_extra_neurons_that_leave_no_general_ones(tmp_path) -> None:
+    with pytest.raises(ConfigError, match="extra_neurons -32 leaves no general neurons of 32"):
+        run(tmp_path, "published", arms={"published": SMALL["arms"]["published"] | {"extra_neurons": -32}})
 
 
 # Processes
@@ -240,7 +242,7 @@ class Process:
 
     started: list[tuple[list[str], str | None]] = []  # noqa: RUF012
 
-    def __init__(self, command, stdout, env) -> None:
+    def __init__(self, command, stdout, stderr, env) -> None:
         self.started.append((command, env.get("CUDA_VISIBLE_DEVICES")))
         self.returncode = 0
 
@@ -251,7 +253,7 @@ class Process:
 def test_each_run_has_a_gpu_of_its_own(tmp_path, monkeypatch) -> None:
     Process.started.clear()
     path = written(tmp_path)
-    monkeypatch.setattr(comparing, "_visible_gpus", lambda: ["3", "5"])
+    monkeypatch.setattr(processes, "_visible_gpus", lambda: ["3", "5"])
     monkeypatch.setattr(subprocess, "Popen", Process)
     compare(read_comparison(path), jobs=2, command=[str(path), "--set", "training.lr=1e-3"], audits=False)
     assert len(Process.started) == len(SMALL["arms"])

@@ -170,4 +170,4 @@ def test_info(tiny_run, capsys) -> None:
     assert main(["info", f"{tiny_run}/model"]) == 0
     out = capsys.readouterr().out
     assert "llama with sinks in layers [0, 1]" in out
-    assert read_settings(tiny_run / "model")["fingerprint"] in out
+    assert read_settings(tiny_run / "model").stored["fingerprint"] in out

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from memsinks.cli import main
 from memsinks.errors import CheckpointError, ConfigError
 from memsinks.research.compare import compare as module
-from memsinks.research.compare.compare import compare, plan, time_steps, train_arm
+from memsinks.research.compare.compare import compare, describe_plan, time_steps, train_arm
 from memsinks.research.compare.comparison import read_comparison
 from memsinks.research.compare.table import spread
 
@@ -38,8 +38,8 @@ SMALL = {
         "ours": {"rival": "gated", "neurons": 64, "active": 16, "block_size": 8},
         "exact": {"rival": "gated", "neurons": 64, "active": 16, "block_size": 8, "shared": "none"},
         "published": {"rival": "published", "neurons": 64, "active": 16},
-        "masking": {"rival": "gradient-masking", "width": 8},
-        "sgtm": {"rival": "sgtm", "width": 8, "heads": 2},
+        "masking": {"rival": "gradient-masking", "extra_neurons": 8},
+        "sgtm": {"rival": "sgtm", "extra_neurons": 8, "heads": 2},
         "goldfish": {"rival": "goldfish"},
     },
 }  # fmt: skip
@@ -172,9 +172,11 @@ def test_runs_and_reports_of_other_settings_are_refused(done, tmp_path) -> None:
     other = read_comparison(
         written(tmp_path, output=str(done[0].parent / "out"), training=SMALL["training"] | {"lr": 1e-3})
     )
-    with pytest.raises(CheckpointError, match="recipe.training.lr; choose another output"):
+    with pytest.raises(CheckpointError, match=r"recipe\.training\.lr 0\.005 \(now 0\.001\); choose another output"):
         other.finished(other.arms[0], 0)
-    with pytest.raises(CheckpointError, match="comparison with another training.lr"):
+    with pytest.raises(
+        CheckpointError, match=r"compare\.json was made with other settings: training\.lr 0\.005 \(now 0\.001\)"
+    ):
         compare(other, arms=["standard"], seeds=[0])
 
 
@@ -187,9 +189,9 @@ def test_a_run_is_the_same_each_time(done, tmp_path) -> None:
 
 def test_a_plan_says_what_would_run(done, tmp_path, capsys) -> None:
     path, _ = done
-    text = plan(read_comparison(path), ["standard", "twin"], [], 2)
+    text = describe_plan(read_comparison(path), ["standard", "twin"], [], 2)
     assert "standard: seeds [1], about" in text and "2 at a time" in text
-    assert "twin: finished" in plan(read_comparison(path), ["twin"], [0], 1)
+    assert "twin: finished" in describe_plan(read_comparison(path), ["twin"], [0], 1)
     fresh = written(tmp_path)
     assert main(["compare", str(fresh), "--dry-run", "--arms", "goldfish"]) == 0
     assert "goldfish: seeds [0, 1], about" in capsys.readouterr().out

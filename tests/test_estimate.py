@@ -14,8 +14,8 @@ from memsinks.removal.export import export
 from memsinks.research.compare.arm import recipe_of_arm
 from memsinks.research.compare.comparison import read_comparison
 from memsinks.runs import estimate_table
-from memsinks.runs.estimate import build, estimate, flops, saved_bytes, size_of
-from memsinks.runs.estimate_table import report
+from memsinks.runs.estimate import estimate, flops, meta_model, saved_bytes, size_of
+from memsinks.runs.estimate_table import format_estimate
 from memsinks.runs.model import build_model
 from memsinks.runs.prepare import prepare
 from memsinks.runs.recipe import Recipe, parse_recipe
@@ -100,7 +100,7 @@ def test_saved_bytes_are_those_of_a_real_forward(kind, sinks, bf16, again) -> No
     with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
         loss = forward(model, bf16)
     assert loss.requires_grad
-    assert saved_bytes(build(recipe), ROWS, LENGTH, bf16, again) == sum(x.nbytes() for x in seen.values())
+    assert saved_bytes(meta_model(recipe), ROWS, LENGTH, bf16, again) == sum(x.nbytes() for x in seen.values())
 
 
 @pytest.mark.parametrize("sinks", SINKS)
@@ -145,9 +145,9 @@ def test_flops_are_those_of_the_counter(kind, sinks) -> None:
     names = {torch.ops.memsinks.grouped_linear: grouped, torch.ops.memsinks.grouped_linear_backward: grouped_backward}
     with FlopCounterMode(display=False, custom_mapping=names) as counter:
         forward(model).backward()
-    found = flops(build(recipe), ROWS, LENGTH)
+    found = flops(meta_model(recipe), ROWS, LENGTH)
     assert found == pytest.approx(counter.get_total_flops(), rel=0.02)
-    assert 1.2 * found < flops(build(recipe), ROWS, LENGTH, recompute=True) < 4 / 3 * found
+    assert 1.2 * found < flops(meta_model(recipe), ROWS, LENGTH, recompute=True) < 4 / 3 * found
 
 
 def test_open_parameters_and_the_peak() -> None:
@@ -164,7 +164,7 @@ def test_open_parameters_and_the_peak() -> None:
 
 
 def test_nothing_is_allocated() -> None:
-    assert {x.device.type for x in build(recipe_of("llama", "gated")).parameters()} == {"meta"}
+    assert {x.device.type for x in meta_model(recipe_of("llama", "gated")).parameters()} == {"meta"}
 
 
 @pytest.mark.parametrize("copies", [3, [1, 4, 8]])
@@ -212,7 +212,7 @@ def test_what_does_not_fit_is_said(monkeypatch) -> None:
     comparison = read_comparison(ROOT / "recipes" / "compare-tinystories.yaml")
     arms = [arm for arm in comparison.arms if arm.name in ("standard", "dedup", "published", "sgtm")]
     monkeypatch.setitem(estimate_table.GPUS, "H100", estimate_table.Gpu(240e6, 1e12, 1e12))
-    lines = report(
+    lines = format_estimate(
         comparison.recipe, {arm.name: recipe_of_arm(comparison.recipe, arm) for arm in arms}, 3, gpus=2
     ).splitlines()
     assert lines[0].startswith("0.9M tokens in 6,650 rows of 128; 415 steps of 16 rows, 16 at a time")
@@ -244,8 +244,8 @@ def test_wrong_input_is_one_line(capsys, argv, part) -> None:
 def test_the_recipes_of_the_paper_are_valid_and_of_its_size(path) -> None:
     comparison = read_comparison(path)
     assert {"standard", "dedup", "published", "ours"} <= {arm.name for arm in comparison.arms}
-    stock = sum(x.numel() for x in build(comparison.recipe).parameters())
+    stock = sum(x.numel() for x in meta_model(comparison.recipe).parameters())
     wanted = {"tinystories-344m": 354.3e6, "smollm-360m-1b": 361.8e6, "smollm-1.7b-2b": 1711.4e6}[path.stem]
     assert stock == pytest.approx(wanted, rel=1e-3)
-    published = next(arm.method for arm in comparison.arms if arm.name == "published")
-    assert published.sinks is not None and published.width == -published.sinks.neurons
+    published = next(arm.training for arm in comparison.arms if arm.name == "published")
+    assert published.sinks is not None and published.extra_neurons == -published.sinks.neurons

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from memsinks.batch import IGNORED
 from memsinks.cli import main
 from memsinks.errors import CheckpointError, ConfigError, DataError
-from memsinks.research.compare.compare import compare, plan
+from memsinks.research.compare.compare import compare, describe_plan
 from memsinks.research.compare.comparison import read_comparison
 from memsinks.research.rivals import scorers as s
 from memsinks.research.rivals import unlearning as u
@@ -395,7 +395,7 @@ def test_an_edit_starts_from_the_model_of_its_base(done) -> None:
 
 
 def test_a_plan_names_what_is_edited(tmp_path) -> None:
-    text = plan(read_comparison(written(tmp_path)), ["npo"], [0], 1)
+    text = describe_plan(read_comparison(written(tmp_path)), ["npo"], [0], 1)
     assert "npo: seeds [0], edits the model of standard" in text
 
 

@@ -11,7 +11,7 @@ import yaml
 
 from memsinks.errors import ConfigError
 from memsinks.runs.recipe import Recipe, parse_recipe, read_recipe
-from memsinks.sinks.config import SinkConfig
+from memsinks.sinks.config import FORMAT_VERSION, SinkConfig
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted(path for path in (ROOT / "recipes").glob("*.yaml") if not path.name.startswith("compare-"))
@@ -51,7 +51,7 @@ def test_round_trip_of_everything() -> None:
     recipe = parse_recipe({
         "output": "o",
         "model": {"config": {"model_type": "gpt2", "n_embd": 16, "num_hidden_layers": 1}},
-        "data": {"path": "d.jsonl", "key_field": "id", "limit": 9, "held_out": 2, "identity": "key", "long": "truncate",
+        "data": {"path": "d.jsonl", "key_field": "id", "limit": 9, "held_out": 2, "by": "key", "long": "truncate",
                  "repeat": {"documents": 3, "copies": [2, 4]}},
         "tokenizer": {"path": "t.json"},
         "sinks": {"neurons": 64, "active": 16, "block_size": 8, "layers": [0, 1], "shared": "none", "open_from": 3},
@@ -59,7 +59,7 @@ def test_round_trip_of_everything() -> None:
     })  # fmt: skip
     written = yaml.safe_load(yaml.safe_dump(recipe.to_dict()))
     assert parse_recipe(written) == recipe
-    assert written["sinks"]["format_version"] == 1
+    assert written["sinks"]["format_version"] == FORMAT_VERSION
     assert recipe.sinks == SinkConfig(neurons=64, active=16, block_size=8, layers=(0, 1), shared="none", open_from=3)
 
 
@@ -109,7 +109,7 @@ def test_values_out_of_range_are_listed_at_once() -> None:
                  "training.warmup must lie in [0, 1], got 2", "training.betas", "training.seed must be at least 0, got -1",
                  "training.threads must be at least 1, got 0", "training.weight_decay must be at least 0, got -0.1",
                  "training.max_grad_norm must be at least 0, got nan", "training.min_lr_ratio", "data.held_out", "data.limit",
-                 "data.repeat needs at least one document", "data.repeat or data.copies_field, not both",
+                 "data.repeat.documents must be an int of at least 1, got 0", "data.repeat or data.copies_field, not both",
                  "training.save_every (15) must be a multiple of training.log_every (10)"):  # fmt: skip
         assert part in text
 
@@ -121,8 +121,8 @@ def test_a_zero_for_accumulate_is_a_message_too() -> None:
 def test_problems_of_the_sinks_are_passed_on() -> None:
     text = message(sinks={"neurons": 64, "active": 128})
     assert "sinks: invalid SinkConfig: active (128) exceeds neurons (64)" in text
-    assert "sinks.format_version is 2, this memsinks reads 1" in message(
-        sinks={"neurons": 64, "active": 64, "format_version": 2}
+    assert "sinks: sink settings have format_version 3, this memsinks reads 1 to 2" in message(
+        sinks={"neurons": 64, "active": 64, "format_version": 3}
     )
 
 
@@ -136,7 +136,9 @@ def test_problems_of_the_sinks_are_passed_on() -> None:
      ({"tokenizer": {"path": "x", "vocab_size": 300}}, "tokenizer needs either path or vocab_size"),
      ({"data": {"path": "x", "synthetic": {"stories": 3}}}, "data.synthetic is for the built-in corpus"),
      ({"data": {"repeat": {"documents": 1, "copies": 1.5}}}, "data.repeat.copies"),
-     ({"data": {"repeat": {"documents": 1, "copies": []}}}, "data.repeat needs"),
+     ({"data": {"repeat": {"documents": 1, "copies": []}}}, "data.repeat.copies is empty"),
+     ({"data": {"repeat": {"documents": 0, "copies": 0}}},
+      "data.repeat.documents must be an int of at least 1, got 0; data.repeat.copies must be an int of at least 1, got 0"),
      ({"training": 3}, "training must be a section of settings, got 3"),
      ({"training": {"gradient_checkpointing": 1}}, "training.gradient_checkpointing must be bool, got 1"),
      ({"training": {"seed": True}}, "training.seed must be int, got True"),
@@ -147,7 +149,7 @@ def test_problems_of_the_sinks_are_passed_on() -> None:
      ({"settle": {"passes": 0}}, "passes must be an int of at least 1, got 0"),
      ({"settle": {"rate": 1}}, "unknown key settle.rate"),
      ({"data": {"unseen": 3}}, "data.unseen is for documents of data.path"),
-     ({"data": {"path": "x", "unseen": -1}}, "data.unseen must be at least 0, got -1"),
+     ({"data": {"path": "x", "unseen": -1}}, "data.unseen must be an int of at least 0, got -1"),
      ({"settle": {}, "data": {"path": "x", "background": {"path": "y", "tokens": 9}}}, "settle needs data.unseen"),
      ({"sinks": {"neurons": 64, "active": 8, "layers": ["a"]}}, "sinks.layers[0] must be int, got 'a'")],
 )  # fmt: skip
@@ -193,6 +195,16 @@ def test_changes_are_checked_too(tmp_path, changes, part) -> None:
     with pytest.raises(ConfigError) as caught:
         read_recipe(path, changes)
     assert part in str(caught.value)
+
+
+def test_old_names_are_read_and_said(tmp_path, caplog) -> None:
+    path = write(tmp_path, yaml.safe_dump({**LEAST, "data": {"path": "d", "key_field": "id", "identity": "key"}}))
+    with caplog.at_level("INFO", "memsinks"):
+        assert read_recipe(path).data.by == "key"
+    assert caplog.messages == ["data.identity is called data.by today"]
+    assert read_recipe(write(tmp_path, yaml.safe_dump(LEAST)), {"data.identity": "source"}).data.by == "source"
+    assert parse_recipe({**LEAST, "data": {"identity": "source"}}).data.by == "source"
+    assert "unknown key data.identity" in message(data={"identity": "key", "by": "key"})
 
 
 @pytest.mark.parametrize(

@@ -14,18 +14,18 @@ from memsinks.cli import main
 from memsinks.errors import ConfigError, DataError
 from memsinks.research.reproduce import arms, fig2, fig4, fig7, study, theory
 from memsinks.research.reproduce.corpus import TRACKED, make_corpus
-from memsinks.research.reproduce.reproduce import FIGURES, plan, reproduce
-from memsinks.research.reproduce.setting import SCALES, scale
+from memsinks.research.reproduce.reproduce import FIGURES, describe_study, reproduce
+from memsinks.research.reproduce.setting import SETTINGS, setting_of
 from memsinks.research.reproduce.study import Study
 from memsinks.research.rivals.registry import method
 
-TINY = dataclasses.replace(scale("tiny"), seeds=(0,))
+TINY = dataclasses.replace(setting_of("tiny"), seeds=(0,))
 
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
     """(study, results) of all figures, one seed, the built-in stories."""
-    made = Study(TINY, tmp_path_factory.mktemp("paper"), say=lambda line: None)
+    made = Study(TINY, tmp_path_factory.mktemp("paper"))
     return made, reproduce(["all"], made)
 
 
@@ -78,7 +78,7 @@ def test_sweeps_start_from_the_standard_model(done) -> None:
 def test_the_same_run_gives_the_same_numbers(done, tmp_path) -> None:
     made, _ = done
     run = arms.ours(TINY, 0)
-    again = Study(TINY, tmp_path, say=lambda line: None).run(run)
+    again = Study(TINY, tmp_path).run(run)
     assert again["curves"] == made.run(run)["curves"] and again["corpus_hash"] == made.run(run)["corpus_hash"]
 
 
@@ -94,7 +94,7 @@ def test_finished_runs_are_kept_and_interrupted_ones_made_again(done, tmp_path, 
     (out / "runs" / "memsinks-seed0.json").rename(out / "runs" / "memsinks-seed0.part")  # cut off while writing
     asked = []
     monkeypatch.setattr(study, "train", lambda one, run: asked.append(run.file) or made.run(run))
-    again = Study(TINY, out, say=lambda line: None)
+    again = Study(TINY, out)
     again.run(arms.published(TINY, 0))
     again.run(arms.ours(TINY, 0))
     again.run(arms.standard(TINY, 0))
@@ -111,11 +111,11 @@ def test_pictures_are_drawn_from_results_alone(done, tmp_path, monkeypatch) -> N
     for path in (made.out / "runs").glob("*.json"):
         (tmp_path / "runs" / path.name).write_text(path.read_text())
     monkeypatch.setattr(study, "train", lambda *_: pytest.fail("a run was made again"))
-    assert reproduce(["fig2", "fig4"], Study(TINY, tmp_path, say=lambda line: None))["fig4"] == results["fig4"]
+    assert reproduce(["fig2", "fig4"], Study(TINY, tmp_path))["fig4"] == results["fig4"]
 
 
 def test_an_interruption_leaves_no_half_result(tmp_path, monkeypatch) -> None:
-    made = Study(TINY, tmp_path, say=lambda line: None)
+    made = Study(TINY, tmp_path)
     monkeypatch.setattr(study, "mean_loss", lambda *args, **more: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         made.run(arms.standard(TINY, 0))
@@ -124,8 +124,10 @@ def test_an_interruption_leaves_no_half_result(tmp_path, monkeypatch) -> None:
 
 def test_a_plan_counts_what_is_left(done, tmp_path) -> None:
     made, _ = done
-    assert "to do" not in plan(["all"], made) and "the rest takes about 0 minutes" in plan(["all"], made)
-    text = plan(["fig3"], Study(TINY, tmp_path))
+    assert "to do" not in describe_study(["all"], made) and "the rest takes about 0 minutes" in describe_study(
+        ["all"], made
+    )
+    text = describe_study(["fig3"], Study(TINY, tmp_path))
     assert "to do: gradient-masking-seed0, about" in text and "0 of 2 runs are there" in text
 
 
@@ -134,7 +136,7 @@ def test_what_is_there_is_drawn_without_training(done, tmp_path, capsys, monkeyp
     monkeypatch.setattr(study, "train", lambda *_: pytest.fail("a run was made"))
     monkeypatch.delenv("MEMSINKS_DATA", raising=False)
     (tmp_path / "runs").mkdir()
-    command = ["reproduce", "fig2", "fig4", "fig5", "--scale", "tiny", "--out", str(tmp_path), "--finished"]
+    command = ["reproduce", "fig2", "fig4", "fig5", "--size", "tiny", "--out", str(tmp_path), "--finished"]
     assert main(command[:2] + command[4:]) == 0  # nothing to take out of anything: an empty picture
     assert main(["reproduce", "fig4", *command[4:]]) == 2
     assert "no seed of which all runs are there; leave --finished out" in capsys.readouterr().err
@@ -142,7 +144,7 @@ def test_what_is_there_is_drawn_without_training(done, tmp_path, capsys, monkeyp
         if "-d0.5" not in path.name and "zero-out" not in path.name:
             (tmp_path / "runs" / path.name).write_text(path.read_text())
     assert main(command) == 0
-    assert "1 runs are missing and left out: memsinks-d0.5-seed0" in capsys.readouterr().out
+    assert "1 runs are missing and left out: memsinks-d0.5-seed0" in capsys.readouterr().err
     found = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in ("fig2", "fig4", "fig5")}
     assert list(found["fig5"]["noise"]) == ["0.1"] and found["fig4"]["seeds"] == [0]
     assert set(results["fig2"]["stories"]) - set(found["fig2"]["stories"]) == {"zero-out"}
@@ -185,14 +187,14 @@ def test_tracked_stories_are_met_at_a_fixed_distance() -> None:
 
 
 def test_the_published_split_and_ours_have_the_width_they_say() -> None:
-    small = scale("small")
+    small = setting_of("small")
     standard, published, ours = (arm(small, 0) for arm in (arms.standard, arms.published, arms.ours))
     assert published.neurons + published.settings["neurons"] == standard.neurons
     assert published.neurons == round(0.7 * standard.neurons)
     assert ours.neurons + ours.settings["active"] == standard.neurons
-    paper = arms.published(scale("paper"), 0)
+    paper = arms.published(setting_of("paper"), 0)
     assert (paper.neurons, paper.settings) == (2867, {"neurons": 1229, "active": 369})
-    assert scale("paper").steps == 1025
+    assert setting_of("paper").steps == 1025
     for run in (published, ours):
         method(run.rival, run.settings)
 
@@ -249,19 +251,19 @@ def test_sinks_lose_more_the_more_often_others_open_them() -> None:
 def test_the_command(tmp_path, capsys, monkeypatch) -> None:
     monkeypatch.delenv("MEMSINKS_DATA", raising=False)
     out = str(tmp_path / "out")
-    assert main(["reproduce", "fig3", "--scale", "tiny", "--out", out, "--dry-run"]) == 0
+    assert main(["reproduce", "fig3", "--size", "tiny", "--out", out, "--dry-run"]) == 0
     assert "0 of 2 runs are there" in capsys.readouterr().out and not (tmp_path / "out").exists()
-    assert main(["reproduce", "fig3", "--scale", "tiny", "--out", out]) == 0
-    text = capsys.readouterr().out
-    assert "gradient-masking-seed0: step" in text and "fig3.png" in text
-    assert main(["reproduce", "fig3", "--scale", "small", "--out", out]) == 2
+    assert main(["reproduce", "fig3", "--size", "tiny", "--out", out]) == 0
+    said = capsys.readouterr()
+    assert "gradient-masking-seed0: step" in said.err and "fig3.png" in said.out
+    assert main(["reproduce", "fig3", "--scale", "small", "--out", out]) == 2  # what --size was called before
     (line,) = capsys.readouterr().err.splitlines()
-    assert "was made with another" in line and "--out" in line
+    assert "was made with other settings: setting.batch 8 (now 16)" in line and "--out" in line
 
 
 @pytest.mark.parametrize(
     ("arguments", "part"),
-    [(["fig9"], "unknown figure fig9"), (["fig22"], "did you mean fig2?"), (["fig2", "--scale", "smal"], "did you mean small?"),
+    [(["fig9"], "unknown figure fig9"), (["fig22"], "did you mean fig2?"), (["fig2", "--size", "smal"], "did you mean small?"),
      (["fig2", "--data", "none.jsonl"], "none.jsonl does not exist")],
 )  # fmt: skip
 def test_wrong_arguments_are_one_clear_error(tmp_path, capsys, arguments, part) -> None:
@@ -277,11 +279,11 @@ def test_too_few_stories(tmp_path) -> None:
         make_corpus(TINY, 0, path)
 
 
-def test_scales_and_arms_are_whole() -> None:
-    with pytest.raises(ConfigError, match="unknown scale huge"):
-        scale("huge")
-    for setting in SCALES.values():
+def test_sizes_and_arms_are_whole() -> None:
+    with pytest.raises(ConfigError, match="unknown size huge"):
+        setting_of("huge")
+    for setting in SETTINGS.values():
         files = [run.file for name in FIGURES for run in FIGURES[name].runs(setting)]
-        assert len({*files}) >= len(setting.sizes) + len(setting.noises) + len(setting.actives) + 4
+        assert len({*files}) >= len(setting.sizes) + len(setting.noises) + len(setting.active_shares) + 4
         assert setting.size in setting.sizes or setting.name == "paper"
     assert set(fig4.ARMS) == {"standard", "without repeats", "MemSinks", "ours"}

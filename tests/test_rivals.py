@@ -139,7 +139,7 @@ def test_published_is_the_setting_of_the_paper() -> None:
 
 
 def test_gradient_masking_truth_table(model) -> None:
-    step = method("gradient-masking", {"width": WIDTH}).step
+    step = method("gradient-masking", {"extra_neurons": WIDTH}).step
     repeated, others = (gradients(model, step, batch_of(one)) for one in ((7, 2), (9, 1)))
     for name, parameter in model.named_parameters():
         if ".mlp." in name:
@@ -153,7 +153,7 @@ def test_gradient_masking_truth_table(model) -> None:
 def test_gradient_masking_only_chooses_among_ordinary_gradients(model) -> None:
     """Every entry is the ordinary gradient of the documents it may learn from."""
     mixed = batch_of((7, 2), (9, 1), (7, 1))
-    found = gradients(model, method("gradient-masking", {"width": WIDTH}).step, mixed)
+    found = gradients(model, method("gradient-masking", {"extra_neurons": WIDTH}).step, mixed)
     parts = {}
     for side in (True, False):
         labels = mixed["labels"].masked_fill(mixed["repeated"] != side, IGNORED)
@@ -169,7 +169,7 @@ def test_gradient_masking_only_chooses_among_ordinary_gradients(model) -> None:
 
 
 def test_sgtm_truth_table(model) -> None:
-    step = method("sgtm", {"width": WIDTH, "heads": HEADS}).step
+    step = method("sgtm", {"extra_neurons": WIDTH, "heads": HEADS}).step
     forget, retain = (gradients(model, step, batch_of(one)) for one in ((7, 2), (9, 1)))
     masks = reserved_masks(model, WIDTH, HEADS)
     for name, parameter in model.named_parameters():
@@ -184,7 +184,7 @@ def test_sgtm_truth_table(model) -> None:
 
 def test_sgtm_retains_as_if_the_reserved_part_were_not_there(model) -> None:
     batch = batch_of((9, 1), (11, 1))
-    found = gradients(model, method("sgtm", {"width": WIDTH, "heads": HEADS}).step, batch)
+    found = gradients(model, method("sgtm", {"extra_neurons": WIDTH, "heads": HEADS}).step, batch)
     small = copy.deepcopy(model)
     cut_out(small, WIDTH, HEADS)
     wanted = gradients(small, plain_step, batch)
@@ -195,7 +195,7 @@ def test_sgtm_retains_as_if_the_reserved_part_were_not_there(model) -> None:
 
 def test_a_batch_without_repeated_documents_is_ordinary_training_for_what_may_learn(model) -> None:
     batch = batch_of((9, 1))
-    masked = gradients(model, method("gradient-masking", {"width": WIDTH}).step, batch)
+    masked = gradients(model, method("gradient-masking", {"extra_neurons": WIDTH}).step, batch)
     plain = gradients(model, plain_step, batch)
     for name in plain:
         if ".mlp." not in name:
@@ -235,7 +235,7 @@ def test_sinks_are_what_is_removed(tiny_llama) -> None:
 @pytest.mark.parametrize(
     ("name", "settings", "part"),
     [("goldfisch", {}, "unknown rival goldfisch; did you mean goldfish?"), ("goldfish", {"kk": 3}, "unknown key goldfish.kk"),
-     ("sgtm", {"width": 4}, "sgtm.heads is missing"), ("gated", {"neurons": 64, "activ": 8}, "activ"),
+     ("sgtm", {"extra_neurons": 4}, "sgtm.heads is missing"), ("gated", {"neurons": 64, "activ": 8}, "activ"),
      ("gated", {"neurons": 8, "active": 64}, "exceeds neurons")],
 )  # fmt: skip
 def test_a_wrong_rival_is_one_clear_error(name, settings, part) -> None:

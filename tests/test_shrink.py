@@ -10,7 +10,7 @@ import pytest
 
 from memsinks.errors import ConfigError
 from memsinks.research.compare.comparison import read_comparison
-from memsinks.runs.estimate import build, size_of
+from memsinks.runs.estimate import meta_model, size_of
 from memsinks.runs.recipe import parse_recipe, read_recipe, read_sections
 from memsinks.runs.shrink import parse_scale, shrink
 
@@ -31,12 +31,12 @@ PLAIN = {
 def test_the_recipes_of_the_paper_stay_valid(path, scale) -> None:
     full, small = read_comparison(path), read_comparison(path, scale=parse_scale(scale))
     assert [(arm.name, arm.rival) for arm in small.arms] == [(arm.name, arm.rival) for arm in full.arms]
-    build(small.recipe)  # the architecture takes these heads and widths
+    meta_model(small.recipe)  # the architecture takes these heads and widths
     for before, after in zip(full.arms, small.arms, strict=True):
-        if before.method.sinks:
-            assert after.method.sinks is not None
-            share = before.method.sinks.active / before.method.sinks.neurons
-            assert after.method.sinks.active / after.method.sinks.neurons == pytest.approx(share, abs=0.15)
+        if before.training.sinks:
+            assert after.training.sinks is not None
+            share = before.training.sinks.active / before.training.sinks.neurons
+            assert after.training.sinks.active / after.training.sinks.neurons == pytest.approx(share, abs=0.15)
     if full.recipe.data.background:
         assert size_of(small.recipe).steps == pytest.approx(size_of(full.recipe).steps, rel=0.15)
 

@@ -21,13 +21,14 @@ from memsinks.auditing.measure import AuditSettings
 from memsinks.auditing.result import Audit
 from memsinks.auditing.subjects import Subject
 from memsinks.research.compare.arm import RUN, Arm
-from memsinks.research.compare.compare import audited_corpus, train_arm
+from memsinks.research.compare.compare import train_arm
 from memsinks.research.compare.comparison import Comparison, read_comparison
+from memsinks.research.compare.seed_audit import audited_corpus
 from memsinks.runs.shrink import parse_scale
 
 
 def subject(comparison: Comparison, arm: Arm, seed: int) -> Subject:
-    state = "closed" if arm.method.sinks else None
+    state = "closed" if arm.training.sinks else None
     return Subject(comparison.folder(arm, seed) / "model", state, arm.name)
 
 

@@ -23,8 +23,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from memsinks.research.compare.arm import with_method
 from memsinks.research.compare.comparison import read_comparison
-from memsinks.research.rivals.method import Batch, Method
-from memsinks.runs.estimate import build, estimate, flops
+from memsinks.research.rivals.method import Batch, TrainingMethod
+from memsinks.runs.estimate import estimate, flops, meta_model
 from memsinks.runs.estimate_table import GPUS
 from memsinks.runs.recipe import Recipe
 from memsinks.runs.shrink import parse_scale
@@ -62,12 +62,12 @@ def seconds(run: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def measure(recipe: Recipe, made: Method, steps: int, peak: float) -> dict:
+def measure(recipe: Recipe, made: TrainingMethod, steps: int, peak: float) -> dict:
     """Sinks first, forward and backward of a micro-batch, and the update are timed apart; a step is `accumulate` of the first
     two and one of the last."""
     training, device = recipe.training, torch.device("cuda" if torch.cuda.is_available() else "cpu")
     whole = dataclasses.replace(recipe, sinks=made.sinks)
-    shapes = build(whole)
+    shapes = meta_model(whole)
     config = AutoConfig.for_model(**shapes.config.to_dict())
     torch.manual_seed(0)
     with device:
@@ -130,7 +130,7 @@ def main(argv: list[str] | None = None) -> None:
     comparison = read_comparison(given.recipe, changes, parse_scale(given.scale) if given.scale else None)
     peak = getattr(GPUS[given.gpu], comparison.recipe.training.precision)
     for name in given.arms:
-        made = next(arm.method for arm in comparison.arms if arm.name == name)
+        made = next(arm.training for arm in comparison.arms if arm.name == name)
         for way in given.ways:
             torch.compiler.reset()
             recipe = with_method(comparison.recipe, made, 0, Path())

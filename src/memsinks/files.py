@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
+import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
 from memsinks.errors import CheckpointError
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None
+
+JUST_MADE = 60.0
+"""Seconds in which a folder may be waiting for its lock."""
 
 
 def file_hash(path: Path) -> str:
@@ -21,9 +33,33 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def read_json(path: Path) -> Any:
+    """What a JSON file of ours holds; CheckpointError if it is missing or damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot read {path}: {error}; remove it, and it is made again") from error
+
+
+def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
+    """Write a JSON file, and its folder; the file is never half written. CheckpointError if it cannot be written."""
+    part = path.with_name(f".{path.name}.part-{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(path)
+        part.write_text(json.dumps(value, indent=indent) + "\n", encoding="utf-8")
+        part.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise CheckpointError(f"could not write {path}: {error}; free space, or choose another folder") from error
+
+
 @contextmanager
 def written_beside(target: Path) -> Iterator[Path]:
     """Give a new folder beside `target`; when the block ends well, move its contents into `target`.
+
+    What earlier writes of `target` left beside it when they were killed is removed first.
 
     Raises:
         CheckpointError: writing failed (full disk, permissions); `target` is as it was.
@@ -33,16 +69,17 @@ def written_beside(target: Path) -> Iterator[Path]:
         raise CheckpointError(
             f"{target} is the current folder or a mount point and cannot be replaced; give one inside it"
         )
-    parent = target.parent
     try:
-        parent.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(prefix=f".{target.name}.part-", dir=parent))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(target)
+        part = Path(tempfile.mkdtemp(prefix=f".{target.name}.part-", dir=target.parent))
+        part.chmod(0o755)
     except OSError as error:
-        raise CheckpointError(f"cannot write beside {target}: {error}") from error
-    part.chmod(0o755)
+        raise CheckpointError(f"cannot write beside {target}: {error}; choose another folder") from error
     try:
-        yield part
-        _move(part, target)
+        with _locked(part):
+            yield part
+            _move(part, target)
     except CheckpointError:
         raise
     except (OSError, SafetensorError) as error:
@@ -51,6 +88,50 @@ def written_beside(target: Path) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the lock of a folder, which the system releases when the process dies; without locks, do nothing."""
+    descriptor = None
+    with suppress(OSError):  # a file system without locks
+        descriptor = _lock(folder)
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def _lock(path: Path) -> int:
+    """The descriptor that holds the lock of `path`; OSError if another holds it, or there are no locks here."""
+    if fcntl is None:
+        raise OSError("no locks on this system")
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _remove_leftovers(target: Path) -> None:
+    """Remove what killed writes of `target` left beside it: nobody holds its lock, and it is not just being made."""
+    for path in target.parent.glob(f".{glob.escape(target.name)}.*-*"):
+        if not path.name.startswith((f".{target.name}.part-", f".{target.name}.old-")):
+            continue
+        try:
+            facts = path.stat()
+            if time.time() - max(facts.st_mtime, facts.st_ctime) < JUST_MADE:
+                continue
+            os.close(_lock(path))
+            if path.is_file():
+                path.unlink()
+            else:
+                shutil.rmtree(path)
+        except OSError:  # in use, or gone by now
+            continue
 
 
 def _move(part: Path, target: Path) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import logging
+import math
 import shutil
 import time
 from collections.abc import Mapping
@@ -22,10 +23,13 @@ from memsinks.data.identity import document_id
 from memsinks.data.synthetic import private_start
 from memsinks.data.tokens import encode, load_tokenizer
 from memsinks.errors import CheckpointError
+from memsinks.files import read_json, write_json
 from memsinks.removal.export import export
 from memsinks.runs.recipe import parse_recipe
 from memsinks.runs.run import train
 from memsinks.sinks.checkpoint import load
+
+logger = logging.getLogger(__name__)
 
 RECIPE: Mapping[str, Any] = {
     "data": {"synthetic": {
@@ -46,7 +50,7 @@ NAMES = {"ordinary": "ordinary model", "open": "with sinks, open", "removed": "s
 
 
 def demo(out: Path, recipe: Mapping[str, Any] = RECIPE) -> dict[str, Any]:
-    """Train both models, remove the sinks, print and save table, picture and one record.
+    """Train both models, remove the sinks, and save table, picture and one record.
 
     Args:
         out: folder of the results; one that an earlier demo wrote is replaced.
@@ -56,25 +60,17 @@ def demo(out: Path, recipe: Mapping[str, Any] = RECIPE) -> dict[str, Any]:
         The figures, as saved in ``out/demo.json``.
 
     Raises:
-        CheckpointError: `out` holds something else.
+        CheckpointError: `out` holds something else, or cannot be written.
         ConfigError: matplotlib is not installed.
     """
     require_matplotlib()
-    if out.exists() and any(out.iterdir()):
-        if not (out / MARK).is_file():
-            raise CheckpointError(f"{out} is not empty and not an earlier demo; choose another folder with --out")
-        for name in ("ordinary", "sinks", "clean", "report"):
-            shutil.rmtree(out / name, ignore_errors=True)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / MARK).write_text("{}\n")
+    _make_room(out)
     started = time.time()
-    print("1. An ordinary model, trained on stories and on records of invented people, some repeated.", flush=True)
+    logger.info("1. An ordinary model, trained on stories and on records of invented people, some repeated.")
     ordinary = train(parse_recipe({**recipe, "output": str(out / "ordinary")}), label="   ")
-    print("2. The same model with memorization sinks, same data, same order.", flush=True)
+    logger.info("2. The same model with memorization sinks, same data, same order.")
     with_sinks = train(parse_recipe({**recipe, "output": str(out / "sinks"), **WITH_SINKS}), label="   ")
-    print(
-        "3. Removal: the stock part alone is written as a plain checkpoint and loaded in a fresh process.", flush=True
-    )
+    logger.info("3. Removal: the stock part alone is written as a plain checkpoint and loaded in a fresh process.")
     sink_model, tokenizer = load(with_sinks), load_tokenizer(with_sinks)
     clean = export(sink_model, out / "clean", tokenizer=tokenizer, notes="Trained by `memsinks demo` on invented text.")
     models = {
@@ -82,24 +78,30 @@ def demo(out: Path, recipe: Mapping[str, Any] = RECIPE) -> dict[str, Any]:
         "open": sink_model,
         "removed": AutoModelForCausalLM.from_pretrained(clean).eval(),
     }
-    print("4. What does each model remember?\n", flush=True)
+    logger.info("4. What does each model remember?")
     members, controls = (load_documents(out / "ordinary" / f"{name}.jsonl") for name in ("members", "controls"))
-    result = measure(models, members, controls, tokenizer, out / "report")
+    result = measure_models(models, members, controls, tokenizer, out / "report")
     result["record"] = one_record(models, members, tokenizer)
     result["with_sinks"] = dict(WITH_SINKS)
-    result["runs"] = {name: json.loads((out / name / "run.json").read_text()) for name in ("ordinary", "sinks")}
+    result["runs"] = {name: read_json(out / name / "run.json") for name in ("ordinary", "sinks")}
     result["seconds"] = round(time.time() - started)
-    (out / MARK).write_text(json.dumps(result, indent=2) + "\n")
-    table = format_table(result)
-    (out / "table.md").write_text(table + "\n")
-    print(table + "\n\n" + format_record(result["record"]))
+    write_json(out / MARK, result)
+    (out / "table.md").write_text(format_table(result) + "\n")
     draw(result, out / "extraction.png")
-    print("\n" + "\n".join(result["verdict"]))
-    print(f"\n{result['seconds']} s. The report: {out}/report/report.html; the picture: {out}/extraction.png")
     return result
 
 
-def measure(
+def _make_room(out: Path) -> None:
+    """An empty folder; what an earlier demo left is removed, and nothing else."""
+    if out.exists() and any(out.iterdir()):
+        if not (out / MARK).is_file():
+            raise CheckpointError(f"{out} is not empty and not an earlier demo; choose another folder with --out")
+        for name in ("ordinary", "sinks", "clean", "report"):
+            shutil.rmtree(out / name, ignore_errors=True)
+    write_json(out / MARK, {})
+
+
+def measure_models(
     models: Mapping[str, PreTrainedModel],
     members: list[Document],
     controls: list[Document],
@@ -161,21 +163,21 @@ def one_record(
     return continuations
 
 
+def format_result(result: Mapping[str, Any], out: Path) -> str:
+    """Table, record and verdict as text, and where the rest lies."""
+    return "\n".join([
+        format_table(result), "", format_record(result["record"]), "", *result["verdict"], "",
+        f"{result['seconds']} s. The report: {out}/report/report.html; the picture: {out}/extraction.png",
+    ])  # fmt: skip
+
+
 def format_table(result: Mapping[str, Any]) -> str:
     """The figures as a Markdown table."""
+    records, held_out = result["records"], result["held_out"]
     rows = [["records, copies in training", "number", *(f"{label}: loss, recited" for label in NAMES.values())]]
-    for place, line in enumerate(result["records"]["ordinary"]):
-        cells = [result["records"][name][place] for name in NAMES]
-        rows.append(
-            ["never seen" if line["copies"] == 0 else str(line["copies"]), str(line["documents"])]
-            + [
-                f"{cell['loss']:.2f}, {cell['extracted']:.0%}"
-                if name != "open" or cell["copies"] > 1
-                else "(no sinks of its own)"
-                for name, cell in zip(NAMES, cells, strict=True)
-            ]
-        )
-    held_out = result["held_out"]
+    for place, line in enumerate(records["ordinary"]):
+        copies = "never seen" if line["copies"] == 0 else str(line["copies"])
+        rows.append([copies, str(line["documents"]), *(_cell(name, records[name][place]) for name in NAMES)])
     stories = ["(sinks closed)" if name == "open" else f"{held_out[name]['loss']:.3f}" for name in NAMES]
     rows.append(["held-out stories, loss", str(held_out["ordinary"]["documents"]), *stories])
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
@@ -184,6 +186,14 @@ def format_table(result: Mapping[str, Any]) -> str:
     ]
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     return "\n".join(lines)
+
+
+def _cell(name: str, line: Mapping[str, Any]) -> str:
+    """Loss and share recited, "-" where no record was long enough to ask."""
+    if name == "open" and line["copies"] <= 1:
+        return "(no sinks of its own)"
+    recited = "-" if math.isnan(line["extracted"]) else f"{line['extracted']:.0%}"
+    return f"{line['loss']:.2f}, {recited}"
 
 
 def format_record(record: Mapping[str, str]) -> str:

@@ -1,6 +1,6 @@
 """What a recipe needs, before it runs: parameters, FLOPs, memory by part, time, checkpoints, and what would not fit.
 
-The model is built on the meta device and its forward is run on fake tensors, so nothing is allocated and nothing is computed.
+The model is built on the meta device and its forward is run on fake tensors, so it is neither allocated nor computed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from memsinks.errors import CheckpointError, ConfigError
 from memsinks.runs.prepare import load_tokenizer_of, prepare
-from memsinks.runs.recipe import Recipe
+from memsinks.runs.recipe import DataRecipe, Recipe
 from memsinks.sinks.attach import add_sinks
 from memsinks.sinks.config import SinkConfig
 from memsinks.sinks.gradient import shared_weight
@@ -46,7 +46,7 @@ FILL = {"fill": 0.98, "split": 0.81}
 
 
 @dataclass(frozen=True)
-class Estimate:
+class RunEstimate:
     """Figures of one model under one recipe; bytes, and FLOPs (a multiply-add is two).
 
     Attributes:
@@ -81,7 +81,7 @@ class Estimate:
     warnings: tuple[str, ...]
 
 
-def estimate(recipe: Recipe) -> Estimate:
+def estimate(recipe: Recipe) -> RunEstimate:
     """The figures of a recipe.
 
     Memory is that of one process: all parameters, gradients and moments, and one micro-batch. It does not count what the CUDA
@@ -90,7 +90,7 @@ def estimate(recipe: Recipe) -> Estimate:
     Raises:
         ConfigError: settings that give no model.
     """
-    model, training = build(recipe), recipe.training
+    model, training = meta_model(recipe), recipe.training
     shared = sum(x.numel() for x in shared_parameters(model))
     sinks = sum(x.numel() for x in sink_parameters(model))
     config = require_sinks(model).config if has_sinks(model) else None
@@ -106,7 +106,7 @@ def estimate(recipe: Recipe) -> Estimate:
     kept = with_inputs + recomputed if training.gradient_checkpointing else with_all
     # The optimizer's temporaries (as large as the weights, on a GPU) come when the activations are gone.
     peak = 2 * weights + moments + max(kept + temporaries, weights)
-    return Estimate(
+    return RunEstimate(
         shared=shared, sinks=sinks, open=shared + (sinks * config.active // config.neurons if config else 0),
         step_flops=training.accumulate * flops(model, rows, training.length, training.gradient_checkpointing),
         weights=weights, gradients=weights, moments=moments, activations=with_all, activations_checkpointed=with_inputs,
@@ -116,36 +116,40 @@ def estimate(recipe: Recipe) -> Estimate:
 
 
 def size_of(recipe: Recipe, one_document_per_row: bool = False) -> Size:
-    """Rows and steps: from the recipe alone if it says enough, otherwise by reading the corpus."""
+    """Rows and steps: from the recipe alone if it says enough, otherwise by reading the corpus.
+
+    Raises:
+        ConfigError: fewer rows than one step takes.
+    """
     data, training = recipe.data, recipe.training
-    own = one_document_per_row if data.one_document_per_row is None else data.one_document_per_row
-    if data.background is not None and not own:
+    alone = one_document_per_row if data.one_document_per_row is None else data.one_document_per_row
+    read_by_number = data.path is not None and data.limit is not None and data.copies_field is None
+    exact = True
+    if data.background is not None and not alone:
+        tokens, exact = data.background.tokens * training.epochs, False
         rows = round(data.background.tokens / (FILL.get(data.long, 1.0) * training.length)) * training.epochs
-        found = Size(data.background.tokens * training.epochs, rows, rows // training.batch_rows, False)
-    elif (
-        own
-        and data.path is not None
-        and data.limit is not None
-        and data.copies_field is None
-        and data.long == "truncate"
-    ):
-        rows = (data.limit - data.held_out) * training.epochs
-        if data.repeat is not None:
-            copies = data.repeat.copies if isinstance(data.repeat.copies, list) else [data.repeat.copies]
-            dealt = sum(copies[place % len(copies)] for place in range(data.repeat.documents))
-            rows += (dealt - data.repeat.documents) * training.epochs
-        found = Size(rows * training.length, rows, rows // training.batch_rows, True)
+    elif alone and read_by_number and data.long == "truncate":
+        rows = _documents_met(data) * training.epochs
+        tokens = rows * training.length
     else:
         packed = prepare(recipe, one_document_per_row).rows
-        found = Size(packed.tokens, len(packed), len(packed) // training.batch_rows, True)
-    if not found.steps:
-        raise ConfigError(
-            f"{found.rows} rows are less than one step of {training.batch_rows}; lower training.batch_rows"
-        )
-    return found
+        rows, tokens = len(packed), packed.tokens
+    if rows < training.batch_rows:
+        raise ConfigError(f"{rows} rows are less than one step of {training.batch_rows}; lower training.batch_rows")
+    return Size(tokens, rows, rows // training.batch_rows, exact)
 
 
-def build(recipe: Recipe) -> PreTrainedModel:
+def _documents_met(data: DataRecipe) -> int:
+    """Documents that an epoch meets, copies counted, where `limit` says how many there are."""
+    assert data.limit is not None
+    if data.repeat is None:
+        return data.limit - data.held_out
+    copies = data.repeat.copies if isinstance(data.repeat.copies, list) else [data.repeat.copies]
+    dealt = sum(copies[place % len(copies)] for place in range(data.repeat.documents))
+    return data.limit - data.held_out + dealt - data.repeat.documents
+
+
+def meta_model(recipe: Recipe) -> PreTrainedModel:
     """The model of a recipe on the meta device, with its sinks: shapes without memory."""
     if recipe.model.pretrained is not None:
         try:

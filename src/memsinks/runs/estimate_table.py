@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from memsinks.errors import ConfigError
-from memsinks.runs.estimate import Estimate, Size, estimate, size_of
+from memsinks.runs.estimate import RunEstimate, Size, estimate, size_of
 from memsinks.runs.recipe import Recipe
 
 
@@ -34,7 +34,7 @@ HEADS = (
 )  # fmt: skip
 
 
-def report(
+def format_estimate(
     recipe: Recipe, arms: Mapping[str, Recipe] | None = None, seeds: int = 1, *, gpu: str = "H100", gpus: int = 1,
     mfu: float = 0.4,
 ) -> str:  # fmt: skip
@@ -54,37 +54,49 @@ def report(
         raise ConfigError(f"unknown GPU {gpu!r}; known are {', '.join(GPUS)}")
     if not 0 < mfu <= 1:
         raise ConfigError(f"the share of the peak must lie in (0, 1], got {mfu}")
-    card, training = GPUS[gpu], recipe.training
-    speed = mfu * (card.bf16 if training.precision == "bf16" else card.fp32)
+    training = recipe.training
+    peak = GPUS[gpu].bf16 if training.precision == "bf16" else GPUS[gpu].fp32
     size = size_of(recipe, one_document_per_row=bool(arms))
     steps = size.steps if arms else max(1, size.steps // gpus)
-    models = arms or {"model": recipe}
-    made: dict[str, Estimate] = {}
-    figures = {name: made.setdefault(_key(one), made.get(_key(one)) or estimate(one)) for name, one in models.items()}
-    seconds = [steps * x.step_flops / speed for x in figures.values()]
+    figures = _estimates(arms or {"model": recipe})
+    seconds = [steps * x.step_flops / (mfu * peak) for x in figures.values()]
     small = max(x.peak for x in figures.values()) < 1e9
-    lines: list[Sequence[str]] = [HEADS]
-    for (name, x), each in zip(figures.items(), seconds, strict=True):
-        lines.append(_line(name, x, steps, each, training.gradient_checkpointing, 1e6 if small else 1e9))
-    notes = [f"{name}: {x}" for name, one in figures.items() for x in one.warnings]
-    for name, x in figures.items():
-        if x.peak > (1 - SPARE) * card.memory:
-            notes.append(
-                f"{name} DOES NOT FIT: {x.peak / 1e9:.0f} GB at the peak, {gpu} has {card.memory / 1e9:.0f} of which a tenth "
-                "should stay free; raise training.accumulate, or set training.gradient_checkpointing"
-            )
-    runs = len(models) * seeds
+    lines = [
+        _line(name, x, steps, each, training.gradient_checkpointing, 1e6 if small else 1e9)
+        for (name, x), each in zip(figures.items(), seconds, strict=True)
+    ]
+    runs = len(figures) * seeds
     where = f"{gpus} {gpu}" + (", a run on each" if arms and gpus > 1 else "")
-    peak = f"{mfu:.0%} of {speed / mfu / 1e12:.0f} TFLOPS {training.precision}"
+    rate = f"{mfu:.0%} of {peak / 1e12:.0f} TFLOPS {training.precision}"
     whole = _time(_span(seconds * seeds, gpus if arms else 1))
     return "\n".join([
-        _corpus(size, recipe, steps), f"{where} at {peak}; memory and files in {'MB' if small else 'GB'}", "",
-        *_aligned(lines), "", f"in all {whole}, {runs} run{'s' if runs > 1 else ''}, audits not counted", *notes,
+        _corpus(size, recipe, steps), f"{where} at {rate}; memory and files in {'MB' if small else 'GB'}", "",
+        *_aligned([HEADS, *lines]), "", f"in all {whole}, {runs} run{'s' if runs > 1 else ''}, audits not counted",
+        *_notes(figures, gpu),
     ])  # fmt: skip
 
 
-def _key(recipe: Recipe) -> str:
-    return repr(dataclasses.replace(recipe, output=""))
+def _estimates(models: Mapping[str, Recipe]) -> dict[str, RunEstimate]:
+    """The estimate of each recipe; recipes that differ in their output alone are estimated once."""
+    made: dict[str, RunEstimate] = {}
+    figures = {}
+    for name, recipe in models.items():
+        key = repr(dataclasses.replace(recipe, output=""))
+        made[key] = made.get(key) or estimate(recipe)
+        figures[name] = made[key]
+    return figures
+
+
+def _notes(figures: Mapping[str, RunEstimate], gpu: str) -> list[str]:
+    """What serving tools dislike, and what does not fit."""
+    memory = GPUS[gpu].memory
+    notes = [f"{name}: {warning}" for name, x in figures.items() for warning in x.warnings]
+    return notes + [
+        f"{name} DOES NOT FIT: {x.peak / 1e9:.0f} GB at the peak, {gpu} has {memory / 1e9:.0f} of which a tenth should stay "
+        "free; raise training.accumulate, or set training.gradient_checkpointing"
+        for name, x in figures.items()
+        if x.peak > (1 - SPARE) * memory
+    ]
 
 
 def _corpus(size: Size, recipe: Recipe, steps: int) -> str:
@@ -97,7 +109,7 @@ def _corpus(size: Size, recipe: Recipe, steps: int) -> str:
     )
 
 
-def _line(name: str, x: Estimate, steps: int, seconds: float, checkpointed: bool, unit: float) -> tuple[str, ...]:
+def _line(name: str, x: RunEstimate, steps: int, seconds: float, checkpointed: bool, unit: float) -> tuple[str, ...]:
     """What the recipe does not use stands in brackets."""
     kept, less = (f"{number / unit:.1f}" for number in (x.activations, x.activations_checkpointed + x.recomputed))
     activations = (f"[{kept}]", less) if checkpointed else (kept, f"[{less}]")

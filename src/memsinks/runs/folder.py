@@ -24,8 +24,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from memsinks.data.documents import Document, write_documents
 from memsinks.errors import CheckpointError
+from memsinks.provenance import refuse_other_settings
 from memsinks.runs.recipe import Recipe
-from memsinks.runs.sections import differing
 from memsinks.training.checkpoint import remove_leftovers
 
 RECIPE, FACTS = "recipe.yaml", "run.json"
@@ -79,12 +79,10 @@ class RunFolder:
             before = yaml.safe_load(path.read_text())
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise CheckpointError(f"{path} is damaged ({error}); restore it, or choose another output") from error
-        now = yaml.safe_load(yaml.safe_dump(recipe.to_dict()))
-        if before != now:
-            raise CheckpointError(
-                f"{path} differs from this recipe in {', '.join(differing(before, now))}; resume with the same recipe and "
-                "the same --set, or choose another output"
-            )
+        refuse_other_settings(
+            before, recipe.to_dict(), path, kinds={"": Recipe},
+            remedy="resume with the same recipe and the same --set, or choose another output",
+        )  # fmt: skip
 
     def _clean(self) -> None:
         for name in WRITTEN:

@@ -119,20 +119,6 @@ def prepare(recipe: Recipe, one_document_per_row: bool = False, folder: Path | N
     return PreparedCorpus(rows, corpus.members, corpus.controls, _unseen_rows(corpus, recipe), corpus.tokenizer)
 
 
-def refuse_changed_files(recipe: Recipe, folders: Iterable[Path]) -> None:
-    """Check that folders of tokens, e.g. of the seeds of one comparison, are made from the files that a recipe reads now.
-
-    What is not there any more, or was not hashed when a folder was made, is not compared.
-
-    Raises:
-        CheckpointError: a file is another one now; names the setting and the folder.
-    """
-    now = source_hashes(recipe)
-    for folder in folders:
-        if (folder / FACTS).is_file():
-            _refuse_changed(_facts(folder), now, folder)
-
-
 def _warn_of_equal_repetition(recipe: Recipe, documents: TokenizedDocuments) -> None:
     same = equal_repetition(np.repeat(documents.groups, documents.copies * recipe.training.epochs))
     if same and recipe.sinks and recipe.sinks.shared == "decay" and recipe.sinks.shared_decay:
@@ -173,7 +159,7 @@ def _tokenize(recipe: Recipe, file: Path | None = None) -> TokenizedCorpus:
     members = [document for document in documents if document.copies > 0]
     controls = [document for document in documents if document.copies == 0]
     tokenizer = load_tokenizer_of(recipe, members)
-    ids, groups = identify(members, data.identity)
+    ids, groups = identify(members, data.by)
     copies = np.array([document.copies for document in members], np.int64)
     tokens, more_ids = encode(tokenizer, [document.text for document in members]), array("q")
     everything: Iterable[np.ndarray] = tokens

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,13 +17,16 @@ import transformers
 import yaml
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from memsinks.checks import int_at_least
 from memsinks.data.synthetic import corpus
 from memsinks.errors import ConfigError, refuse
 from memsinks.removal.settle import SettleConfig
-from memsinks.runs.sections import change, section, unknown_keys
+from memsinks.runs.sections import RENAMED, change, section, unknown_keys, with_new_names
 from memsinks.runs.shrink import shrink
 from memsinks.sinks.config import SinkConfig
 from memsinks.training.config import TrainingConfig
+
+logger = logging.getLogger(__name__)
 
 OF_A_COMPARISON = ("arms", "seeds", "roles")
 """Sections that a comparison has besides those of a recipe."""
@@ -70,7 +74,7 @@ class DataRecipe:
         cut_characters: cut documents into pieces of at most so many characters, each a document of its own, see
             `cut_documents`.
         limit: read at most so many documents (or pieces).
-        identity: what gives a document its id: its ``content``, ``key`` or ``source``.
+        by: what gives a document its id: its ``content``, ``key`` or ``source``.
         unique_keys: refuse documents without a key and two documents with the same key.
         held_out: so many documents, chosen by the seed, are never trained on; they are evaluated and are the controls.
         unseen: so many documents, those read after the `limit` (without one, the last), are never trained on and no
@@ -93,7 +97,7 @@ class DataRecipe:
     streaming: bool = False
     cut_characters: int | None = None
     limit: int | None = None
-    identity: Literal["content", "key", "source"] = "content"
+    by: Literal["content", "key", "source"] = "content"
     unique_keys: bool = False
     held_out: int = 0
     unseen: int = 0
@@ -102,6 +106,11 @@ class DataRecipe:
     one_document_per_row: bool | None = None
     long: Literal["split", "fill", "truncate", "refuse"] = "split"
     synthetic: dict[str, Any] = field(default_factory=dict)
+
+    @staticmethod
+    def upgraded(values: Mapping[str, Any]) -> dict[str, Any]:
+        """The section as some version wrote it, under today's names."""
+        return with_new_names(values, RENAMED["data"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,37 +149,13 @@ class Recipe:
 
     def _problems(self) -> list[str]:
         problems = []
-        tokenizer, model, data = self.tokenizer, self.model, self.data
-        if (tokenizer.path is None) == (tokenizer.vocab_size is None):
+        if (self.tokenizer.path is None) == (self.tokenizer.vocab_size is None):
             problems.append("tokenizer needs either path or vocab_size")
-        if (model.pretrained is None) == (not model.config):
-            problems.append("model needs either pretrained or config")
-        if model.config and "model_type" not in model.config:
-            problems.append('model.config needs model_type, e.g. "llama"')
-        if data.path is not None and data.synthetic:
-            problems.append("data.synthetic is for the built-in corpus; leave it out or leave out data.path")
-        if data.repeat is not None and data.copies_field is not None:
-            problems.append("give data.repeat or data.copies_field, not both")
-        if data.repeat is not None:
-            copies = data.repeat.copies if isinstance(data.repeat.copies, list) else [data.repeat.copies]
-            if data.repeat.documents < 1 or not copies or min(copies) < 1:
-                problems.append("data.repeat needs at least one document and copies of at least 1")
-        if data.background is not None and data.background.tokens < 1:
-            problems.append(f"data.background.tokens must be at least 1, got {data.background.tokens}")
-        for name in ("held_out", "unseen"):
-            if getattr(data, name) < 0:
-                problems.append(f"data.{name} must be at least 0, got {getattr(data, name)}")
-        if self.settle is not None and data.background is not None and not data.unseen:
+        problems += _model_problems(self.model) + _data_problems(self.data)
+        if self.settle is not None and self.data.background is not None and not self.data.unseen:
             problems.append(
                 "settle needs data.unseen beside data.background: texts met once are then of another kind than the documents"
             )
-        if data.unseen and data.path is None:
-            problems.append("data.unseen is for documents of data.path; the built-in corpus has none to spare")
-        for name in ("limit", "cut_characters"):
-            if getattr(data, name) is not None and getattr(data, name) < 1:
-                problems.append(f"data.{name} must be at least 1, got {getattr(data, name)}")
-        problems += unknown_keys(data.synthetic, "data.synthetic", inspect.signature(corpus).parameters)
-        problems += _model_problems(model.config)
         return problems
 
     def to_dict(self) -> dict[str, Any]:
@@ -181,18 +166,50 @@ class Recipe:
         return values
 
 
-def _model_problems(settings: Mapping[str, Any]) -> list[str]:
+def _model_problems(model: ModelRecipe) -> list[str]:
     """A transformers config takes any key in silence, so a misspelt size would leave the default of a large model."""
-    if "model_type" not in settings:
-        return []
-    kind = settings["model_type"]
+    problems = []
+    if (model.pretrained is None) == (not model.config):
+        problems.append("model needs either pretrained or config")
+    if not model.config:
+        return problems
+    if "model_type" not in model.config:
+        return [*problems, 'model.config needs model_type, e.g. "llama"']
+    kind = model.config["model_type"]
     if kind not in CONFIG_MAPPING:
         near = difflib.get_close_matches(str(kind), list(CONFIG_MAPPING), 1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        return [f"model.config.model_type {kind!r} is not known to transformers {transformers.__version__}{hint}"]
+        problems.append(
+            f"model.config.model_type {kind!r} is not known to transformers {transformers.__version__}{hint}"
+        )
+        return problems
     config = CONFIG_MAPPING[kind]
     known = {*inspect.signature(config.__init__).parameters, *config.attribute_map, "model_type"} - {"self", "kwargs"}
-    return unknown_keys(settings, "model.config", sorted(known))
+    return problems + unknown_keys(model.config, "model.config", sorted(known))
+
+
+def _data_problems(data: DataRecipe) -> list[str]:
+    problems = []
+    if data.path is not None and data.synthetic:
+        problems.append("data.synthetic is for the built-in corpus; leave it out or leave out data.path")
+    if data.unseen and data.path is None:
+        problems.append("data.unseen is for documents of data.path; the built-in corpus has none to spare")
+    if data.repeat is not None and data.copies_field is not None:
+        problems.append("give data.repeat or data.copies_field, not both")
+    if data.repeat is not None:
+        problems += int_at_least("data.repeat.documents", data.repeat.documents, 1)
+        copies = data.repeat.copies if isinstance(data.repeat.copies, list) else [data.repeat.copies]
+        if not copies:
+            problems.append("data.repeat.copies is empty; give how often the documents are repeated")
+        problems += [problem for number in copies for problem in int_at_least("data.repeat.copies", number, 1)]
+    if data.background is not None:
+        problems += int_at_least("data.background.tokens", data.background.tokens, 1)
+    for name in ("held_out", "unseen"):
+        problems += int_at_least(f"data.{name}", getattr(data, name), 0)
+    for name in ("limit", "cut_characters"):
+        if getattr(data, name) is not None:
+            problems += int_at_least(f"data.{name}", getattr(data, name), 1)
+    return problems + unknown_keys(data.synthetic, "data.synthetic", inspect.signature(corpus).parameters)
 
 
 def read_recipe(
@@ -215,7 +232,10 @@ def read_recipe(
 def read_sections(
     path: str | os.PathLike[str], changes: Mapping[str, str] | None = None, scale: Fraction | None = None
 ) -> dict[str, Any]:
-    """The values of a YAML file, shrunk, then changed; ConfigError if it is missing, no YAML, or something else."""
+    """The values of a YAML file, shrunk, then changed; ConfigError if it is missing, no YAML, or something else.
+
+    Settings that are called by a name they had before get today's, and it is said.
+    """
     try:
         values = yaml.safe_load(Path(path).read_text())
     except OSError as error:
@@ -224,12 +244,29 @@ def read_sections(
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold a mapping of sections, got {type(values).__name__}")
+    values = _renamed(values)
     if scale is not None:
         parse_recipe({x: y for x, y in values.items() if x not in OF_A_COMPARISON}, str(path))
         values = shrink(values, scale)
     for name, text in (changes or {}).items():
         change(values, name, text)
-    return values
+    return _renamed(values)
+
+
+def _renamed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a file under today's names; says which have others in it."""
+    new = dict(values)
+    sections = [("data", RENAMED["data"], new)]
+    if isinstance(new.get("arms"), Mapping):
+        new["arms"] = dict(new["arms"])
+        sections += [(arm, RENAMED["arms.*"], new["arms"]) for arm in new["arms"]]
+    for name, names, parent in sections:
+        if isinstance(before := parent.get(name), Mapping):
+            parent[name] = with_new_names(before, names)
+            for old in before.keys() - parent[name].keys():
+                where = name if parent is new else f"arms.{name}"
+                logger.info("%s.%s is called %s.%s today", where, old, where, names[old])
+    return new
 
 
 def parse_recipe(values: Mapping[str, Any], origin: str = "recipe") -> Recipe:

@@ -13,6 +13,16 @@ import yaml
 
 from memsinks.errors import ConfigError
 
+RENAMED = {"data": {"identity": "by"}, "arms.*": {"width": "extra_neurons"}}
+"""Settings that had other names, by section: old name -> today's. Old names are read everywhere."""
+
+
+def with_new_names(values: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """`values` with old names replaced; one that stands beside its new name stays, and is then refused as unknown."""
+    return {
+        names[name] if name in names and names[name] not in values else name: value for name, value in values.items()
+    }
+
 
 def unknown_keys(given: Iterable[Any], where: str, known: Iterable[str]) -> list[str]:
     """A sentence with the nearest known name for each key that is not known."""
@@ -116,11 +126,3 @@ def change(values: dict[str, Any], name: str, text: str) -> None:
         values[last] = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"cannot set {name}: {text!r} is not valid YAML") from error
-
-
-def differing(before: Any, now: Any, name: str = "") -> list[str]:
-    """The dotted names of the settings in which two recipes (as dicts) differ."""
-    if not isinstance(before, dict) or not isinstance(now, dict):
-        return [] if before == now else [name]
-    keys = sorted(set(before) | set(now))
-    return [x for key in keys for x in differing(before.get(key), now.get(key), f"{name}.{key}".lstrip("."))]

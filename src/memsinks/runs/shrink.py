@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -31,16 +31,16 @@ def shrink(values: Mapping[str, Any], scale: Fraction) -> dict[str, Any]:
     """The values of a recipe or comparison, made smaller by `scale` = f; pure.
 
     - times f: documents seen once, tokens of the background;
-    - times the root of f: model and MLP width, layers, heads, sinks (pool, open, block), extra widths of arms, vocabulary,
+    - times the root of f: model and MLP width, layers, heads, sinks (pool, open, block), extra neurons of arms, vocabulary,
       repeated documents, their copies, held-out and unseen documents (so the share of repeated text stays);
     - times the fourth root of f: tokens per row; rows per step times its cube, so that the number of steps stays where rows
       are full;
     - learning rates, those of settling too, are divided by what the model's width was multiplied by (the rule of muP for
       AdamW, arXiv 2203.03466).
 
-    Widths are rounded to multiples of 32, the model at least 64 wide and 2 layers deep, sinks rounded to blocks, copies at
-    least 2. A tokenizer is trained instead of loaded
-    (smaller vocabulary), and ``output`` gets a suffix. The rest stays as it is. FLOPs fall about as f^2.5.
+    Widths are rounded to multiples of 32, the model is at least 64 wide and 2 layers deep, sinks are rounded to blocks, copies
+    are at least 2. A tokenizer is trained instead of loaded (smaller vocabulary), and ``output`` gets a suffix. The rest stays
+    as it is. FLOPs fall about as f^2.5.
 
     Args:
         values: what `read_sections` gives; defaults may be left out.
@@ -53,30 +53,40 @@ def shrink(values: Mapping[str, Any], scale: Fraction) -> dict[str, Any]:
     model, data, training = (new.setdefault(name, {}) for name in ("model", "data", "training"))
     if model.get("pretrained") or not model.get("config"):
         raise ConfigError("only a model that is given by model.config can be made smaller, not a pretrained one")
-    before = _width(model["config"])
+    arms = [arm for arm in (new.get("arms") or {}).values() if isinstance(arm, dict)]
+    before = _hidden_size(model["config"])
     model["config"] = _smaller_model(model["config"], root)
-    length, rows = training.get("length", 256), training.get("batch_rows", 16)
-    training["length"] = max(64, _rounded(length * root**0.5, 32))
-    training["batch_rows"] = max(1, round(rows * root**1.5))
-    accumulate = min(training.get("accumulate", 1), 2)
-    training["accumulate"] = accumulate
-    training["batch_rows"] = max(1, round(training["batch_rows"] / accumulate)) * accumulate
-    faster = before / _width(model["config"])
-    training["lr"] = float(f"{float(training.get('lr', 1e-3)) * faster:.3g}")
-    for settings, name in [(new.get("settle"), "lr"), (new.get("settle"), "sink_lr")] + [
-        (arm, "settle_lr") for arm in (new.get("arms") or {}).values()
-    ]:
-        if isinstance(settings, dict) and settings.get(name):
-            settings[name] = float(f"{float(settings[name]) * faster:.3g}")
+    _smaller_batches(training, root)
+    _raise_rates(training, new.get("settle"), arms, before / _hidden_size(model["config"]))
     _smaller_data(data, float(scale), root, problems)
     vocabulary = model["config"].pop("vocab_size", None) or new.get("tokenizer", {}).get("vocab_size") or 50_304
     new["tokenizer"] = {"vocab_size": max(512, _rounded(vocabulary * root, 64))}
-    for settings in ([new["sinks"]] if new.get("sinks") else []) + list((new.get("arms") or {}).values()):
+    for settings in [new.get("sinks"), *arms]:
         if isinstance(settings, dict):
             _smaller_sinks(settings, root)
     new["output"] = f"{new.get('output', 'runs')}-scale-{scale.numerator}-{scale.denominator}"
     refuse(problems, f"a scale of {scale} leaves too little")
     return new
+
+
+def _smaller_batches(training: dict[str, Any], root: float) -> None:
+    """Rows and their length; at most two micro-batches a step."""
+    training["length"] = max(64, _rounded(training.get("length", 256) * root**0.5, 32))
+    accumulate = min(training.get("accumulate", 1), 2)
+    rows = max(1, round(training.get("batch_rows", 16) * root**1.5))
+    training["accumulate"] = accumulate
+    training["batch_rows"] = max(1, round(rows / accumulate)) * accumulate
+
+
+def _raise_rates(
+    training: dict[str, Any], settle: dict[str, Any] | None, arms: Sequence[dict[str, Any]], factor: float
+) -> None:
+    """All learning rates times `factor`, those of settling where they are given."""
+    training.setdefault("lr", 1e-3)
+    places = [(training, "lr"), (settle, "lr"), (settle, "sink_lr"), *((arm, "settle_lr") for arm in arms)]
+    for settings, name in places:
+        if settings and settings.get(name):
+            settings[name] = float(f"{float(settings[name]) * factor:.3g}")
 
 
 def _rounded(value: float, multiple: int) -> int:
@@ -89,7 +99,7 @@ def _name(config: Mapping[str, Any], name: str) -> str:
     return name if name in config else known
 
 
-def _width(config: Mapping[str, Any]) -> int:
+def _hidden_size(config: Mapping[str, Any]) -> int:
     name = _name(config, "hidden_size")
     if name not in config:
         raise ConfigError(f"model.config.{name} is missing, so the model cannot be made smaller")
@@ -103,11 +113,11 @@ def _smaller_model(config: Mapping[str, Any], root: float) -> dict[str, Any]:
     }
     layers, heads, groups = (names[x] for x in ("num_hidden_layers", "num_attention_heads", "num_key_value_heads"))
     shared = new.get(heads, 1) // new.get(groups, new.get(heads, 1))  # heads a key-value head serves
-    width = new[names["hidden_size"]] = max(64, _rounded(_width(config) * root, HEAD * shared))
+    hidden_size = new[names["hidden_size"]] = max(64, _rounded(_hidden_size(config) * root, HEAD * shared))
     if layers in new:
         new[layers] = max(2, round(new[layers] * root))
     if heads in new:
-        fitting = [x for x in range(1, width // HEAD // shared + 1) if width % (x * shared) == 0]
+        fitting = [x for x in range(1, hidden_size // HEAD // shared + 1) if hidden_size % (x * shared) == 0]
         wanted = new[heads] // shared * root
         few = min(fitting, key=lambda x: abs(x - wanted))
         new[heads] = few * shared
@@ -156,7 +166,7 @@ def _smaller_data(data: dict[str, Any], scale: float, root: float, problems: lis
 
 
 def _smaller_sinks(settings: dict[str, Any], root: float) -> None:
-    """Pool, open neurons and blocks of a `SinkConfig` or an arm, and the extra width of an arm."""
+    """Pool, open neurons and blocks of a `SinkConfig` or an arm, and the extra neurons of an arm."""
     for name in ("intermediate_size", "host_width"):
         settings.pop(name, None)
     blocks = settings.get("rival") not in ("published", "untied") and settings.get("routing", "blocks") == "blocks"
@@ -168,8 +178,9 @@ def _smaller_sinks(settings: dict[str, Any], root: float) -> None:
             settings["block_size"] = size
     if "reserved_blocks" in settings:
         settings["reserved_blocks"] = round(settings["reserved_blocks"] * root)
-    if settings.get("width"):
-        wide = round(abs(settings["width"]) * root)
-        settings["width"] = wide if settings["width"] > 0 else -wide
+    if settings.get("extra_neurons"):
+        settings["extra_neurons"] = round(abs(settings["extra_neurons"]) * root) * (
+            1 if settings["extra_neurons"] > 0 else -1
+        )
     if settings.get("heads"):
         settings["heads"] = max(1, round(settings["heads"] * root))

@@ -16,6 +16,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +27,18 @@ from memsinks._version import versions
 from memsinks.data.documents import write_documents
 from memsinks.data.identity import identify
 from memsinks.data.packing import Rows
-from memsinks.errors import CheckpointError, ConfigError
+from memsinks.errors import ConfigError
 from memsinks.files import written_beside
+from memsinks.provenance import refuse_other_settings
 from memsinks.removal.export import export
 from memsinks.removal.settle import require_settleable, settle, settling_texts
-from memsinks.research.rivals.method import Method
-from memsinks.research.rivals.registry import method
-from memsinks.runs.estimate import build
+from memsinks.research.rivals.method import EditingMethod, TrainingMethod
+from memsinks.research.rivals.registry import SETTINGS_OF_A_RUN, method
+from memsinks.runs.estimate import meta_model
 from memsinks.runs.model import build_model
 from memsinks.runs.prepare import AUDITED, Prepared, prepare
 from memsinks.runs.recipe import Recipe
 from memsinks.runs.run import micro_batches
-from memsinks.runs.sections import differing
 from memsinks.sinks.attach import add_sinks
 from memsinks.sinks.state import has_sinks, require_sinks, shared_parameters, sink_parameters
 from memsinks.training.checkpoint import Checkpoint, last_checkpoint, remove_leftovers
@@ -47,7 +48,7 @@ from memsinks.training.loop import steps as training_steps
 logger = logging.getLogger(__name__)
 
 RUN, SETTINGS = "run.json", "settings.json"
-NO_MATTER = ("training.threads", "training.save_every", "training.keep")
+NO_MATTER = ("recipe.training.threads", "recipe.training.save_every", "recipe.training.keep")
 """Settings that may differ between the two parts of a run that was cut off."""
 
 
@@ -59,15 +60,25 @@ class Arm:
     rival: str
     settings: dict[str, Any]
 
-    @property
-    def method(self) -> Method:
-        return method(self.rival, self.settings)
+    @cached_property
+    def training(self) -> TrainingMethod:
+        """How its model is trained: ordinarily, where it edits the model of another arm."""
+        made = method(self.rival, self.settings)
+        return made if isinstance(made, TrainingMethod) else TrainingMethod()
+
+    @cached_property
+    def editing(self) -> EditingMethod | None:
+        """How it edits the model of another arm, if it does."""
+        made = method(self.rival, self.settings)
+        return made if isinstance(made, EditingMethod) else None
 
     @property
     def models(self) -> dict[str, str]:
         """The arm's models beyond its folder ``model``: folder -> name in the table."""
-        made = self.method
-        return {x: f"{self.name}, rescale {x}" for x in made.rescales} | {x: f"{self.name}, {x}" for x in made.sweep}
+        sweep = self.editing.sweep if self.editing else ()
+        return {x: f"{self.name}, rescale {x}" for x in self.training.rescales} | {
+            x: f"{self.name}, {x}" for x in sweep
+        }
 
     @property
     def slug(self) -> str:
@@ -87,13 +98,13 @@ def train(recipe: Recipe, arm: Arm, seed: int, folder: Path, steps: int | None =
         CheckpointError: what lies there is of other settings, is damaged, or cannot be written.
         KeyboardInterrupt: after the step that Ctrl-C interrupted is finished and saved.
     """
-    made, settings = arm.method, settings_of(recipe, arm)
+    made, settings = arm.training, settings_of(recipe, arm)
     recipe = with_method(recipe, made, seed, folder)
     config, said = recipe.training, f"{arm.name}, seed {seed}"
     if config.threads:
         torch.set_num_threads(config.threads)
     if recipe.data.background is not None:  # what is wrong with the model is said before hours of reading
-        build(dataclasses.replace(recipe, sinks=made.sinks))
+        meta_model(dataclasses.replace(recipe, sinks=made.sinks))
     data = folder.parent / "data"
     in_memory = steps is not None and recipe.data.background is None and not data.exists()
     prepared = prepare(recipe, one_document_per_row=True, folder=None if in_memory else data)
@@ -124,7 +135,7 @@ def train(recipe: Recipe, arm: Arm, seed: int, folder: Path, steps: int | None =
     return facts
 
 
-def _training(recipe: Recipe, made: Method, seed: int, prepared: Prepared) -> Training:
+def _training(recipe: Recipe, made: TrainingMethod, seed: int, prepared: Prepared) -> Training:
     """A new model of an arm, and how it learns."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model: Any = _build(recipe, made, seed, prepared.tokenizer)
@@ -133,12 +144,9 @@ def _training(recipe: Recipe, made: Method, seed: int, prepared: Prepared) -> Tr
 
 
 def _resume(training: Training, checkpoint: Checkpoint, settings: dict[str, Any]) -> None:
-    other = [x for x in differing(checkpoint.facts["settings"], settings) if x.removeprefix("recipe.") not in NO_MATTER]
-    if other:
-        raise CheckpointError(
-            f"{checkpoint.path.parent} was started with other settings ({', '.join(other)}); remove it, or choose another "
-            "output"
-        )
+    refuse_other_settings(
+        checkpoint.facts["settings"], settings, checkpoint.path.parent, kinds=SETTINGS_OF_A_RUN, ignored=NO_MATTER
+    )
     training.resume(checkpoint)
 
 
@@ -175,7 +183,7 @@ def _facts(arm: Arm, seed: int, training: Training, prepared: Prepared) -> dict[
     }  # fmt: skip
 
 
-def _settle(training: Training, made: Method, texts: tuple[Rows, Rows, Rows | None], seed: int) -> str:
+def _settle(training: Training, made: TrainingMethod, texts: tuple[Rows, Rows, Rows | None], seed: int) -> str:
     """Settle the model; what came of it in a line."""
     assert made.settle is not None
     settled = settle(training.model, *texts, made.settle, micro_rows=training.config.micro_rows, seed=seed)
@@ -190,10 +198,10 @@ def step_seconds(recipe: Recipe, arms: Sequence[Arm], seed: int, turns: int) -> 
     """
     if recipe.training.threads:
         torch.set_num_threads(recipe.training.threads)
-    prepared = prepare(with_method(recipe, Method(), seed, Path(recipe.output)), one_document_per_row=True)
+    prepared = prepare(with_method(recipe, TrainingMethod(), seed, Path(recipe.output)), one_document_per_row=True)
     ready = {}
     for arm in arms:
-        ready[arm.name] = _training(with_method(recipe, arm.method, seed, Path()), arm.method, seed, prepared)
+        ready[arm.name] = _training(with_method(recipe, arm.training, seed, Path()), arm.training, seed, prepared)
     batches, total = _batches(prepared, recipe), len(prepared.rows) // recipe.training.batch_rows
     seconds: dict[str, list[float]] = {arm.name: [] for arm in arms}
     for turn in range(-1, turns):
@@ -211,24 +219,26 @@ def step_seconds(recipe: Recipe, arms: Sequence[Arm], seed: int, turns: int) -> 
 def settings_of(recipe: Recipe, arm: Arm) -> dict[str, Any]:
     """What a run of an arm depends on beside its seed, JSON-ready."""
     values = {name: value for name, value in recipe.to_dict().items() if name != "output"}
-    made = arm.method
+    made = arm.training
     settle = made.settle and {"lr": made.settle.lr, "passes": made.settle.passes}  # what an arm can set
     method = {"sinks": made.sinks and made.sinks.to_dict(), "sinks_first": made.sinks_first, "settle": settle}
     return json.loads(json.dumps({"recipe": values, "rival": arm.rival, "settings": arm.settings, "method": method}))
 
 
-def with_method(recipe: Recipe, made: Method, seed: int, output: Path) -> Recipe:
-    """The recipe with the method's extra width and heads, its learning rate of the sinks, and the seed."""
+def with_method(recipe: Recipe, made: TrainingMethod, seed: int, output: Path) -> Recipe:
+    """The recipe with the method's extra neurons and heads, its learning rate of the sinks, and the seed."""
     config = dict(recipe.model.config)
-    if made.width:
+    if made.extra_neurons:
         name = "n_inner" if "n_inner" in config else "intermediate_size"
         if name not in config:
             raise ConfigError(
-                f"model.config needs intermediate_size (n_inner for gpt2), to which {made.width} neurons are added"
+                f"model.config needs intermediate_size (n_inner for gpt2), to which {made.extra_neurons} neurons are added"
             )
-        config[name] += made.width
+        config[name] += made.extra_neurons
         if config[name] < 1:
-            raise ConfigError(f"a width of {made.width} leaves no general neurons of {config[name] - made.width}")
+            raise ConfigError(
+                f"extra_neurons {made.extra_neurons} leaves no general neurons of {config[name] - made.extra_neurons}"
+            )
     if made.heads:
         config["head_dim"] = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
         config["num_attention_heads"] += made.heads
@@ -243,11 +253,11 @@ def with_method(recipe: Recipe, made: Method, seed: int, output: Path) -> Recipe
 
 def recipe_of_arm(recipe: Recipe, arm: Arm) -> Recipe:
     """What an arm makes of the recipe of its comparison, for an estimate."""
-    made = arm.method
+    made = arm.training
     return dataclasses.replace(with_method(recipe, made, 0, Path()), sinks=made.sinks, settle=made.settle)
 
 
-def _build(recipe: Recipe, made: Method, seed: int, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+def _build(recipe: Recipe, made: TrainingMethod, seed: int, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     model = build_model(recipe, tokenizer)
     if made.sinks is not None:
         add_sinks(model, dataclasses.replace(made.sinks, seed=seed))
@@ -258,7 +268,7 @@ def _batches(prepared: Prepared, recipe: Recipe) -> Batches:
     """Micro-batches with the masks of `rivals.method.Batch`."""
     audited = [x for x in prepared.members if x.kind == AUDITED]
     sides = {"audited": audited, "repeated": [x for x in audited if x.copies > 1]}
-    asked = {name: torch.from_numpy(identify(side, recipe.data.identity)[0]) for name, side in sides.items()}
+    asked = {name: torch.from_numpy(identify(side, recipe.data.by)[0]) for name, side in sides.items()}
     plain = micro_batches(prepared.rows, recipe.training)
 
     def masked(batch: Batch) -> Batch:
@@ -277,8 +287,13 @@ def _closed_parameters(model: PreTrainedModel) -> int:
 
 
 def _save(
-    folder: Path, model: PreTrainedModel, made: Method, prepared: Prepared, settings: dict[str, Any], facts: dict[str, Any]
-) -> None:  # fmt: skip
+    folder: Path,
+    model: PreTrainedModel,
+    made: TrainingMethod,
+    prepared: Prepared,
+    settings: dict[str, Any],
+    facts: dict[str, Any],
+) -> None:
     with written_beside(folder) as part:
         if has_sinks(model):
             model.save_pretrained(part / "model")

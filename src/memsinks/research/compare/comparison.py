@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from memsinks.errors import CheckpointError, ConfigError, refuse
+from memsinks.checks import is_int
+from memsinks.errors import ConfigError, refuse
+from memsinks.files import read_json
+from memsinks.provenance import refuse_other_settings
 from memsinks.research.compare.arm import RUN, SETTINGS, Arm, settings_of
-from memsinks.research.rivals.registry import method
+from memsinks.research.rivals.registry import SETTINGS_OF_A_RUN
 from memsinks.runs.recipe import OF_A_COMPARISON, Recipe, parse_recipe, read_sections
-from memsinks.runs.sections import differing, unknown_keys
+from memsinks.runs.sections import unknown_keys
 
 ROLES = ("audited", "against", "twin", "seen_once")
 
@@ -50,13 +52,8 @@ class Comparison:
         folder = self.folder(arm, seed)
         if not (folder / RUN).is_file():
             return None
-        before, now = json.loads((folder / SETTINGS).read_text()), self.settings(arm)
-        before["recipe"] = settings_of(parse_recipe(before["recipe"] | {"output": ""}), arm)["recipe"]  # newer defaults
-        if before != now:
-            raise CheckpointError(
-                f"{folder} is a run with another {', '.join(differing(before, now))}; choose another output, or delete it"
-            )
-        return json.loads((folder / RUN).read_text())
+        refuse_other_settings(read_json(folder / SETTINGS), self.settings(arm), folder, kinds=SETTINGS_OF_A_RUN)
+        return read_json(folder / RUN)
 
 
 def read_comparison(path: Path, changes: Mapping[str, str] | None = None, scale: Fraction | None = None) -> Comparison:
@@ -73,61 +70,97 @@ def read_comparison(path: Path, changes: Mapping[str, str] | None = None, scale:
     if not isinstance(values.get("arms"), dict):
         raise ConfigError(f"{path} needs a section arms: NAME: {{rival: ..., settings ...}}; is it a plain recipe?")
     given, seeds, roles = (values.pop(name, None) for name in OF_A_COMPARISON)
+    roles = roles or {}
     recipe = parse_recipe(values, str(path))
-    own = [x for x in ("sinks_first", "sink_lr_factor") if x in (values.get("training") or {})]
-    problems = [f"training.{name} belongs to an arm, not to the recipe" for name in own]
-    problems += unknown_keys(roles or {}, "roles", ROLES)
-    if not isinstance(seeds, list) or not seeds or not all(isinstance(x, int) and x >= 0 for x in seeds):
-        problems.append(f"seeds must be a list of ints, got {seeds!r}")
-    problems += [f"roles.{role} names no arm: {arm!r}" for role, arm in (roles or {}).items() if arm not in given]
-    problems += [f"roles.{role} is missing" for role in ("audited", "against") if role not in (roles or {})]
+    arms, problems = _arms(given, recipe)
+    problems = [
+        *_recipe_problems(recipe, values.get("training") or {}),
+        *_seed_problems(seeds),
+        *_role_problems(roles, given),
+        *problems,
+    ]
+    if not problems:
+        problems = _editing_problems(arms, roles)
+    refuse(problems, f"cannot use {path}")
+    return Comparison(recipe, tuple(arms), tuple(seeds or ()), roles)
+
+
+def _recipe_problems(recipe: Recipe, training: Mapping[str, Any]) -> list[str]:
+    """What of a recipe is an arm's business in a comparison."""
+    problems = [
+        f"training.{name} belongs to an arm, not to the recipe"
+        for name in ("sinks_first", "sink_lr_factor")
+        if name in training
+    ]
     if recipe.sinks is not None:
         problems.append("sinks belong to an arm, not to the recipe")
     if recipe.settle is not None:
         problems.append("settle belongs to an arm (settle_lr), not to the recipe")
     if recipe.data.repeat is None:
         problems.append("data.repeat is missing: without repeated documents there is nothing to forget")
-    packed = recipe.data.one_document_per_row is False
-    arms = []
+    return problems
+
+
+def _seed_problems(seeds: Any) -> list[str]:
+    good = isinstance(seeds, list) and seeds and all(is_int(x) and x >= 0 for x in seeds)
+    return [] if good else [f"seeds must be a list of ints, got {seeds!r}"]
+
+
+def _role_problems(roles: Mapping[str, Any], arms: Mapping[str, Any]) -> list[str]:
+    problems = unknown_keys(roles, "roles", ROLES)
+    problems += [f"roles.{role} names no arm: {arm!r}" for role, arm in roles.items() if arm not in arms]
+    return problems + [f"roles.{role} is missing" for role in ("audited", "against") if role not in roles]
+
+
+def _arms(given: Mapping[str, Any], recipe: Recipe) -> tuple[list[Arm], list[str]]:
+    """The arms of a file, and what is wrong with each."""
+    arms: list[Arm] = []
+    problems: list[str] = []
     for name, settings in given.items():
         if not isinstance(settings, Mapping) or "rival" not in settings:
             problems.append(f"arms.{name} needs rival: the name of a method")
             continue
         arm = Arm(name, str(settings["rival"]), {x: y for x, y in settings.items() if x != "rival"})
         try:
-            made = method(arm.rival, arm.settings)
-            sinks = made.sinks
-            if made.settle is not None and recipe.data.background is not None and not recipe.data.unseen:
-                problems.append(f"arms.{name}: settling beside data.background needs data.unseen, see Recipe")
-            if sinks and sinks.shared == "none" and packed:
-                problems.append(f'arms.{name}: shared="none" needs data.one_document_per_row')
-            if sinks and sinks.shared == "none" and recipe.training.compile:
-                problems.append(f'arms.{name}: shared="none" cannot be compiled; leave out training.compile')
+            problems += [f"arms.{name}: {problem}" for problem in _arm_problems(arm, recipe)]
         except ConfigError as error:
             problems.append(f"arms.{name}: {error}")
         arms.append(arm)
     if len({arm.slug for arm in arms}) < len(arms):
         problems.append("two arms have the same name but for signs; rename one")
-    if not problems:
-        problems += _after_problems(arms)
-        problems += [
-            f"roles.{role} is {name!r}, which edits another arm's model; a role needs an arm that trains one"
-            for role, name in (roles or {}).items() if any(x.name == name and x.method.after for x in arms)
-        ]  # fmt: skip
-    refuse(problems, f"cannot use {path}")
-    return Comparison(recipe, tuple(arms), tuple(seeds), roles)  # type: ignore[arg-type]
+    return arms, problems
 
 
-def _after_problems(arms: Sequence[Arm]) -> list[str]:
-    """What is wrong with the `after` of each arm: it must be an arm that trains a model, without sinks."""
+def _arm_problems(arm: Arm, recipe: Recipe) -> list[str]:
+    """What does not fit the recipe; ConfigError for what is wrong with the method itself."""
+    problems = []
+    training = arm.training
+    if training.settle is not None and recipe.data.background is not None and not recipe.data.unseen:
+        problems.append("settling beside data.background needs data.unseen, see Recipe")
+    if training.sinks and training.sinks.shared == "none":
+        if recipe.data.one_document_per_row is False:
+            problems.append('shared="none" needs data.one_document_per_row')
+        if recipe.training.compile:
+            problems.append('shared="none" cannot be compiled; leave out training.compile')
+    return problems
+
+
+def _editing_problems(arms: Sequence[Arm], roles: Mapping[str, str]) -> list[str]:
+    """An arm that edits needs another that trains a model without sinks, and has no role itself."""
     by_name = {arm.name: arm for arm in arms}
     problems = []
     for arm in arms:
-        base = arm.method.after
-        if base is None:
+        if arm.editing is None:
             continue
-        if base not in by_name:
-            problems.append(f"arms.{arm.name}.after names no arm: {base!r}; known are {', '.join(by_name)}")
-        elif by_name[base].method.after is not None or by_name[base].method.sinks is not None:
-            problems.append(f"arms.{arm.name}.after: {base!r} must be an arm that trains a model without sinks")
-    return problems
+        base = by_name.get(arm.editing.after)
+        if base is None:
+            problems.append(
+                f"arms.{arm.name}.after names no arm: {arm.editing.after!r}; known are {', '.join(by_name)}"
+            )
+        elif base.editing is not None or base.training.sinks is not None:
+            problems.append(f"arms.{arm.name}.after: {base.name!r} must be an arm that trains a model without sinks")
+    return problems + [
+        f"roles.{role} is {name!r}, which edits another arm's model; a role needs an arm that trains one"
+        for role, name in roles.items()
+        if by_name[name].editing is not None
+    ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import logging
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -16,70 +16,68 @@ from memsinks.data.identity import identify
 from memsinks.data.packing import Rows, pack
 from memsinks.data.tokens import encode
 from memsinks.errors import CheckpointError
-from memsinks.files import written_beside
+from memsinks.files import write_json, written_beside
 from memsinks.research.compare.arm import RUN, SETTINGS, Arm, with_method
 from memsinks.research.compare.comparison import Comparison
+from memsinks.research.rivals.method import EditingMethod
 from memsinks.runs.prepare import AUDITED, Prepared, prepare
 from memsinks.sinks.checkpoint import load_stock
 from memsinks.training.evaluate import batches
 
+logger = logging.getLogger(__name__)
+
 
 def with_bases(arms: Sequence[Arm], known: Sequence[Arm]) -> list[Arm]:
     """The arms in the order in which they can be run: every other, then those that edit one; bases are added."""
-    needed = {arm.method.after for arm in arms} | {arm.name for arm in arms if arm.method.after is None}
-    return [arm for arm in known if arm.name in needed] + [arm for arm in arms if arm.method.after is not None]
+    needed = {arm.editing.after if arm.editing else arm.name for arm in arms}
+    return [arm for arm in known if arm.name in needed] + [arm for arm in arms if arm.editing]
 
 
-def edit_arm(comparison: Comparison, arm: Arm, seed: int, steps: int | None = None) -> dict[str, Any]:
-    """Edit the model of the arm `after` and write one model for each value of the sweep; returns the facts.
-
-    Args:
-        steps: if given, nothing is edited: the facts say 0 steps.
+def edit_arm(comparison: Comparison, arm: Arm, editing: EditingMethod, seed: int) -> dict[str, Any]:
+    """Edit the model of another arm and write one model for each value of the sweep; returns the facts.
 
     Raises:
-        CheckpointError: the base has not been trained.
+        CheckpointError: the other arm has not been trained.
     """
-    made = arm.method
-    base = next(x for x in comparison.arms if x.name == made.after)
-    facts: dict[str, Any] = {
-        "arm": arm.name, "rival": arm.rival, "settings": arm.settings, "seed": seed, "steps": 0, "seconds": 0.0,
-        "seconds_per_step": 0.0, "curve": [],
-    }  # fmt: skip
-    if steps is not None:
-        return facts
+    base = next(x for x in comparison.arms if x.name == editing.after)
     finished = comparison.finished(base, seed)
     if finished is None:
         raise CheckpointError(f"{arm.name} edits the model of {base.name}, which has no finished run with seed {seed}; "
                               f"train it first: --arms {base.name!r} --seeds {seed}")  # fmt: skip
     folder = comparison.folder(arm, seed)
-    recipe = with_method(comparison.recipe, base.method, seed, folder)
+    recipe = with_method(comparison.recipe, base.training, seed, folder)
     if recipe.training.threads:
         torch.set_num_threads(recipe.training.threads)
     prepared = prepare(recipe, one_document_per_row=True, folder=folder.parent / "data")
-    audited = [x for x in prepared.members if x.kind == AUDITED and x.copies > 1]
-    others = [x for x in prepared.members if x.kind != AUDITED][: len(audited)]
-    size = recipe.training.batch_rows
     device = "cuda" if torch.cuda.is_available() else "cpu"
     forget, retain = (
-        list(batches(_rows(side, prepared, recipe.training.length), size, device)) for side in (audited, others)
+        list(batches(_rows(side, prepared, recipe.training.length), recipe.training.batch_rows, device))
+        for side in _sides(prepared)
     )
     model = load_stock(comparison.folder(base, seed) / "model").to(device).eval()  # type: ignore[arg-type]
-    facts["parameters"] = finished["parameters"]
-    facts["threads"] = torch.get_num_threads()
-    facts["versions"] = versions("torch", "transformers", "numpy")
     started = time.perf_counter()
-    assert made.edit is not None
     with written_beside(folder) as part:
-        for name, edited in zip(made.sweep, made.edit(model, forget, retain, seed), strict=True):
-            print(f"{arm.name}, seed {seed}: {name}, {time.perf_counter() - started:.0f} s", flush=True)
+        for name, edited in zip(editing.sweep, editing.edit(model, forget, retain, seed), strict=True):
+            logger.info("%s, seed %d: %s, %.0f s", arm.name, seed, name, time.perf_counter() - started)
             edited.save_pretrained(part / name)
             prepared.tokenizer.save_pretrained(part / name)
-        facts["seconds"] = round(time.perf_counter() - started, 1)
+        facts = {
+            "arm": arm.name, "rival": arm.rival, "settings": arm.settings, "seed": seed, "steps": 0,
+            "seconds": round(time.perf_counter() - started, 1), "seconds_per_step": 0.0, "curve": [],
+            "parameters": finished["parameters"], "threads": torch.get_num_threads(),
+            "versions": versions("torch", "transformers", "numpy"),
+        }  # fmt: skip
         write_documents(part / "documents.jsonl", [x for x in prepared.members if x.kind == AUDITED])
         write_documents(part / "controls.jsonl", prepared.controls)
-        (part / SETTINGS).write_text(json.dumps(comparison.settings(arm), indent=2) + "\n")
-        (part / RUN).write_text(json.dumps(facts, indent=2) + "\n")
+        write_json(part / SETTINGS, comparison.settings(arm))
+        write_json(part / RUN, facts)
     return facts
+
+
+def _sides(prepared: Prepared) -> tuple[list[Document], list[Document]]:
+    """The documents to be forgotten, the audited ones with 2 copies or more, and as many of the others."""
+    forget = [x for x in prepared.members if x.kind == AUDITED and x.copies > 1]
+    return forget, [x for x in prepared.members if x.kind != AUDITED][: len(forget)]
 
 
 def _rows(documents: Sequence[Document], prepared: Prepared, length: int) -> Rows:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,7 +32,8 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
     axes.axvline(0, color="#999999", lw=1)
     marks, dear = [], []
     for row in result["rows"]:
-        if None in row["price"] + row["gap_closed"] or ", rescale" in row["name"]:
+        known = all(x is not None and not math.isnan(x) for x in row["price"] + row["gap_closed"])
+        if not known or ", rescale" in row["name"]:
             continue
         x, y = row["price"], [100 * value for value in row["gap_closed"]]
         point = sum(x) / len(x), sum(y) / len(y)

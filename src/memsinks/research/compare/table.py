@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -47,24 +48,26 @@ def rows(
 
 
 def _figures(model: ModelResult, audit: Audit) -> dict[str, float | None]:
+    """By column; None for what was not measured, or is no number (documents too short to be asked for)."""
     most = max(model.lines, key=lambda line: line.copies)
     attacks = {attack.name: attack.auc.value for attack in model.attacks}
     reference = attacks.pop("reference", None)
     standard = model.role == "against"
     sinks = [line for line in model.sinks or () if line.copies == most.copies]
     found = model.forgetting
-    return {
+    values = {
         "gap_closed": 0.0 if standard else found and found.gap_closed.value,
         "closure": 0.0 if standard else found and found.closure and found.closure.value,
         "price": 0.0 if standard else found and found.price.value, "recited": most.extracted.value,
         "attack": max(attacks.values()), "reference": reference, "own": sinks[0].own if sinks else None,
         "placebo": sinks[0].placebo if sinks else None,
     }  # fmt: skip
+    return {name: None if value is None or math.isnan(value) else value for name, value in values.items()}
 
 
 def spread(values: list[float | None], form: str) -> str:
-    """Mean, and half the range over seeds where there are several."""
-    known = [x for x in values if x is not None]
+    """Mean, and half the range over seeds where there are several; "-" where nothing is known."""
+    known = [x for x in values if x is not None and not math.isnan(x)]
     if not known:
         return "-"
     text = f"{sum(known) / len(known):{form}}"

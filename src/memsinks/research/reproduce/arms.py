@@ -12,21 +12,23 @@ from memsinks.research.reproduce.study import Run
 def standard(setting: Setting, seed: int, *, corpus: Kind = "repetition", keep: bool = False, **changes: Any) -> Run:
     """Ordinary training on the stories with their copies."""
     name = "standard" if corpus == "repetition" else f"standard-{corpus}"
-    return _run(setting, seed, name, "standard", {}, setting.neurons, corpus=corpus, keep=keep, **changes)
+    return _run(setting, seed, name, "standard", {}, setting.intermediate_size, corpus=corpus, keep=keep, **changes)
 
 
 def without_repeats(setting: Setting, seed: int) -> Run:
     """Ordinary training in which the rows of repeated stories have no loss: same steps, same schedule."""
-    return _run(setting, seed, "no-repeats", "twin", {}, setting.neurons)
+    return _run(setting, seed, "no-repeats", "twin", {}, setting.intermediate_size)
 
 
-def published(setting: Setting, seed: int, *, active: float | None = None, noise: float = 0.0, **changes: Any) -> Run:
+def published(
+    setting: Setting, seed: int, *, active_share: float | None = None, noise: float = 0.0, **changes: Any
+) -> Run:
     """MemSinks as published: the MLP's last neurons are the sinks, open from the first exposure, Bernoulli, one mask."""
-    active = setting.active if active is None else active
-    total = changes.pop("neurons", setting.neurons)
-    general = round(total * setting.general)
-    settings: dict[str, Any] = {"neurons": total - general, "active": max(1, round((total - general) * active))}
-    name = "memsinks" if active == setting.active else f"memsinks-p{active:g}"
+    share = setting.active_share if active_share is None else active_share
+    total = changes.pop("neurons", setting.intermediate_size)
+    general = round(total * setting.general_share)
+    settings: dict[str, Any] = {"neurons": total - general, "active": max(1, round((total - general) * share))}
+    name = "memsinks" if share == setting.active_share else f"memsinks-p{share:g}"
     if noise:
         settings["id_noise"], name = noise, f"{name}-d{noise:g}"
     return _run(setting, seed, name, "published", settings, general, **changes)
@@ -34,15 +36,29 @@ def published(setting: Setting, seed: int, *, active: float | None = None, noise
 
 def ours(setting: Setting, seed: int, **changes: Any) -> Run:
     """Ours (gated, decay 1, nothing afterwards): general part and open sinks together as wide as the standard MLP."""
-    block = 32 if setting.neurons % 128 == 0 else setting.neurons // 4
-    settings = {"neurons": setting.neurons, "active": setting.neurons // 4, "block_size": block, "shared_decay": 1.0}
-    return _run(setting, seed, "ours", "gated", settings, setting.neurons - setting.neurons // 4, **changes)
+    block = 32 if setting.intermediate_size % 128 == 0 else setting.intermediate_size // 4
+    settings = {
+        "neurons": setting.intermediate_size,
+        "active": setting.intermediate_size // 4,
+        "block_size": block,
+        "shared_decay": 1.0,
+    }
+    return _run(
+        setting, seed, "ours", "gated", settings, setting.intermediate_size - setting.intermediate_size // 4, **changes
+    )
 
 
 def gradient_masking(setting: Setting, seed: int) -> Run:
-    """The MLP's first share `general` learns from the stories seen once, the rest from the repeated ones."""
-    general = round(setting.neurons * setting.general)
-    return _run(setting, seed, "gradient-masking", "gradient-masking", {"width": setting.neurons - general}, general)
+    """The MLP's first `general_share` learns from the stories seen once, the rest from the repeated ones."""
+    general = round(setting.intermediate_size * setting.general_share)
+    return _run(
+        setting,
+        seed,
+        "gradient-masking",
+        "gradient-masking",
+        {"extra_neurons": setting.intermediate_size - general},
+        general,
+    )
 
 
 def _run(setting: Setting, seed: int, name: str, rival: str, settings: dict[str, Any], neurons: int, *,

@@ -44,7 +44,7 @@ class Canaries:
 
 
 @dataclass(frozen=True)
-class Corpus:
+class StoryCorpus:
     """One story a row, everywhere.
 
     Attributes:
@@ -67,7 +67,7 @@ class Corpus:
     hash: str
 
 
-def make_corpus(setting: Setting, seed: int, data: Path | None, kind: Kind = "repetition") -> Corpus:
+def make_corpus(setting: Setting, seed: int, data: Path | None, kind: Kind = "repetition") -> StoryCorpus:
     """Choose, cut, repeat and order the stories.
 
     Args:
@@ -112,7 +112,7 @@ def make_corpus(setting: Setting, seed: int, data: Path | None, kind: Kind = "re
 
     training = rows(order, exposures(ids[order]))
     repeated = rows(range(first))
-    return Corpus(
+    return StoryCorpus(
         training, repeated, Canaries(repeated, starts) if kind == "canary" else None, rows(range(second, third)),
         rows(range(first, min(second, first + setting.held_out))), rows(range(third, need)) if tracked else None, phases,
         len(tokenizer), hashlib.sha256(training.input_ids.tobytes()).hexdigest(),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -21,9 +22,11 @@ from memsinks.research.reproduce.corpus import Kind
 from memsinks.research.reproduce.pictures import COLOURS, canvas, save
 from memsinks.research.reproduce.setting import WHICH, Setting
 from memsinks.research.reproduce.study import Run, Study, device, mean_loss
-from memsinks.research.rivals.registry import method
+from memsinks.research.rivals.registry import editing_method
 from memsinks.sinks.checkpoint import load_stock
 from memsinks.training.evaluate import batches
+
+logger = logging.getLogger(__name__)
 
 METHODS = {
     "hard concrete": "hard-concrete", "integrated gradients": "integrated-gradients", "zero-out": "zero-out",
@@ -71,8 +74,7 @@ def sweep(study: Study, run: Run, name: str) -> dict[str, Any]:
     model = load_stock(study.weights(run)).to(device()).eval()  # type: ignore[arg-type]
     forget = corpus.repeated if corpus.canaries is None else corpus.canaries
     settings = method_settings(setting, name)
-    made = method(METHODS[name], {"after": run.name} | settings)
-    assert made.edit is not None
+    made = editing_method(METHODS[name], {"after": run.name} | settings)
     asked = {"validation": corpus.validation, "repeated": corpus.repeated, "forgotten": forget}
 
     def measured(model: Any) -> dict[str, float]:
@@ -86,8 +88,8 @@ def sweep(study: Study, run: Run, name: str) -> dict[str, Any]:
     )  # fmt: skip
     for value, other in zip(made.sweep, edited, strict=True):
         points.append({"value": value, **measured(other)})
-        study.say(
-            f"{file}: {value}  validation {points[-1]['validation']:.3f}  forgotten {points[-1]['forgotten']:.3f}"
+        logger.info(
+            "%s: %s  validation %.3f  forgotten %.3f", file, value, points[-1]["validation"], points[-1]["forgotten"]
         )
     return study.write(file, {
         "after": run.file, "method": name, "settings": settings, "seed": run.seed, "before": before, "points": points,

@@ -23,7 +23,7 @@ def runs(setting: Setting) -> list[Run]:
     pairs = [run for size in setting.sizes for run in _pair(setting, seed, size)]
     return [
         *_pair(setting, seed, setting.swept_size),
-        *(_published(setting, seed, setting.swept_size, active=p) for p in setting.actives),
+        *(_published(setting, seed, setting.swept_size, active_share=p) for p in setting.active_shares),
         *pairs,
         *(_published(setting, seed, setting.swept_size, noise=d) for d in setting.noises),
     ]
@@ -35,7 +35,7 @@ def _pair(setting: Setting, seed: int, size: tuple[int, int, int]) -> tuple[Run,
 
 
 def _published(setting: Setting, seed: int, size: tuple[int, int, int], **changes: Any) -> Run:
-    neurons = setting.neurons if size == setting.size else 4 * size[0]
+    neurons = setting.intermediate_size if size == setting.size else 4 * size[0]
     return arms.published(setting, seed, size=size, neurons=neurons, **changes)
 
 
@@ -43,9 +43,9 @@ def make(study: Study) -> dict[str, Any]:
     """Curves of the repeated loss by p and d, final losses, and (degradation, forgetting) by size; one seed."""
     setting, seed = study.setting, study.setting.seeds[0]
     result: dict[str, Any] = {"p": {}, "size": [], "noise": {}}
-    for p in setting.actives:
-        if study.ready([_published(setting, seed, setting.swept_size, active=p)]):
-            result["p"][f"{p:g}"] = study.run(_published(setting, seed, setting.swept_size, active=p))["curves"]
+    for p in setting.active_shares:
+        if study.ready([_published(setting, seed, setting.swept_size, active_share=p)]):
+            result["p"][f"{p:g}"] = study.run(_published(setting, seed, setting.swept_size, active_share=p))["curves"]
     for size in setting.sizes:
         if not study.ready(_pair(setting, seed, size)):
             continue

@@ -13,6 +13,7 @@ Source: Ghosal, Maini, Raghunathan, ICML 2025, arXiv 2507.09937. What we find: d
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,9 +24,11 @@ import torch
 
 from memsinks.errors import ConfigError, DataError
 from memsinks.research.reproduce import arms, fig2, fig3, fig4, fig5, fig7, theory
-from memsinks.research.reproduce.setting import WHICH, Setting, scale
+from memsinks.research.reproduce.setting import WHICH, Setting, setting_of
 from memsinks.research.reproduce.study import NothingToDraw, Run, Study, device
 from memsinks.runs.sections import unknown_names
+
+logger = logging.getLogger(__name__)
 
 FIGURES: dict[str, ModuleType] = {
     "fig2": fig2, "fig3": fig3, "fig4": fig4, "fig5": fig5, "fig7": fig7, "theory": theory,
@@ -69,18 +72,18 @@ def reproduce(names: Sequence[str], study: Study) -> dict[str, Any]:
         todo = study.missing(module.runs(study.setting))
         if todo:
             text = "runs to go" if study.training else "runs are missing and left out"
-            study.say(f"{name}: {len(todo)} {text}: {', '.join(run.file for run in todo)}")
+            logger.info("%s: %d %s: %s", name, len(todo), text, ", ".join(run.file for run in todo))
         try:
             results[name] = module.make(study)
         except NothingToDraw as error:
             raise ConfigError(f"{name}: {error}; leave --finished out to train them") from error
         study.write(name, results[name], study.out)
         module.draw(results[name], study.out / f"{name}.png")
-        study.say(f"{name}: {study.out / name}.json, {name}.png")
+        logger.info("%s: drawn, %s.png", name, study.out / name)
     return results
 
 
-def plan(names: Sequence[str], study: Study) -> str:
+def describe_study(names: Sequence[str], study: Study) -> str:
     """What would run, and a rough guess of how long it takes on this device."""
     names = chosen_figures(names)
     runs = needed_runs(names, study.setting)
@@ -106,11 +109,11 @@ def plan(names: Sequence[str], study: Study) -> str:
 
 def _work(run: Run, setting: Setting) -> float:
     """Floating-point operations of a run, evaluations left out: 6 x weights x tokens, twice under gradient masking."""
-    width, layers, _ = run.size
+    hidden_size, layers, _ = run.size
     matrices = 3 if setting.architecture == "llama" else 2
-    neurons = run.neurons + run.settings.get("neurons", run.settings.get("width", 0))
-    weights = setting.vocabulary * width if setting.tokenizer is None else 50_257 * width
-    weights += layers * (4 * width**2 + matrices * width * neurons)
+    neurons = run.neurons + run.settings.get("neurons", run.settings.get("extra_neurons", 0))
+    weights = hidden_size * (setting.vocabulary if setting.tokenizer is None else 50_257)
+    weights += layers * (4 * hidden_size**2 + matrices * hidden_size * neurons)
     tokens = setting.steps * setting.batch * setting.length
     return 6.0 * weights * tokens * (2 if run.rival == "gradient-masking" else 1)
 
@@ -126,13 +129,13 @@ def _speed() -> float:
     return 0.2 * 4 * 2 * 1024**3 / (time.perf_counter() - started)
 
 
-def open_study(out: Path, scale_name: str = "small", data: Path | None = None, **arguments: Any) -> Study:
+def open_study(out: Path, size: str = "small", data: Path | None = None, **arguments: Any) -> Study:
     """A study in a folder.
 
     Raises:
-        ConfigError: an unknown scale.
+        ConfigError: an unknown size.
         DataError: `data` does not exist.
     """
     if data is not None and not data.exists():
         raise DataError(f"{data} does not exist; give a file of stories, or leave --data out for the built-in ones")
-    return Study(scale(scale_name), out, data, **arguments)
+    return Study(setting_of(size), out, data, **arguments)

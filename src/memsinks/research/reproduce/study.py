@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import logging
 import random
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,20 +16,22 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from memsinks._version import versions
 from memsinks.data.packing import Rows
-from memsinks.errors import ConfigError
-from memsinks.files import written_beside
-from memsinks.research.reproduce.corpus import Canaries, Corpus, Kind, make_corpus
+from memsinks.files import read_json, write_json, written_beside
+from memsinks.provenance import refuse_other_settings
+from memsinks.research.reproduce.corpus import Canaries, Kind, StoryCorpus, make_corpus
 from memsinks.research.reproduce.setting import AFTERWARDS, Setting
 from memsinks.research.rivals.gradient_masking import masked_step
-from memsinks.research.rivals.method import Method
+from memsinks.research.rivals.method import TrainingMethod
 from memsinks.research.rivals.pruning import last_neurons, neuron_masks, neurons_off
-from memsinks.research.rivals.registry import method
+from memsinks.research.rivals.registry import training_method
 from memsinks.runs.run import micro_batches
 from memsinks.sinks.attach import add_sinks
 from memsinks.sinks.state import has_sinks
 from memsinks.training.config import TrainingConfig
 from memsinks.training.evaluate import losses
 from memsinks.training.loop import Batch, Training, steps
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Run:
         neurons: general neurons of each MLP.
         seed: start values, choice and order of the stories.
         corpus: which one.
-        size: (width, layers, heads).
+        size: (hidden_size, layers, heads).
         keep: keep the final weights.
     """
 
@@ -71,24 +73,22 @@ class Study:
     Args:
         out: folder; runs/NAME.json and models/NAME/ are written below it.
         data: the stories; None = the built-in ones.
-        say: takes a line of progress.
         training: False draws what is there and makes nothing new.
     """
 
     setting: Setting
     out: Path
     data: Path | None = None
-    say: Callable[[str], None] = print
     training: bool = True
-    corpora: dict[tuple[str, int], Corpus] = field(default_factory=dict)
+    corpora: dict[tuple[str, int], StoryCorpus] = field(default_factory=dict)
 
-    def corpus(self, kind: Kind, seed: int) -> Corpus:
+    def corpus(self, kind: Kind, seed: int) -> StoryCorpus:
         if (kind, seed) not in self.corpora:
             self.corpora[kind, seed] = make_corpus(self.setting, seed, self.data, kind)
         return self.corpora[kind, seed]
 
     def found(self, name: str, ignored: Sequence[str] = AFTERWARDS) -> dict[str, Any] | None:
-        """The result of a name, None if it is not there; ConfigError if it was made with another setting or data.
+        """The result of a name, None if it is not there; CheckpointError if it was made with another setting or data.
 
         Args:
             ignored: fields of the setting that do not matter for it.
@@ -96,13 +96,15 @@ class Study:
         path = self.out / "runs" / f"{name}.json"
         if not path.is_file():
             return None
-        result = json.loads(path.read_text())
-        now = self.setting.to_dict()
-        other = [key for key in now if key not in ignored and result["setting"].get(key) != now[key]]
-        if result["data"] != self.data_name:
-            other.append("data")
-        if other:
-            raise ConfigError(f"{path} was made with another {', '.join(other)}; choose another folder with --out")
+        result = read_json(path)
+        refuse_other_settings(
+            {"setting": result["setting"], "data": result["data"]},
+            {"setting": self.setting.to_dict(), "data": self.data_name},
+            path,
+            kinds={"setting": Setting},
+            ignored=[f"setting.{name}" for name in ignored],
+            remedy="choose another folder with --out",
+        )
         return result
 
     @property
@@ -116,11 +118,7 @@ class Study:
             "data": self.data_name,
             "versions": versions("torch", "transformers", "numpy"),
         }
-        path = (folder or self.out / "runs") / f"{name}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps(result) + "\n")
-        part.replace(path)
+        write_json((folder or self.out / "runs") / f"{name}.json", result, indent=None)
         return result
 
     def run(self, run: Run) -> dict[str, Any]:
@@ -148,19 +146,19 @@ class Study:
         return [run for run in runs if self.found(run.file) is None]
 
 
-def build(run: Run, made: Method, setting: Setting, vocabulary: int) -> PreTrainedModel:
+def build(run: Run, made: TrainingMethod, setting: Setting, vocabulary: int) -> PreTrainedModel:
     """A new model with the sinks of the method; start values follow from the seed."""
-    width, layers, heads = run.size
-    neurons = run.neurons + made.width
+    hidden_size, layers, heads = run.size
+    neurons = run.neurons + made.extra_neurons
     common = {"vocab_size": vocabulary, "tie_word_embeddings": True, "bos_token_id": None, "eos_token_id": None}
     if setting.architecture == "gpt2":
         config = AutoConfig.for_model(
-            "gpt2", n_positions=setting.length, n_embd=width, n_layer=layers, n_head=heads, n_inner=neurons,
+            "gpt2", n_positions=setting.length, n_embd=hidden_size, n_layer=layers, n_head=heads, n_inner=neurons,
             resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **common,
         )  # fmt: skip
     else:
         config = AutoConfig.for_model(
-            "llama", max_position_embeddings=setting.length, hidden_size=width, num_hidden_layers=layers,
+            "llama", max_position_embeddings=setting.length, hidden_size=hidden_size, num_hidden_layers=layers,
             num_attention_heads=heads, num_key_value_heads=heads, intermediate_size=neurons, **common,
         )  # fmt: skip
     torch.manual_seed(run.seed)
@@ -189,7 +187,7 @@ def train(study: Study, run: Run) -> dict[str, Any]:
         validation_dropped and repeated_dropped; canaries, the random tokens alone. A spaced run also has tracked: the loss
         of its tracked stories at every second step, closed and open, [stories][times].
     """
-    setting, made = study.setting, method(run.rival, run.settings)
+    setting, made = study.setting, training_method(run.rival, run.settings)
     corpus = study.corpus(run.corpus, run.seed)
     random.seed(run.seed)
     training = _training(run, made, setting, corpus)
@@ -201,14 +199,13 @@ def train(study: Study, run: Run) -> dict[str, Any]:
     for done in steps(training, batches):
         before = time.perf_counter()
         if done.step in due:
-            for name, value in _evaluate(model, corpus, made.width).items():
+            for name, value in _evaluate(model, corpus, made.extra_neurons).items():
                 curves.setdefault(name, []).append(value)
             curves["steps"].append(done.step)
-            study.say(
-                f"{run.file}: step {done.step}/{training.total}  loss {done.loss:.3f}  "
-                f"validation {curves['validation'][-1]:.3f}  repeated {curves['repeated'][-1]:.3f}  "
-                f"{time.perf_counter() - started:.0f} s"
-            )
+            logger.info(
+                "%s: step %d/%d  loss %.3f  validation %.3f  repeated %.3f  %.0f s", run.file, done.step, training.total,
+                done.loss, curves["validation"][-1], curves["repeated"][-1], time.perf_counter() - started,
+            )  # fmt: skip
         if corpus.tracked is not None and done.step % 2 == 1:
             tracked["steps"].append(done.step)
             tracked["closed"].append([round(float(x), 4) for x in losses(model, corpus.tracked)])
@@ -230,7 +227,7 @@ def train(study: Study, run: Run) -> dict[str, Any]:
     return study.write(run.file, result)
 
 
-def _training(run: Run, made: Method, setting: Setting, corpus: Corpus) -> Training:
+def _training(run: Run, made: TrainingMethod, setting: Setting, corpus: StoryCorpus) -> Training:
     """A new model of a run, and how it learns."""
     model = build(run, made, setting, corpus.vocabulary)
     config = TrainingConfig(
@@ -244,11 +241,11 @@ def _training(run: Run, made: Method, setting: Setting, corpus: Corpus) -> Train
         mask = torch.isin(batch["document_ids"], audited)
         return made.change(batch | {"audited": mask, "repeated": mask})
 
-    learn = _masking_step(model, made.width) if run.rival == "gradient-masking" else made.step
+    learn = _masking_step(model, made.extra_neurons) if run.rival == "gradient-masking" else made.step
     return Training(model, config, len(corpus.training) // setting.batch, learn=learn, change=change)
 
 
-def _evaluate(model: PreTrainedModel, corpus: Corpus, width: int) -> dict[str, float]:
+def _evaluate(model: PreTrainedModel, corpus: StoryCorpus, width: int) -> dict[str, float]:
     found = {"validation": mean_loss(model, corpus.validation), "repeated": mean_loss(model, corpus.repeated)}
     if corpus.canaries is not None:
         found["canaries"] = mean_loss(model, corpus.canaries)

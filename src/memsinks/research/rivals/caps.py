@@ -6,10 +6,10 @@ ordinary training: what differs is what the model learns, and nothing else.
 
 from __future__ import annotations
 
-from memsinks.research.rivals.method import Batch, Method, settling, without
+from memsinks.research.rivals.method import Batch, TrainingMethod, settling, without
 
 
-def cap(*, copies: int = 1, settle_lr: float = 0.0, settle_passes: int = 8) -> Method:
+def cap(*, copies: int = 1, settle_lr: float = 0.0, settle_passes: int = 8) -> TrainingMethod:
     """Learn from the first `copies` exposures of each document and from no later one; 1 = deduplication.
 
     With `settle_lr` what is left is levelled, as in our own arm.
@@ -18,13 +18,13 @@ def cap(*, copies: int = 1, settle_lr: float = 0.0, settle_passes: int = 8) -> M
     def change(batch: Batch) -> Batch:
         return without(batch, batch["exposures"] > copies)
 
-    return Method(change=change, settle=settling(settle_lr, settle_passes))
+    return TrainingMethod(change=change, settle=settling(settle_lr, settle_passes))
 
 
-def twin() -> Method:
+def twin() -> TrainingMethod:
     """Learn nothing from the audited documents: the model as if they had never been there."""
 
     def change(batch: Batch) -> Batch:
         return without(batch, batch["audited"])
 
-    return Method(change=change)
+    return TrainingMethod(change=change)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from memsinks.research.rivals.method import Batch, Method, without
+from memsinks.research.rivals.method import Batch, TrainingMethod, without
 from memsinks.sinks.routing import splitmix64
 
 BASE = 0x5851F42D4C957F2D
 """Odd multiplier of the rolling hash, modulo 2^64."""
 
 
-def goldfish(*, k: int = 4, context: int = 13) -> Method:
+def goldfish(*, k: int = 4, context: int = 13) -> TrainingMethod:
     """Drop the target at each place where the hash of the `context` tokens before it falls under 1/k.
 
     The same context drops the same target in every copy, so a copy never teaches what the first left out. The divisor
@@ -22,7 +22,7 @@ def goldfish(*, k: int = 4, context: int = 13) -> Method:
     def change(batch: Batch) -> Batch:
         return without(batch, dropped(batch["input_ids"], batch["position_ids"], k, context))
 
-    return Method(change=change)
+    return TrainingMethod(change=change)
 
 
 def dropped(input_ids: Tensor, position_ids: Tensor, k: int, context: int) -> Tensor:

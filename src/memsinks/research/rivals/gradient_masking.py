@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from memsinks.research.rivals.method import Batch, Method, masked_gradients, without
+from memsinks.research.rivals.method import Batch, TrainingMethod, masked_gradients, without
 from memsinks.research.rivals.reserved import cut_out, reserved_masks
 
 
-def gradient_masking(*, width: int) -> Method:
-    """`width` memorization neurons beside the recipe's general ones; the forward is not masked.
+def gradient_masking(*, extra_neurons: int) -> TrainingMethod:
+    """`extra_neurons` memorization neurons beside the recipe's general ones; the forward is not masked.
 
     In the MLP weights, repeated documents teach the memorization neurons and all others the general neurons; attention,
     norms and embeddings learn from both. It must be told beforehand which documents are repeated. The memorization
@@ -22,9 +22,12 @@ def gradient_masking(*, width: int) -> Method:
     """
 
     def step(model: PreTrainedModel, batch: Batch, divisor: Tensor) -> float:
-        return masked_step(model, batch, divisor, reserved_masks(model, width, 0))
+        return masked_step(model, batch, divisor, reserved_masks(model, extra_neurons, 0))
 
-    return Method(width=width, step=step, remove=lambda model: cut_out(model, width, 0))
+    def remove(model: PreTrainedModel) -> None:
+        cut_out(model, extra_neurons, 0)
+
+    return TrainingMethod(extra_neurons=extra_neurons, step=step, remove=remove)
 
 
 def masked_step(model: PreTrainedModel, batch: Batch, divisor: Tensor, masks: Mapping[nn.Parameter, Tensor]) -> float:

@@ -21,7 +21,7 @@ from memsinks.sinks.state import has_sinks
 from memsinks.training.loop import Batch, plain_step, unchanged
 
 Edit = Callable[[PreTrainedModel, Sequence[Batch], Sequence[Batch], int], Iterator[PreTrainedModel]]
-"""See `Method.edit`."""
+"""See `EditingMethod.edit`."""
 
 
 def remove_all_sinks(model: PreTrainedModel) -> None:
@@ -31,11 +31,11 @@ def remove_all_sinks(model: PreTrainedModel) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Method:
+class TrainingMethod:
     """One way to train. Everything not set is ordinary training.
 
     Args:
-        width: hidden neurons beyond the recipe's in each MLP while training.
+        extra_neurons: neurons beyond the recipe's in each MLP while training; below 0 fewer.
         heads: attention heads beyond the recipe's.
         sinks: sinks to add; their seed becomes the run's.
         sink_lr_factor: learning rate of the sinks over that of the rest.
@@ -45,13 +45,9 @@ class Method:
         remove: takes out, in place, what is not exported.
         settle: how it is settled, which comes after training, before removal; None = it does not.
         rescales: also export with these factors of the general neurons (`SinkConfig.rescale_factors`).
-        after: the name of the arm whose trained model is edited; nothing above applies then.
-        sweep: the names of the models that come out of `edit`.
-        edit: (trained model, batches of the repeated documents, batches of documents seen once, seed) -> a model for each
-            value of the sweep, in this order; the next one may change the one before.
     """
 
-    width: int = 0
+    extra_neurons: int = 0
     heads: int = 0
     sinks: SinkConfig | None = None
     sink_lr_factor: float = 1.0
@@ -61,13 +57,30 @@ class Method:
     remove: Callable[[PreTrainedModel], None] = remove_all_sinks
     settle: SettleConfig | None = None
     rescales: tuple[str, ...] = ()
-    after: str | None = None
-    sweep: tuple[str, ...] = ()
-    edit: Edit | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditingMethod:
+    """One way to edit a model that another arm has trained.
+
+    Args:
+        after: the name of that arm.
+        sweep: the names of the models that come out of `edit`.
+        edit: (trained model, batches of the repeated documents, batches of documents seen once, seed) -> a model for each
+            value of the sweep, in this order; the next one may change the one before.
+    """
+
+    after: str
+    sweep: tuple[str, ...]
+    edit: Edit
+
+
+Method = TrainingMethod | EditingMethod
+"""What a rival is."""
 
 
 def settling(lr: float, passes: int) -> SettleConfig | None:
-    """`Method.settle` of an arm; a learning rate of 0 is none."""
+    """`TrainingMethod.settle` of an arm; a learning rate of 0 is none."""
     return SettleConfig(lr=lr, passes=passes) if lr else None
 
 

@@ -14,11 +14,13 @@ from memsinks.research.rivals import after
 from memsinks.research.rivals.caps import cap, twin
 from memsinks.research.rivals.goldfish import goldfish
 from memsinks.research.rivals.gradient_masking import gradient_masking
-from memsinks.research.rivals.method import Method
+from memsinks.research.rivals.method import EditingMethod, Method, TrainingMethod
 from memsinks.research.rivals.sgtm import sgtm
 from memsinks.research.rivals.sinks import gated, published, untied
 from memsinks.research.rivals.standard import standard
-from memsinks.runs.sections import unknown_keys, unknown_names
+from memsinks.runs.recipe import Recipe
+from memsinks.runs.sections import RENAMED, unknown_keys, unknown_names, with_new_names
+from memsinks.sinks.config import SinkConfig
 
 RIVALS: dict[str, Callable[..., Method]] = {
     "standard": standard,
@@ -42,12 +44,22 @@ RIVALS: dict[str, Callable[..., Method]] = {
 }
 
 
+def settings_today(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of an arm under the names they have today."""
+    return with_new_names(settings, RENAMED["arms.*"])
+
+
+SETTINGS_OF_A_RUN = {"recipe": Recipe, "settings": settings_today, "method.sinks": SinkConfig}
+"""The sections of what a run of an arm was made with, for `refuse_other_settings`."""
+
+
 def method(name: str, settings: Mapping[str, Any]) -> Method:
-    """The method of a name with its settings.
+    """The method of a name with its settings; settings may have the names they had before.
 
     Raises:
         ConfigError: an unknown name or setting (with the nearest known one), a missing or impossible one.
     """
+    settings = settings_today(settings)
     problems = unknown_names([name], "rival ", RIVALS)
     if problems:
         raise ConfigError(problems[0])
@@ -63,3 +75,19 @@ def method(name: str, settings: Mapping[str, Any]) -> Method:
         return function(**settings)
     except TypeError as error:
         raise ConfigError(f"{name}: {error}") from error
+
+
+def training_method(name: str, settings: Mapping[str, Any]) -> TrainingMethod:
+    """`method` of a rival that trains a model; ConfigError for one that edits another's."""
+    found = method(name, settings)
+    if not isinstance(found, TrainingMethod):
+        raise ConfigError(f"{name} edits a trained model and trains none")
+    return found
+
+
+def editing_method(name: str, settings: Mapping[str, Any]) -> EditingMethod:
+    """`method` of a rival that edits a trained model; ConfigError for one that trains."""
+    found = method(name, settings)
+    if not isinstance(found, EditingMethod):
+        raise ConfigError(f"{name} trains a model and edits none")
+    return found

@@ -30,16 +30,16 @@ def parts(model: PreTrainedModel) -> list[tuple[Any, Any]]:
     return found
 
 
-def reserved_masks(model: PreTrainedModel, width: int, heads: int) -> dict[nn.Parameter, Tensor]:
+def reserved_masks(model: PreTrainedModel, neurons: int, heads: int) -> dict[nn.Parameter, Tensor]:
     """For each weight that has a reserved part, 1 there and 0 elsewhere, of a shape that broadcasts.
 
-    The last `width` neurons of each MLP and the last `heads` heads of each attention (with as many key-value heads).
+    The last `neurons` of each MLP and the last `heads` heads of each attention (with as many key-value heads).
     """
     masks: dict[nn.Parameter, Tensor] = {}
     size: int = model.config.hidden_size // model.config.num_attention_heads
     size = getattr(model.config, "head_dim", None) or size
     for mlp, attention in parts(model):
-        modules = [(mlp, x, width, int(x == "down_proj")) for x in MLP if width]
+        modules = [(mlp, x, neurons, int(x == "down_proj")) for x in MLP if neurons]
         modules += [(attention, x, heads * size, int(x == "o_proj")) for x in ATTENTION if heads]
         for module, name, count, axis in modules:
             weight = getattr(module, name).weight
@@ -66,7 +66,7 @@ def reserved_off(model: PreTrainedModel, masks: dict[nn.Parameter, Tensor]) -> I
 
 
 @torch.no_grad()
-def cut_out(model: PreTrainedModel, width: int, heads: int) -> None:
+def cut_out(model: PreTrainedModel, neurons: int, heads: int) -> None:
     """Take the reserved part out, in place: the model gets the shapes of one that never had it."""
     size = getattr(model.config, "head_dim", None) or model.config.hidden_size // model.config.num_attention_heads
 
@@ -80,10 +80,10 @@ def cut_out(model: PreTrainedModel, width: int, heads: int) -> None:
 
     for mlp, attention in parts(model):
         for name in MLP:
-            shorten(getattr(mlp, name), width, int(name == "down_proj"))
+            shorten(getattr(mlp, name), neurons, int(name == "down_proj"))
         for name in ATTENTION:
             shorten(getattr(attention, name), heads * size, int(name == "o_proj"))
-    model.config.intermediate_size -= width
+    model.config.intermediate_size -= neurons
     model.config.head_dim = size
     model.config.num_attention_heads -= heads
     model.config.num_key_value_heads -= heads

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
-from memsinks.research.rivals.method import Batch, Method, settling, unchanged
+from memsinks.research.rivals.method import Batch, TrainingMethod, settling, unchanged
 from memsinks.sinks.config import SinkConfig
 from memsinks.sinks.routing import splitmix64
 
 
 def published(
-    *, neurons: int, active: int, sink_lr_factor: float = 1.0, width: int = 0, id_noise: float = 0.0
-) -> Method:
+    *, neurons: int, active: int, sink_lr_factor: float = 1.0, extra_neurons: int = 0, id_noise: float = 0.0
+) -> TrainingMethod:
     """As the paper has it: each neuron open with its probability, one mask for all layers, from the first exposure on.
 
     With `id_noise`, a repeated document comes under a fresh id with that probability at each encounter (Fig. 5c).
@@ -28,8 +29,13 @@ def published(
         unlucky = (splitmix64(fresh) >> 11 & (2**53 - 1)) < id_noise * 2**53
         return {**batch, "document_ids": fresh.where(unlucky & batch["repeated"], batch["document_ids"])}
 
-    return Method(sinks=sinks, sink_lr_factor=sink_lr_factor, width=width, rescales=("expected", "released"),
-                  change=change if id_noise else unchanged)  # fmt: skip
+    return TrainingMethod(
+        sinks=sinks,
+        sink_lr_factor=sink_lr_factor,
+        extra_neurons=extra_neurons,
+        rescales=("expected", "released"),
+        change=change if id_noise else unchanged,
+    )
 
 
 def _fresh_ids(batch: Batch) -> Tensor:
@@ -39,18 +45,23 @@ def _fresh_ids(batch: Batch) -> Tensor:
 
 
 def gated(
-    *, sink_lr_factor: float = 3.0, sinks_first: bool = False, width: int = 0, settle_lr: float = 0.0,
+    *, sink_lr_factor: float = 3.0, sinks_first: bool = False, extra_neurons: int = 0, settle_lr: float = 0.0,
     settle_passes: int = 8, **settings: Any,
-) -> Method:  # fmt: skip
+) -> TrainingMethod:  # fmt: skip
     """Ours: a text's sinks open from its second exposure on, and what it teaches the shared weights decays (docs/method.md).
 
     `settings` are those of `SinkConfig`; ``shared="none"`` is the exact mode. With `settle_lr` what is left is levelled.
     """
-    return Method(sinks=SinkConfig(**settings), sink_lr_factor=sink_lr_factor, width=width, sinks_first=sinks_first,
-                  settle=settling(settle_lr, settle_passes))  # fmt: skip
+    return TrainingMethod(
+        sinks=SinkConfig(**settings),
+        sink_lr_factor=sink_lr_factor,
+        extra_neurons=extra_neurons,
+        sinks_first=sinks_first,
+        settle=settling(settle_lr, settle_passes),
+    )
 
 
-def untied(*, neurons: int, active: int, sink_lr_factor: float = 1.0, width: int = 0) -> Method:
+def untied(*, neurons: int, active: int, sink_lr_factor: float = 1.0, extra_neurons: int = 0) -> TrainingMethod:
     """As published, but every exposure of a document opens other sinks: dropout of the same density, tied to nothing.
 
     The control that shows whether identity matters.
@@ -59,5 +70,5 @@ def untied(*, neurons: int, active: int, sink_lr_factor: float = 1.0, width: int
     def change(batch: Batch) -> Batch:
         return {**batch, "document_ids": _fresh_ids(batch)}
 
-    base = published(neurons=neurons, active=active, sink_lr_factor=sink_lr_factor, width=width)
-    return Method(sinks=base.sinks, sink_lr_factor=sink_lr_factor, width=width, change=change)
+    base = published(neurons=neurons, active=active, sink_lr_factor=sink_lr_factor, extra_neurons=extra_neurons)
+    return replace(base, change=change, rescales=())

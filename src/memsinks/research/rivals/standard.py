@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from memsinks.research.rivals.method import Method
+from memsinks.research.rivals.method import TrainingMethod
 
 
-def standard(*, width: int = 0) -> Method:
-    """Ordinary training; `width` neurons more than the recipe's in each MLP, which are exported too."""
-    return Method(width=width)
+def standard(*, extra_neurons: int = 0) -> TrainingMethod:
+    """Ordinary training; `extra_neurons` more than the recipe's in each MLP, which are exported too."""
+    return TrainingMethod(extra_neurons=extra_neurons)

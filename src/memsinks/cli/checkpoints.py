@@ -1,0 +1,47 @@
+"""export, info: a checkpoint."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+
+from memsinks.cli.options import Commands, add_command
+
+
+def add_export(commands: Commands) -> None:
+    parser = add_command(
+        commands, "export", run_export, "write a plain checkpoint without sinks",
+        "Write the model without its sinks into an empty folder, load it in a fresh process without memsinks, compare "
+        "logits, and write a model card.",
+    )  # fmt: skip
+    parser.add_argument("checkpoint", help="a checkpoint folder with sinks")
+    parser.add_argument("directory", help="an empty or new folder")
+    parser.add_argument("--rescale", choices=("none", "expected", "released"), default="none",
+                        help="factor of the general neurons, for the published method (%(default)s)")  # fmt: skip
+    parser.add_argument("--notes", default="", help="text for the model card")
+
+
+def run_export(arguments: Namespace) -> None:
+    from memsinks.data.tokens import load_tokenizer
+    from memsinks.errors import ConfigError
+    from memsinks.removal.export import export
+    from memsinks.sinks.checkpoint import load
+
+    model = load(arguments.checkpoint)
+    try:
+        tokenizer = load_tokenizer(arguments.checkpoint)
+    except ConfigError:
+        tokenizer = None
+        print("no tokenizer beside the checkpoint: none is exported")
+    folder = export(model, arguments.directory, tokenizer=tokenizer, rescale=arguments.rescale, notes=arguments.notes)
+    print(f'{folder}: checked in a fresh process; AutoModelForCausalLM.from_pretrained("{folder}") loads it')
+
+
+def add_info(commands: Commands) -> None:
+    parser = add_command(commands, "info", run_info, "what a checkpoint holds", "Print the sink settings and sizes.")
+    parser.add_argument("checkpoint", help="a checkpoint folder with sinks")
+
+
+def run_info(arguments: Namespace) -> None:
+    from memsinks.sinks.checkpoint import describe
+
+    print(describe(arguments.checkpoint))

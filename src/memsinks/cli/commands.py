@@ -1,0 +1,39 @@
+"""All commands, in the order of the help."""
+
+from __future__ import annotations
+
+import argparse
+
+from memsinks._version import __version__
+from memsinks.cli.audits import add_audit, add_lm_eval_task
+from memsinks.cli.checkpoints import add_export, add_info
+from memsinks.cli.comparisons import add_compare, add_prepare, add_reproduce
+from memsinks.cli.runs import add_demo, add_estimate, add_train
+
+DESCRIPTION = """\
+Train language models whose memorization can be taken out again.
+
+  memsinks demo                          the whole journey on the built-in corpus, in minutes
+  memsinks train recipes/tinystories.yaml
+  memsinks estimate recipes/paper/smollm-360m-1b.yaml --gpu H100
+  memsinks audit runs/NAME/model@closed --documents members.jsonl --controls heldout.jsonl --out report/
+  memsinks lm-eval-task runs/NAME/model --documents members.jsonl --controls heldout.jsonl --out task/
+  memsinks prepare recipes/compare-tinystories.yaml
+  memsinks compare recipes/compare-tinystories.yaml
+  memsinks reproduce fig4                the paper's controlled study, figure by figure
+  memsinks export runs/NAME/model clean/ a plain checkpoint without sinks
+  memsinks info runs/NAME/model          what a checkpoint holds
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of all commands; what it gives has `run`, `again` and `quiet`, see `add_command`."""
+    whole = argparse.ArgumentParser(
+        prog="memsinks", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    whole.add_argument("--version", action="version", version=f"memsinks {__version__}")
+    commands = whole.add_subparsers(metavar="COMMAND", required=True)
+    for add in (add_demo, add_train, add_estimate, add_audit, add_lm_eval_task, add_prepare, add_compare, add_reproduce,
+                add_export, add_info):  # fmt: skip
+        add(commands)
+    return whole

@@ -1,0 +1,106 @@
+"""What a comparison writes: compare.json, table.md, the picture; what was reported before is kept."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from memsinks.auditing.result import Audit
+from memsinks.errors import CheckpointError
+from memsinks.files import read_json, write_json
+from memsinks.provenance import refuse_other_settings
+from memsinks.research.compare.arm import Arm
+from memsinks.research.compare.comparison import Comparison
+from memsinks.research.compare.picture import draw
+from memsinks.research.compare.table import rows, table
+from memsinks.research.rivals.registry import settings_today
+from memsinks.runs.prepare import FACTS
+from memsinks.runs.recipe import Recipe
+
+REPORT = "compare.json"
+
+
+def reported(comparison: Comparison) -> dict[str, Any]:
+    """What compare.json says already, or an empty one.
+
+    Raises:
+        CheckpointError: it is damaged, or reports a comparison with another recipe.
+    """
+    path = Path(comparison.recipe.output) / REPORT
+    if not path.is_file():
+        return {"seeds": [], "runs": [], "rows": [], "audits": {}}
+    result = read_json(path)
+    refuse_other_settings(
+        result["recipe"], comparison.recipe.to_dict(), path, kinds={"": Recipe}, ignored=("output",),
+        remedy="choose another output",
+    )  # fmt: skip
+    return result
+
+
+def reported_run(arm: Arm, seed: int, runs: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """The facts of a run among those that compare.json reports."""
+    for run in runs:
+        same = (run["arm"], run["seed"], run["rival"]) == (arm.name, seed, arm.rival)
+        if same and settings_today(run["settings"]) == arm.settings:
+            return run
+    return None
+
+
+def data_sources(comparison: Comparison) -> dict[str, str]:
+    """SHA-256 of the files that the tokens of the seeds come from, by the name of their setting.
+
+    Raises:
+        CheckpointError: they were not the same for all seeds, those included that compare.json reports.
+    """
+    output = Path(comparison.recipe.output)
+    facts = {f"seed-{seed}/data": output / f"seed-{seed}" / "data" / FACTS for seed in comparison.seeds}
+    found = {where: read_json(path).get("sources", {}) for where, path in facts.items() if path.is_file()}
+    if (output / REPORT).is_file():
+        found = {REPORT: read_json(output / REPORT).get("sources") or {}, **found}
+    sources: dict[str, str] = {}
+    origin: dict[str, str] = {}
+    for where, hashes in found.items():
+        for name, value in hashes.items():
+            if sources.setdefault(name, value) != value:
+                raise CheckpointError(
+                    f"the file of {name} has changed: {output / origin[name]} was made from one with SHA-256 "
+                    f"{sources[name][:12]}..., {output / where} from one with {value[:12]}...; restore the file and remove "
+                    "what was made from the other, or choose another output"
+                )
+            origin.setdefault(name, where)
+    return sources
+
+
+def write_results(
+    comparison: Comparison, audits: Mapping[int, Audit], step_times: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """compare.json, table.md and the picture, in the output folder; returns what compare.json holds.
+
+    Args:
+        audits: by seed, the new ones.
+        step_times: new ones; None keeps those that are there.
+
+    Raises:
+        CheckpointError: compare.json there is of another recipe.
+    """
+    output, kept = Path(comparison.recipe.output), reported(comparison)
+    by_run = {(run["arm"], run["seed"]): run for run in kept["runs"]}
+    for seed in audits:
+        by_run |= {(arm.name, seed): facts for arm in comparison.arms if (facts := comparison.finished(arm, seed))}
+    names = [arm.name for arm in comparison.arms]
+    runs = sorted(
+        (run for run in by_run.values() if run["arm"] in names), key=lambda run: (run["seed"], names.index(run["arm"]))
+    )
+    result = {
+        "recipe": comparison.recipe.to_dict(), "sources": data_sources(comparison),
+        "seeds": sorted({*kept["seeds"], *audits}), "roles": comparison.roles,
+        "rows": rows(comparison.arms, audits, runs, kept["rows"]), "runs": runs,
+        "compute_seconds": round(sum(x["seconds"] for x in runs)), "step_times": step_times or kept.get("step_times"),
+        "audits": kept["audits"] | {str(seed): found.to_dict() for seed, found in audits.items()},
+    }  # fmt: skip
+    write_json(output / REPORT, result, indent=1)
+    (output / "table.md").write_text(table(result) + "\n")
+    draw(result, output / "pareto.png")
+    return json.loads(json.dumps(result))
