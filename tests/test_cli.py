@@ -70,10 +70,11 @@ def test_wrong_usage_ends_with_2(capsys, argv) -> None:
     assert "usage: memsinks" in capsys.readouterr().err
 
 
-def test_train_and_set(recipe, tmp_path, capsys) -> None:
+def test_train_and_set(recipe, tmp_path, capsys, caplog) -> None:
+    caplog.set_level("INFO", "memsinks")
     assert main(["train", str(recipe), "--set", "training.seed=3", "--set", f"output={tmp_path}/other"]) == 0
     out = capsys.readouterr().out
-    assert "sinks in 2 layers: 64 neurons beside 32 general ones" in out
+    assert "sinks in 2 layers: 64 neurons beside 32 general ones" in caplog.text
     assert "step 1/" in out
     assert "tokens/s" in out
     assert f"model: {tmp_path}/other/model" in out
@@ -93,7 +94,7 @@ def test_an_interrupt_is_one_line_that_says_how_to_go_on(recipe, capsys, monkeyp
     def interrupted(*_, **__) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(run, "_trainer", interrupted)
+    monkeypatch.setattr(run, "build_model", interrupted)
     assert main(["train", str(recipe)]) == 130
     assert "--resume" in capsys.readouterr().err
 

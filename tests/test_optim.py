@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import itertools
+import math
 
 import pytest
 import torch
@@ -110,7 +111,7 @@ def test_models_without_sinks_are_refused():
 # Clipping
 
 
-def clipped(max_norm: float) -> tuple[nn.Module, dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
+def clipped(max_norm: float | None) -> tuple[nn.Module, dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
     """A model after clipping, its gradients before, and the norms that were reported."""
     model = sink_llama(shared_decay=0.0)
     input_ids = tokens(2, 6)
@@ -122,6 +123,19 @@ def clipped(max_norm: float) -> tuple[nn.Module, dict[str, torch.Tensor], torch.
 
 def norm(grads: list[torch.Tensor]) -> float:
     return float(torch.cat([grad.flatten() for grad in grads]).norm())
+
+
+@pytest.mark.parametrize("max_norm", [0, 0.0, -1.0, None, math.inf])
+def test_clipping_can_be_off(max_norm):
+    """Then norms are only measured; below 0 it never turns gradients round."""
+    model, before, shared, sinks = clipped(max_norm)
+    assert all(torch.equal(x.grad, before[name]) for name, x in model.named_parameters())
+    assert float(shared) > 0 and float(sinks) > 0
+
+
+def test_a_norm_that_is_nan_is_refused():
+    with pytest.raises(ConfigError, match="nan; give a number, or 0"):
+        clipped(math.nan)
 
 
 def test_norms_are_reported_apart_and_clipped_apart():

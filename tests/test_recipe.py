@@ -102,20 +102,22 @@ def test_values_out_of_range_are_listed_at_once() -> None:
         training={
             "length": 1, "batch_rows": 6, "accumulate": 4, "lr": 0, "warmup": 2, "betas": [0.9], "seed": -1, "threads": 0,
             "weight_decay": -0.1, "max_grad_norm": math.nan, "min_lr_ratio": -1, "save_every": 15, "log_every": 10,
-        },
-        data={"held_out": -1, "limit": 0, "repeat": {"documents": 0, "copies": 2}, "copies_field": "n"},
+        }
     )  # fmt: skip
-    for part in ("training.length must be at least 2, got 1", "training.accumulate (4) must divide", "training.lr must be",
-                 "training.warmup must lie in [0, 1], got 2", "training.betas", "training.seed must be at least 0, got -1",
-                 "training.threads must be at least 1, got 0", "training.weight_decay must be at least 0, got -0.1",
-                 "training.max_grad_norm must be at least 0, got nan", "training.min_lr_ratio", "data.held_out", "data.limit",
-                 "data.repeat.documents must be an int of at least 1, got 0", "data.repeat or data.copies_field, not both",
-                 "training.save_every (15) must be a multiple of training.log_every (10)"):  # fmt: skip
+    for part in ("training: invalid TrainingConfig: length must be an int of at least 2, got 1", "accumulate (4) must divide",
+                 "lr must be positive", "warmup must lie in [0, 1], got 2", "betas must be two numbers",
+                 "seed must be an int of at least 0, got -1", "threads must be an int of at least 1, got 0",
+                 "weight_decay must be a finite number of at least 0, got -0.1", "max_grad_norm must be a finite number",
+                 "min_lr_ratio must lie", "save_every (15) must be a multiple of log_every (10)"):  # fmt: skip
+        assert part in text
+    text = message(data={"held_out": -1, "limit": 0, "repeat": {"documents": 0, "copies": 2}, "copies_field": "n"})
+    for part in ("data.held_out", "data.limit", "data.repeat.documents must be an int of at least 1, got 0",
+                 "data.repeat or data.copies_field, not both"):  # fmt: skip
         assert part in text
 
 
 def test_a_zero_for_accumulate_is_a_message_too() -> None:
-    assert "training.accumulate must be at least 1, got 0" in message(training={"accumulate": 0, "log_every": 0})
+    assert "accumulate must be an int of at least 1, got 0" in message(training={"accumulate": 0, "log_every": 0})
 
 
 def test_problems_of_the_sinks_are_passed_on() -> None:

@@ -60,7 +60,8 @@ def test_sinks_make_the_step_of_a_plain_loop_and_nothing_else_moves(made, settin
     least = 1 if settings.get("open_from") == 1 else 2
     opens = (whole["exposures"] >= least).reshape(len(whole["input_ids"]), -1).any(1)
     assert ms.sinks_first(model, optimizer, [whole], max_norm=0.3) == int(opens.sum())
-    plain(**{name: x[opens] for name, x in whole.items()}).loss.backward()
+    targets = ms.target_count(whole["labels"])
+    plain(**{name: x[opens] for name, x in whole.items()}, num_items_in_batch=targets).loss.backward()
     for parameter in shared_parameters(plain):
         parameter.grad = None
     ms.clip_grad_norm_(plain, 0.3)
@@ -94,15 +95,54 @@ def test_where_every_text_is_new_nothing_happens() -> None:
     assert all(torch.equal(x, old[name]) and x.grad is None for name, x in model.named_parameters())
 
 
-def test_micro_batches_make_one_update() -> None:
+@pytest.mark.parametrize("divisor", [None, 66], ids=["counted", "given"])
+def test_micro_batches_make_one_update(divisor) -> None:
+    """Whatever the number of micro-batches, the gradient is that of one batch: of the open rows, over all targets."""
     whole = batch()
-    divisor = torch.tensor(ms.target_count(whole["labels"]))
     halves = [{name: x.chunk(2)[place] for name, x in whole.items()} for place in (0, 1)]
+    rows = [{name: x[place : place + 1] for name, x in whole.items()} for place in range(ROWS)]
+    taken = []
+    for parts in ([whole], halves, rows):
+        model = sink_llama()
+        optimizer = torch.optim.SGD(ms.param_groups(model, LR))
+        optimizer.register_step_pre_hook(lambda *_, model=model: taken.append([x.grad for x in sink_parameters(model)]))
+        assert ms.sinks_first(model, optimizer, parts, num_items_in_batch=divisor, max_norm=0) == 3
+    for other in taken[1:]:
+        for one, x in zip(taken[0], other, strict=True):
+            torch.testing.assert_close(one, x, rtol=0, atol=1e-12)
+
+
+def test_another_loss_is_learnt_where_one_is_given() -> None:
     models = [sink_llama(), sink_llama()]
-    for model, parts in zip(models, ([whole], halves), strict=True):
-        assert ms.sinks_first(model, optimizer_of(model), parts, num_items_in_batch=divisor) == 3
+    whole, seen = batch(), []
+
+    def loss(model, rows, micro_batch) -> Tensor:
+        seen.append((len(rows["labels"]), micro_batch))
+        return model(**rows, num_items_in_batch=ms.target_count(whole["labels"])).loss
+
+    ms.sinks_first(models[0], optimizer_of(models[0]), [whole], loss=loss)
+    ms.sinks_first(models[1], optimizer_of(models[1]), [whole])
+    assert [number for number, _ in seen] == [3] and seen[0][1] is whole
     for one, other in zip(*(model.parameters() for model in models), strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("norm", [0, -1.0, None, float("inf")])
+def test_no_clipping_whatever_says_so(norm) -> None:
+    models = [sink_llama(), sink_llama()]
+    for model, max_norm in zip(models, (norm, 1e9), strict=True):
+        ms.sinks_first(model, torch.optim.SGD(ms.param_groups(model, 10.0)), [batch()], max_norm=max_norm)
+    for one, other in zip(*(model.parameters() for model in models), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_places_in_the_training_order_are_for_the_step_itself() -> None:
+    """A model that meets a row in sinks first must not take the step for its second meeting."""
+    model = sink_llama()
+    given = []
+    model.register_forward_pre_hook(lambda module, args, kwargs: given.append(set(kwargs)), with_kwargs=True)
+    ms.sinks_first(model, optimizer_of(model), [batch() | {"places": torch.arange(ROWS)}])
+    assert given and "places" not in given[0] and "exposures" in given[0]
 
 
 def test_after_an_error_gradients_are_as_before() -> None:

@@ -3,120 +3,46 @@
 from __future__ import annotations
 
 import copy
-import json
+import math
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset
 from torch import Tensor
+from trainers import (
+    BATCH,
+    CONFIG,
+    LR,
+    arguments,
+    build,
+    equal,
+    groups_of,
+    loop,
+    losses,
+    separate,
+    some_rows,
+    stock,
+    trainer_of,
+    weights,
+)
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from memsinks.batch import FIELDS, collate
 from memsinks.data.identity import exposures
 from memsinks.data.packing import Rows, pack
-from memsinks.errors import CheckpointError, DataError
+from memsinks.errors import CheckpointError, ConfigError, DataError
 from memsinks.removal.export import export
-from memsinks.sinks.attach import add_sinks, remove_sinks
+from memsinks.sinks.attach import remove_sinks
 from memsinks.sinks.checkpoint import load
 from memsinks.sinks.config import SinkConfig
-from memsinks.sinks.state import shared_parameters, sink_parameters
-from memsinks.training.first import sinks_first
-from memsinks.training.optim import AdamW, param_groups
-from memsinks.training.trainer import ProgressCallback, SinkCallback, SinkTrainer
-
-LENGTH, BATCH = 16, 4
-CONFIG = SinkConfig(neurons=64, active=16, block_size=8)
-LR = 1e-2
+from memsinks.training.trainer import SinkCallback, SinkTrainer
 
 
 @pytest.fixture(scope="module")
 def rows() -> Rows:
-    """12 documents, some of them met up to six times, packed; 6 steps of 4 rows."""
-    rng = np.random.default_rng(0)
-    documents = [rng.integers(1, 64, int(rng.integers(5, 12))) for _ in range(12)]
-    order = rng.permutation(np.repeat(np.arange(12), np.tile([1, 2, 6], 4)))
-    ids = np.arange(100, 112)[order]
-    packed = pack([documents[i] for i in order], ids, exposures(ids), length=LENGTH, pad_id=0)
-    assert len(packed) >= 6 * BATCH
-    return packed.select(slice(0, 6 * BATCH))
-
-
-def build(tiny_llama, config: SinkConfig | None = CONFIG, **changes):
-    model = tiny_llama(**({"initializer_range": 0.3} | changes))
-    if config is not None:
-        add_sinks(model, config)
-    return model
-
-
-def arguments(folder: Path, **changes) -> TrainingArguments:
-    """The defaults, apart from what keeps a test small and the order of the data."""
-    settings = {
-        "output_dir": str(folder), "per_device_train_batch_size": BATCH, "max_steps": 6, "learning_rate": LR,
-        "train_sampling_strategy": "sequential", "logging_steps": 1, "disable_tqdm": True, "report_to": [],
-    }  # fmt: skip
-    return TrainingArguments(**(settings | changes))
-
-
-def groups_of(model) -> AdamW:
-    return AdamW(param_groups(model, LR, weight_decay=0.1, sink_lr_factor=3))
-
-
-def trainer_of(model, args, rows, *callbacks, own: bool = False, kind: type = Trainer, **more) -> Trainer:
-    optimizers = (groups_of(model), None) if own else (None, None)
-    trainer = kind(
-        model, args, train_dataset=rows, data_collator=collate, callbacks=list(callbacks), optimizers=optimizers, **more
-    )
-    trainer.pop_callback(type(next(x for x in trainer.callback_handler.callbacks if "Printer" in type(x).__name__)))
-    return trainer
-
-
-def stock(rows: Rows) -> list[dict[str, Tensor]]:
-    """Rows as a stock model takes them."""
-    return [{name: rows[index][name] for name in ("input_ids", "labels", "position_ids")} for index in range(len(rows))]
-
-
-def losses(trainer: Trainer) -> list[float]:
-    return [line["loss"] for line in trainer.state.log_history if "loss" in line]
-
-
-def weights(model) -> dict[str, Tensor]:
-    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-
-
-def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-def loop(model, rows: Rows, optimizer, *, clip, micro: int = 1, first: bool = False) -> list[float]:
-    """A plain loop with the linear schedule of the Trainer: what it must do, without it."""
-    curve, steps = [], len(rows) // BATCH
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
-    model.train()
-    for step in range(steps):
-        batch = collate([rows[step * BATCH + index] for index in range(BATCH)])
-        targets = (batch["labels"][:, 1:] != -100).sum()
-        total = 0.0
-        for part in range(micro):
-            chosen = {name: tensor.chunk(micro)[part] for name, tensor in batch.items()}
-            if first:
-                sinks_first(model, optimizer, [chosen], num_items_in_batch=targets)
-            loss = model(**chosen, num_items_in_batch=targets).loss
-            loss.backward()
-            total += float(loss.detach())
-        clip(model)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-        curve.append(total)
-    return curve
-
-
-def separate(model) -> None:
-    torch.nn.utils.clip_grad_norm_(shared_parameters(model), 1.0)
-    torch.nn.utils.clip_grad_norm_(sink_parameters(model), 1.0)
+    return some_rows()
 
 
 @pytest.mark.parametrize("own", [True, False], ids=["our AdamW", "the Trainer's optimizer"])
@@ -179,41 +105,52 @@ def test_clipping_together_would_give_other_weights(tiny_llama, rows, tmp_path) 
         torch.testing.assert_close(trained.get_parameter(name), value, rtol=1e-4, atol=1e-6)
 
 
-def test_no_clipping_when_the_norm_is_zero(tiny_llama, rows, tmp_path) -> None:
-    args = arguments(tmp_path, max_grad_norm=0.0, save_strategy="no", optim="sgd", learning_rate=0.1)
+class Interrupt(TrainerCallback):
+    """Ctrl-C after the second step."""
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        if state.global_step == 2:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("kind", [Trainer, SinkTrainer])
+def test_arguments_are_the_users_during_and_after_a_run(tiny_llama, rows, tmp_path, kind) -> None:
+    """Also those in checkpoints, and after an interrupt, when the same arguments train again: still clipped."""
+    args = arguments(tmp_path, save_steps=1, optim="sgd" if kind is Trainer else "adamw_torch", learning_rate=0.1)
+    before = args.to_dict()
+    trainer = trainer_of(build(tiny_llama), args, rows, SinkCallback(), Interrupt(), kind=kind)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert args.to_dict() == before
+    saved = torch.load(tmp_path / "checkpoint-1" / "training_args.bin", weights_only=False)
+    assert type(saved) is TrainingArguments and saved.max_grad_norm == 1.0
+    if kind is Trainer:
+        model, reference = build(tiny_llama), build(tiny_llama)
+        trainer_of(model, args, rows, SinkCallback()).train()
+        loop(reference, rows, torch.optim.SGD(reference.parameters(), lr=0.1), clip=separate)
+        for name, value in weights(reference).items():
+            torch.testing.assert_close(model.get_parameter(name), value, rtol=1e-4, atol=1e-6)
+    assert args.to_dict() == before
+
+
+@pytest.mark.parametrize("norm", [0.0, -1.0, math.inf])
+def test_no_clipping_whatever_says_so(tiny_llama, rows, tmp_path, norm) -> None:
+    args = arguments(tmp_path, max_grad_norm=norm, save_strategy="no", optim="sgd", learning_rate=0.1)
     model, reference = build(tiny_llama), build(tiny_llama)
     trainer_of(model, args, rows, SinkCallback()).train()
     loop(reference, rows, torch.optim.SGD(reference.parameters(), lr=0.1), clip=lambda _: None)
     for name, value in weights(reference).items():
         torch.testing.assert_close(model.get_parameter(name), value, rtol=1e-4, atol=1e-6)
-    assert args.max_grad_norm == 0.0
+    assert args.max_grad_norm == norm
 
 
-def test_the_norm_survives_an_interrupted_run(tiny_llama, rows, tmp_path) -> None:
-    """In a notebook the same arguments train again after an interrupt: still clipped."""
-
-    class Interrupt(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs) -> None:
-            if state.global_step == 2 and self.armed:
-                self.armed = False
-                raise KeyboardInterrupt
-
-    interrupt = Interrupt()
-    interrupt.armed = True
-    model = build(tiny_llama)
-    start = copy.deepcopy(model.state_dict())
-    args = arguments(tmp_path, save_strategy="no", optim="sgd", learning_rate=0.1)
-    trainer = trainer_of(model, args, rows, SinkCallback(), interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        trainer.train()
-    model.load_state_dict(start)
-    trainer.optimizer = trainer.lr_scheduler = None
-    trainer.train()
-    reference = build(tiny_llama)
-    loop(reference, rows, torch.optim.SGD(reference.parameters(), lr=0.1), clip=separate)
-    for name, value in weights(reference).items():
-        torch.testing.assert_close(model.get_parameter(name), value, rtol=1e-4, atol=1e-6)
-    assert args.max_grad_norm == 1.0
+@pytest.mark.parametrize(("norm", "part"), [(math.nan, "nan"), (None, "0 turns clipping off")])
+def test_a_norm_that_is_no_number_is_refused(tiny_llama, rows, tmp_path, norm, part) -> None:
+    args = arguments(tmp_path, max_grad_norm=norm)
+    with pytest.raises(ConfigError, match=part):
+        trainer_of(build(tiny_llama), args, rows, SinkCallback()).train()
+    with pytest.raises(ConfigError, match=part):
+        SinkTrainer(build(tiny_llama), args, train_dataset=rows)
 
 
 def test_the_first_logged_loss_is_the_stock_loss(tiny_llama, rows, tmp_path) -> None:
@@ -411,23 +348,6 @@ def test_exact_mode_trains_on_the_trainer(tiny_llama, tmp_path) -> None:
     trainer.train()
     curve = losses(trainer)
     assert curve[-1] < curve[0]
-
-
-def test_progress_is_printed_and_recorded(tiny_llama, rows, tmp_path, capsys) -> None:
-    lines: list[dict] = []
-    trainer = trainer_of(
-        build(tiny_llama), arguments(tmp_path, logging_steps=3, save_strategy="no"), rows, SinkCallback(),
-        ProgressCallback(BATCH * LENGTH, lines.append, "arm: "),
-    )  # fmt: skip
-    trainer.train()
-    assert [line["step"] for line in lines] == [3, 6]
-    assert [line["loss"] for line in lines] == losses(trainer)
-    assert all(line["tokens_per_second"] > 0 for line in lines)
-    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("arm: ")]
-    assert printed[0].startswith("arm: step 3/6  loss ")
-    assert "tokens/s" in printed[0]
-    assert printed[1].endswith("0:00 left")
-    json.dumps(lines)
 
 
 def test_after_a_bf16_trainer_the_model_exports_and_sheds_its_sinks(tiny_llama, rows, tmp_path) -> None:

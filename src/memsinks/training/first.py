@@ -26,9 +26,9 @@ from memsinks.sinks.state import require_sinks, shared_parameters, sink_paramete
 from memsinks.training.optim import clip_grad_norm_
 from memsinks.training.processes import process_count, sum_over
 
-Loss = Callable[[nn.Module, dict[str, Tensor]], Tensor]
-"""(model, rows of one micro-batch) -> their share of the loss of the step, scaled so that the gradient of the step is the
-mean over the ranks, as DDP makes it."""
+Loss = Callable[[nn.Module, dict[str, Tensor], Mapping[str, Tensor]], Tensor]
+"""(model, rows of a micro-batch, the micro-batch) -> their share of the loss of the step, scaled so that the gradient of the step
+is the mean over the ranks, as DDP makes it."""
 
 
 def sinks_first(
@@ -78,7 +78,7 @@ def sinks_first(
         with frozen(shared_parameters(model)), torch.compiler.set_stance("force_eager"):
             for batch, own in zip(batches, chosen, strict=True):
                 if len(own):
-                    loss(model, _part(batch, own)).backward()
+                    loss(model, _part(batch, own), batch).backward()
         if process_count() > 1:
             _exchange_gradients(parameters, mean=own_loss)
         clip_grad_norm_(model, max_norm)
@@ -94,7 +94,7 @@ def _model_loss(batches: Sequence[Mapping[str, Tensor]], divisor: Tensor | int |
     if divisor is None:
         targets = torch.tensor(sum(target_count(batch["labels"]) for batch in batches))
         divisor = sum_over(targets, device).clamp(min=1)
-    return lambda model, rows: model(**rows, num_items_in_batch=divisor).loss
+    return lambda model, rows, _: model(**rows, num_items_in_batch=divisor).loss
 
 
 def _part(batch: Mapping[str, Tensor], rows: Tensor) -> dict[str, Tensor]:

@@ -207,7 +207,7 @@ def _training_attributes(model: PreTrainedModel, config: TrainingConfig) -> dict
     if config.precision == "bf16":
         attributes["forward"] = torch.autocast(model.device.type, torch.bfloat16)(model.forward)
     if config.compile:
-        with _as_in_training(model, attributes):
+        with _as_in_training(model, dict(attributes)):
             model.compile()
             attributes["_compiled_call_impl"] = vars(model).pop("_compiled_call_impl")
     return attributes
