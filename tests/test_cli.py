@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import builtins
+import errno
 import json
+import logging
+import subprocess
+import sys
 from importlib import import_module
 from pathlib import Path
 
@@ -11,11 +16,13 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 import memsinks
-from memsinks.cli import main
+from memsinks.cli import checkpoints, main
 from memsinks.runs import run
 from memsinks.sinks.storage import read_settings
 
-COMMANDS = {"demo": ["--out"], "train": ["recipe", "--set", "--resume"], "audit": ["--documents", "--controls", "--state"],
+COMMANDS = {"demo": ["--out"], "train": ["recipe", "--set", "--resume"], "estimate": ["recipe", "--gpus", "--scale"],
+            "prepare": ["comparison", "--seeds"], "compare": ["--arms", "--jobs", "--dry-run"],
+            "reproduce": ["FIGURE", "--size", "--finished"], "audit": ["--documents", "--controls", "--state", "--by"],
             "lm-eval-task": ["--documents", "--out"], "export": ["checkpoint", "directory", "--rescale"],
             "info": ["checkpoint"]}  # fmt: skip
 
@@ -28,10 +35,9 @@ def recipe(tiny_recipe, tmp_path) -> Path:
 
 
 def failed(capsys, *argv) -> str:
-    """The one line that a failing command writes to stderr."""
+    """The one line in which a failing command says on stderr why."""
     assert main([str(x) for x in argv]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("memsinks: ")
+    (line,) = (x for x in capsys.readouterr().err.splitlines() if x.startswith("memsinks: "))
     return line
 
 
@@ -53,7 +59,7 @@ def test_help_of_a_command(capsys, command) -> None:
         main([command, "--help"])
     assert ended.value.code == 0
     text = capsys.readouterr().out
-    assert all(argument in text for argument in COMMANDS[command])
+    assert all(argument in text for argument in [*COMMANDS[command], "--quiet"])
     assert len(text.split("\n\n")[1]) > 30  # what it does, not only how it is called
 
 
@@ -73,10 +79,11 @@ def test_wrong_usage_ends_with_2(capsys, argv) -> None:
 def test_train_and_set(recipe, tmp_path, capsys, caplog) -> None:
     caplog.set_level("INFO", "memsinks")
     assert main(["train", str(recipe), "--set", "training.seed=3", "--set", f"output={tmp_path}/other"]) == 0
-    out = capsys.readouterr().out
-    assert "sinks in 2 layers: 64 neurons beside 32 general ones" in caplog.text
-    assert "step 1/" in out
-    assert "tokens/s" in out
+    said = capsys.readouterr()
+    out, everything = said.out, said.out + said.err
+    assert "sinks in 2 layers: 64 neurons beside 32 general ones" in everything
+    assert "step 1/" in everything
+    assert "tokens/s" in everything
     assert f"model: {tmp_path}/other/model" in out
     assert yaml.safe_load((tmp_path / "other" / "recipe.yaml").read_text())["training"]["seed"] == 3
     assert not (tmp_path / "run").exists()
@@ -90,13 +97,128 @@ def test_train_and_set(recipe, tmp_path, capsys, caplog) -> None:
     assert [line.split()[0] for line in audited.splitlines() if "%]" in line][:3] == ["control", "1", "8"]
 
 
-def test_an_interrupt_is_one_line_that_says_how_to_go_on(recipe, capsys, monkeypatch) -> None:
-    def interrupted(*_, **__) -> None:
-        raise KeyboardInterrupt
+# Interrupts, the system, programming errors
 
-    monkeypatch.setattr(run, "build_model", interrupted)
+GO_ON: dict[str, tuple[list[str], str]] = {
+    "train": (["train", "r.yaml"], "the same command with --resume continues from the last checkpoint"),
+    "compare": (["compare", "c.yaml"], "the same command goes on where it stopped"),
+    "reproduce": (["reproduce", "fig3"], "the same command goes on where it stopped"),
+    "audit --out": (
+        ["audit", "m", "--documents", "d", "--controls", "c", "--out", "o"],
+        "the same command goes on where",
+    ),
+    "audit": (["audit", "m", "--documents", "d", "--controls", "c"], ""),
+    "estimate": (["estimate", "r.yaml"], ""),
+    "info": (["info", "m"], ""),
+    "demo": (["demo"], ""),
+}
+
+
+def broken(monkeypatch, error: BaseException) -> None:
+    """From now on importing any room of the library ends with `error`."""
+    original = builtins.__import__
+
+    def imported(name, *arguments, **settings):
+        if name.split(".")[0] == "memsinks" and name.split(".")[1:2] not in (["cli"], ["errors"], ["_version"]):
+            raise error
+        return original(name, *arguments, **settings)
+
+    monkeypatch.setattr(builtins, "__import__", imported)
+
+
+@pytest.mark.parametrize("name", GO_ON)
+def test_an_interrupt_is_one_line_that_says_how_to_go_on(name, capsys, monkeypatch) -> None:
+    """Also in the first seconds, in which a command only imports what it needs."""
+    argv, again = GO_ON[name]
+    broken(monkeypatch, KeyboardInterrupt())
+    assert main(argv) == 130
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"memsinks: interrupted; {again}" if again else "memsinks: interrupted")
+    assert again or line == "memsinks: interrupted"
+
+
+def test_an_interrupt_of_a_run(recipe, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(run, "build_model", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
     assert main(["train", str(recipe)]) == 130
-    assert "--resume" in capsys.readouterr().err
+    assert capsys.readouterr().err.splitlines()[-1].startswith("memsinks: interrupted; the same command with --resume")
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [(OSError(errno.ENOSPC, "No space left on device", "runs/x"),
+      "memsinks: runs/x: No space left on device; free space, or choose another folder"),
+     (PermissionError(errno.EACCES, "Permission denied", "runs/x"),
+      "memsinks: runs/x: Permission denied; choose another folder, or change who may write there"),
+     (OSError("a library's own text,\nin two lines"), "memsinks: a library's own text, in two lines")],
+)  # fmt: skip
+def test_what_the_system_refuses_is_one_line(error, line, capsys, monkeypatch) -> None:
+    broken(monkeypatch, error)
+    assert main(["info", "m"]) == 2
+    assert capsys.readouterr().err.splitlines() == [line]
+
+
+def test_a_programming_error_keeps_its_traceback(monkeypatch) -> None:
+    broken(monkeypatch, KeyError("oh"))
+    with pytest.raises(KeyError):
+        main(["info", "m"])
+
+
+@pytest.mark.parametrize("command", ["train", "demo", "reproduce", "export", "lm-eval-task", "audit"])
+def test_a_folder_below_a_file_is_one_line(command, recipe, tiny_run, tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.delenv("MEMSINKS_DATA", raising=False)
+    below = tmp_path / "file" / "out"
+    below.parent.write_text("")
+    model = tiny_run / "model"
+    sides = ["--documents", tiny_run / "members.jsonl", "--controls", tiny_run / "controls.jsonl"]
+    argv = {
+        "train": [recipe, "--set", f"output={below}"],
+        "demo": ["--out", below],
+        "reproduce": ["theory", "--size", "tiny", "--out", below],
+        "export": [model, below],
+        "lm-eval-task": [model, *sides, "--out", below, "--prefix", 8, "--continuation", 2],
+        "audit": [model, *sides, "--state", "closed", "--out", below, "--limit", 3],
+    }[command]
+    line = failed(capsys, command, *argv)
+    assert str(tmp_path / "file") in line
+    assert "Not a directory" in line or "File exists" in line
+
+
+def test_python_m_runs_it() -> None:
+    command = [sys.executable, "-m", "memsinks.cli", "--version"]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.startswith("memsinks ")
+
+
+def test_what_is_not_asked_for_is_not_loaded() -> None:
+    code = "import sys; from memsinks.cli.commands import parser; parser(); print(*(x for x in sys.modules if 'memsinks' in x))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert {name.split(".")[1] for name in loaded if "." in name} == {"_version", "cli", "errors"}
+    assert "torch" not in loaded
+
+
+def test_quiet_leaves_the_results(recipe, capsys) -> None:
+    assert main(["train", str(recipe), "--quiet"]) == 0
+    said = capsys.readouterr()
+    assert "model: " in said.out
+    assert "INFO" not in said.err
+
+
+def test_what_the_library_logs_is_seen_once(capsys, monkeypatch) -> None:
+    logger = logging.getLogger("memsinks.runs.anything")
+
+    def say(_) -> None:
+        logger.info("a step")
+        logger.debug("a detail")
+        logger.warning("a warning")
+
+    for argv, wanted in ((["info", "m"], ["a step", "a warning"]), (["info", "m", "-q"], ["a warning"])):
+        monkeypatch.setattr(checkpoints, "run_info", say)
+        assert main(argv) == 0
+        said = capsys.readouterr()
+        assert (said.out, said.err.splitlines()) == ("", wanted)
+    assert not logging.getLogger("memsinks").handlers
+
+
+# Recipes
 
 
 @pytest.mark.parametrize(

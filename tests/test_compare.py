@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,8 +16,9 @@ from transformers import AutoModelForCausalLM
 from memsinks.cli import main
 from memsinks.errors import CheckpointError, ConfigError
 from memsinks.research.compare import compare as module
-from memsinks.research.compare.compare import compare, describe_plan, time_steps, train_arm
+from memsinks.research.compare.compare import compare, describe_plan, prepare_data, time_steps, train_arm
 from memsinks.research.compare.comparison import read_comparison
+from memsinks.research.compare.results import data_sources
 from memsinks.research.compare.table import spread
 
 ROOT = Path(__file__).parents[1]
@@ -132,7 +135,7 @@ def test_finished_runs_are_kept_and_cut_off_ones_made_again(done, monkeypatch) -
     assert made == [("goldfish", 0)]
 
 
-def test_what_is_reported_stays_when_the_models_are_gone(done, tmp_path, monkeypatch) -> None:
+def test_what_is_reported_stays_when_the_models_are_gone(done, tmp_path, monkeypatch, caplog) -> None:
     (tmp_path / "out").mkdir()
     report = json.loads((done[0].parent / "out" / "compare.json").read_text())
     report["rows"] = [row | {"seeds": [1]} for row in report["rows"]]
@@ -147,7 +150,9 @@ def test_what_is_reported_stays_when_the_models_are_gone(done, tmp_path, monkeyp
         (comparison.folder(arm, 0)).parent.mkdir(exist_ok=True)
         comparison.folder(arm, 0).symlink_to(done[0].parent / "out" / "seed-0" / arm.slug)
     monkeypatch.setattr(module, "train_arm", lambda *_: pytest.fail("nothing is missing"))
-    merged = compare(comparison)
+    with caplog.at_level("INFO", "memsinks"):
+        merged = compare(comparison)
+    assert any(f"seed 1: the models of {', '.join(SMALL['arms'])} are gone" in line for line in caplog.messages)
     assert merged is not None and merged["seeds"] == [0, 1] and set(merged["audits"]) == {"0", "1"}
     for row, one in zip(merged["rows"], done[1]["rows"], strict=True):
         assert row["seeds"] == [0, 1] and row["price"] == pytest.approx([one["price"][0]] * 2)
@@ -178,6 +183,57 @@ def test_runs_and_reports_of_other_settings_are_refused(done, tmp_path) -> None:
         CheckpointError, match=r"compare\.json was made with other settings: training\.lr 0\.005 \(now 0\.001\)"
     ):
         compare(other, arms=["standard"], seeds=[0])
+
+
+def test_files_from_before_settings_were_renamed_are_taken(done, tmp_path, monkeypatch) -> None:
+    """Runs and reports without a setting that was added later, or with a name it had before, count as finished."""
+    out = tmp_path / "out"
+    shutil.copytree(done[0].parent / "out", out, ignore=shutil.ignore_patterns("*.safetensors", "data", "report"))
+    settings = [*out.glob("seed-0/*/settings.json"), out / "compare.json"]
+    for path in settings:
+        values = json.loads(path.read_text())
+        data = values["recipe"]["data"]
+        data["identity"] = data.pop("by")
+        del data["unseen"], values["recipe"]["training"]["sinks_first"], values["recipe"]["settle"]
+        for entry in [values, *values.get("runs", [])]:
+            if "extra_neurons" in entry.get("settings", {}):
+                entry["settings"]["width"] = entry["settings"].pop("extra_neurons")
+        if values.get("method", {}).get("sinks"):
+            values["method"]["sinks"]["host_width"] = values["method"]["sinks"].pop("intermediate_size")
+            values["method"]["sinks"]["format_version"] = 1
+        path.write_text(json.dumps(values))
+    monkeypatch.setattr(module, "train_arm", lambda comparison, arm, seed: pytest.fail(f"{arm.name} was made again"))
+    comparison = read_comparison(written(tmp_path))
+    assert compare(comparison, seeds=[0], audits=False) is None
+    for path in settings[:-1]:
+        path.unlink()
+        (path.parent / "run.json").unlink()
+    assert "finished" in describe_plan(comparison, ["sgtm"], [0], 1)  # reported, under the old name of a setting
+
+
+def test_seeds_made_from_different_files_are_refused(tmp_path) -> None:
+    """The hash of the file is in each seed's data.json and in compare.json, which stays when a seed is deleted."""
+    comparison = read_comparison(written(tmp_path))
+    for seed, value in ((0, "a" * 64), (1, "b" * 64)):
+        path = prepare_data(comparison, seed) / "data.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"sources": {"data.path": value}}))
+        if seed == 0:
+            assert data_sources(comparison) == {"data.path": value}
+    with pytest.raises(
+        CheckpointError, match=r"data\.path has changed: .*seed-0/data .*aaaaaaaaaaaa\.\.\., .*seed-1/data"
+    ):
+        compare(comparison)
+    shutil.rmtree(tmp_path / "out" / "seed-0")
+    report = {
+        "recipe": comparison.recipe.to_dict(),
+        "sources": {"data.path": "a" * 64},
+        "runs": [],
+        "seeds": [],
+        "rows": [],
+    }
+    (tmp_path / "out" / "compare.json").write_text(json.dumps(report))
+    with pytest.raises(CheckpointError, match=r"compare\.json was made from one with SHA-256 aaaaaaaaaaaa"):
+        prepare_data(comparison, 1)
 
 
 def test_a_run_is_the_same_each_time(done, tmp_path) -> None:
@@ -217,6 +273,7 @@ def test_spread() -> None:
     assert spread([0.5], ".1%") == "50.0%"
     assert spread([0.1, 0.3], "+.3f") == "+0.200 ± 0.100"
     assert spread([None, None], ".2f") == "-"
+    assert spread([math.nan], ".0%") == "-" and spread([math.nan, 0.5], ".0%") == "50%"
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 
 from memsinks.batch import IGNORED
 from memsinks.cli import main
-from memsinks.errors import ConfigError, DataError
+from memsinks.errors import CheckpointError, ConfigError, DataError
 from memsinks.research.reproduce import arms, fig2, fig4, fig7, study, theory
 from memsinks.research.reproduce.corpus import TRACKED, make_corpus
 from memsinks.research.reproduce.reproduce import FIGURES, describe_study, reproduce
@@ -103,6 +103,21 @@ def test_finished_runs_are_kept_and_interrupted_ones_made_again(done, tmp_path, 
     assert asked == ["memsinks-seed0"]
     again.weights(arms.standard(TINY, 0))
     assert asked == ["memsinks-seed0", "standard-seed0"]
+
+
+def test_results_from_before_settings_were_renamed_are_taken(done, tmp_path, monkeypatch) -> None:
+    made, _ = done
+    monkeypatch.setattr(study, "train", lambda *_: pytest.fail("a run was made again"))
+    (tmp_path / "runs").mkdir()
+    result = json.loads((made.out / "runs" / "ours-seed0.json").read_text())
+    old = {"hidden_size": "width", "intermediate_size": "neurons", "general_share": "general", "active_share": "active",
+           "active_shares": "actives"}  # fmt: skip
+    result["setting"] = {old.get(name, name): value for name, value in result["setting"].items() if name != "precision"}
+    (tmp_path / "runs" / "ours-seed0.json").write_text(json.dumps(result))
+    assert Study(TINY, tmp_path).run(arms.ours(TINY, 0))["curves"] == result["curves"]
+    other = Study(dataclasses.replace(TINY, hidden_size=32), tmp_path)
+    with pytest.raises(CheckpointError, match=r"setting\.hidden_size 16 \(now 32\); choose another folder with --out"):
+        other.run(arms.ours(TINY, 0))
 
 
 def test_pictures_are_drawn_from_results_alone(done, tmp_path, monkeypatch) -> None:

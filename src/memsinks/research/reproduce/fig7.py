@@ -40,6 +40,11 @@ def teeth(times: list[int], values: list[float], every: int) -> list[tuple[float
     return found
 
 
+def _mean(values: list[float]) -> float | None:
+    """None where the run is too short to have any."""
+    return round(float(np.mean(values)), 4) if values else None
+
+
 def make(study: Study) -> dict[str, Any]:
     """For each model and state the aligned curve and the height of the teeth in the last quarter."""
     every = study.setting.every
@@ -53,8 +58,7 @@ def make(study: Study) -> dict[str, Any]:
             found = teeth(times, values, every)
             last = found[-max(1, len(found) // 4) :]
             result["curves"][f"{name}, {state}" if name != "standard" else name] = {
-                "times": times, "values": values, "tooth": round(float(np.mean([y - x for x, y in last])), 4),
-                "end": round(float(np.mean([x for x, _ in last])), 4),
+                "times": times, "values": values, "tooth": _mean([y - x for x, y in last]), "end": _mean([x for x, _ in last]),
             }  # fmt: skip
     return result
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from memsinks.research.rivals.method import Batch
@@ -61,7 +62,8 @@ def hard_concrete(
     optimizer = torch.optim.Adam([log_alpha], lr=lr)
     generator = torch.Generator().manual_seed(seed)
     with frozen(model.parameters()):
-        for batch in itertools.islice(itertools.cycle(rows), iterations):
+        batches = itertools.islice(itertools.cycle(rows), iterations)
+        for batch in tqdm(batches, "hard concrete", iterations, disable=None, leave=False):
             uniform = torch.rand(log_alpha.shape, generator=generator).clamp(1e-6, 1 - 1e-6).to(device)
             gate = gates(log_alpha, uniform, temperature)
             with neurons_changed(model, lambda layer, neurons, gate=gate: neurons * gate[layer].to(neurons.dtype)):

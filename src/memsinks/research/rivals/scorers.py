@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from memsinks.batch import IGNORED
@@ -61,9 +62,10 @@ def zero_out(model: PreTrainedModel, rows: Sequence[Batch], together: int = 8) -
     """
     targets, downs = require_targets(rows), down_projections(model)
     scores = torch.zeros(len(downs), len(neuron_vectors(downs[0])), dtype=torch.float64)
+    places = [(x, y) for x in range(scores.shape[0]) for y in range(0, scores.shape[1], together)]
     for batch in rows:
         before = token_log_probabilities(model, batch).double().sum().item()
-        for layer, neuron in ((x, y) for x in range(scores.shape[0]) for y in range(0, scores.shape[1], together)):
+        for layer, neuron in tqdm(places, "zero-out", disable=None, leave=False):
             count = min(together, scores.shape[1] - neuron)
             copies = {name: batch[name].repeat(count, 1) for name in ("input_ids", "position_ids", "labels")}
 
