@@ -27,6 +27,7 @@ from torch.utils.data import Sampler, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import has_length
+from transformers.training_args import OptimizerNames
 
 from memsinks.batch import FIELDS, collate, target_count
 from memsinks.data.sampling import refuse_shuffling
@@ -262,7 +263,7 @@ class SinkTrainer(Trainer):
         args = self.args
         if args.optim not in TORCH_ADAMW:
             raise ConfigError(
-                f"SinkTrainer makes AdamW ({' or '.join(TORCH_ADAMW)}) by itself, optim is {args.optim.value}; give "
+                f"SinkTrainer makes AdamW ({' or '.join(TORCH_ADAMW)}) by itself, optim is {OptimizerNames(args.optim).value}; give "
                 "optimizers=(YOURS(memsinks.param_groups(model, lr)), None)"
             )
         trained: Any = self.model if model is None else model
