@@ -6,6 +6,7 @@ import copy
 import io
 import itertools
 import math
+import warnings
 
 import pytest
 import torch
@@ -93,13 +94,33 @@ def test_frozen_parameters_stay_out_and_empty_groups_vanish():
         ({"lr": float("nan")}, "lr must be positive and finite, got nan"),
         ({"lr": float("inf")}, "lr must be positive and finite, got inf"),
         ({"sink_lr_factor": 0}, "sink_lr_factor must be positive and finite, got 0"),
-        ({"weight_decay": -0.1}, "weight_decay must be 0 or a finite positive number, got -0.1"),
-        ({"weight_decay": float("nan")}, "weight_decay must be 0 or a finite positive number, got nan"),
+        ({"weight_decay": -0.1}, "weight_decay must be a finite number of at least 0, got -0.1"),
+        ({"weight_decay": float("nan")}, "weight_decay must be a finite number of at least 0, got nan"),
     ],
 )
 def test_bad_settings_are_refused(changes, message):
     with pytest.raises(ConfigError, match=message):
         param_groups(sink_llama(), **({"lr": 0.01} | changes))
+
+
+def test_shared_weights_of_16_bits_are_warned_of_and_their_sinks_learn_in_32():
+    model = sink_llama(torch.bfloat16)
+    with pytest.warns(UserWarning, match=r"are bfloat16.*dtype=torch\.float32"):
+        groups = param_groups(model, lr=1e-5)
+    optimizer = AdamW(groups)
+    before = [parameter.detach().clone() for parameter in sink_parameters(model)]
+    rows = tokens(2, 5)
+    marks = {"document_ids": torch.tensor([3, 4]), "exposures": torch.tensor([2, 2])}
+    model(input_ids=rows, labels=rows, **marks).loss.backward()
+    optimizer.step()
+    for parameter, value in zip(sink_parameters(model), before, strict=True):
+        assert parameter.dtype == optimizer.state[parameter]["exp_avg"].dtype == torch.float32
+        assert not torch.equal(parameter, value)
+    for parameter in shared_parameters(model):
+        parameter.requires_grad_(False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        param_groups(model, lr=1e-5)  # frozen shared weights may have any precision
 
 
 def test_models_without_sinks_are_refused():

@@ -16,13 +16,12 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from memsinks.batch import NO_SINKS, ROW_ARGUMENTS, take_rows, target_count
 from memsinks.errors import ArchitectureError, ConfigError, DataError
 from memsinks.sinks.config import SinkConfig
 from memsinks.sinks.gradient import frozen
-from memsinks.sinks.state import require_sinks, shared_parameters, sink_parameters, unwrap
+from memsinks.sinks.state import is_sharded, require_sinks, shared_parameters, sink_parameters, unwrap
 from memsinks.training.optim import clip_grad_norm_
 from memsinks.training.processes import process_count, sum_over
 
@@ -61,7 +60,7 @@ def sinks_first(
     if not model.training:
         raise ConfigError("sinks_first is for training, the model is in evaluation mode; call model.train() first")
     parameters = sink_parameters(model)
-    if any(isinstance(x, DTensor) for x in parameters):
+    if is_sharded(model):
         raise ArchitectureError("sinks_first needs whole parameters on each rank; use DDP or one process, not FSDP")
     if isinstance(batches, Mapping):
         raise DataError("sinks_first takes the list of a step's micro-batches; give [batch]")

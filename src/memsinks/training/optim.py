@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from memsinks.errors import ConfigError
+from memsinks.checks import at_least, positive
+from memsinks.errors import ConfigError, refuse
 from memsinks.sinks.state import has_sinks, require_sinks, shared_parameters, sink_parameters
 from memsinks.training.config import TrainingConfig
 
@@ -26,16 +28,25 @@ def param_groups(
         weight_decay: of the shared parameters with two or more dimensions.
         sink_lr_factor: the sinks' learning rate is ``lr * sink_lr_factor``.
 
+    Warns where shared weights that are to learn have 16 bits.
+
     Returns:
         Up to three groups with the extra key ``name``: "decay", "no decay", "sinks" (the last marked ``lazy=True``).
+
+    Raises:
+        ConfigError: a setting out of range.
     """
     require_sinks(model)
-    for name, value in (("lr", lr), ("sink_lr_factor", sink_lr_factor)):
-        if not 0 < value < math.inf:
-            raise ConfigError(f"{name} must be positive and finite, got {value}")
-    if not 0 <= weight_decay < math.inf:
-        raise ConfigError(f"weight_decay must be 0 or a finite positive number, got {weight_decay}")
+    problems = positive("lr", lr) + positive("sink_lr_factor", sink_lr_factor)
+    refuse(problems + at_least("weight_decay", weight_decay, 0), "invalid parameter groups")
     shared = [x for x in shared_parameters(model) if x.requires_grad]
+    small = sorted({str(x.dtype).removeprefix("torch.") for x in shared if x.dtype in (torch.bfloat16, torch.float16)})
+    if small:
+        warnings.warn(
+            f"the shared weights that are to learn are {' and '.join(small)}, in which small steps are lost; "
+            "load the model with dtype=torch.float32 and train under bf16 autocast (TrainingArguments(bf16=True))",
+            stacklevel=2,
+        )
     groups: list[dict[str, Any]] = [
         {"name": "decay", "params": [x for x in shared if x.dim() > 1], "lr": lr, "weight_decay": weight_decay},
         {"name": "no decay", "params": [x for x in shared if x.dim() < 2], "lr": lr, "weight_decay": 0.0},

@@ -263,8 +263,8 @@ class SinkTrainer(Trainer):
         args = self.args
         if args.optim not in TORCH_ADAMW:
             raise ConfigError(
-                f"SinkTrainer makes AdamW ({' or '.join(TORCH_ADAMW)}) by itself, optim is {OptimizerNames(args.optim).value}; give "
-                "optimizers=(YOURS(memsinks.param_groups(model, lr)), None)"
+                f"SinkTrainer makes AdamW ({' or '.join(TORCH_ADAMW)}) by itself, optim is "
+                f"{OptimizerNames(args.optim).value}; give optimizers=(YOURS(memsinks.param_groups(model, lr)), None)"
             )
         trained: Any = self.model if model is None else model
         groups = param_groups(trained, args.learning_rate, args.weight_decay, self.sink_lr_factor)
