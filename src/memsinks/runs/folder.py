@@ -76,8 +76,8 @@ class RunFolder:
             raise CheckpointError(f"{self.path} holds no run to resume ({RECIPE} is missing); start without resume")
         self._clean()
         try:
-            before = yaml.safe_load(path.read_text())
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            before = dict(yaml.safe_load(path.read_text()))
+        except (yaml.YAMLError, ValueError, TypeError) as error:
             raise CheckpointError(f"{path} is damaged ({error}); restore it, or choose another output") from error
         refuse_other_settings(
             before, recipe.to_dict(), path, kinds={"": Recipe},
