@@ -44,6 +44,14 @@ class RepeatRecipe:
     documents: int
     copies: int | list[int]
 
+    def __post_init__(self) -> None:
+        copies = self.copies if isinstance(self.copies, list) else [self.copies]
+        problems = int_at_least("documents", self.documents, 1)
+        if not copies:
+            problems.append("copies is empty; give how often the documents are repeated")
+        problems += [problem for number in copies for problem in int_at_least("copies", number, 1)]
+        refuse(problems, "data.repeat")
+
 
 @dataclass(frozen=True, kw_only=True)
 class BackgroundRecipe:
@@ -61,6 +69,9 @@ class BackgroundRecipe:
     separator: str | None = None
     split: str = "train"
     streaming: bool = False
+
+    def __post_init__(self) -> None:
+        refuse(int_at_least("tokens", self.tokens, 1), "data.background")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +118,20 @@ class DataRecipe:
     long: Literal["split", "fill", "truncate", "refuse"] = "split"
     synthetic: dict[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        problems = int_at_least("held_out", self.held_out, 0) + int_at_least("unseen", self.unseen, 0)
+        for name in ("limit", "cut_characters"):
+            if getattr(self, name) is not None:
+                problems += int_at_least(name, getattr(self, name), 1)
+        if self.path is not None and self.synthetic:
+            problems.append("synthetic is for the built-in corpus; leave it out or leave out path")
+        if self.path is None and self.unseen:
+            problems.append("unseen is for documents of path; the built-in corpus has none to spare")
+        if self.repeat is not None and self.copies_field is not None:
+            problems.append("give repeat or copies_field, not both")
+        problems += unknown_keys(self.synthetic, "data.synthetic", inspect.signature(corpus).parameters)
+        refuse(problems, "data")
+
     @staticmethod
     def upgraded(values: Mapping[str, Any]) -> dict[str, Any]:
         """The section as some version wrote it, under today's names."""
@@ -120,6 +145,12 @@ class TokenizerRecipe:
     path: str | None = None
     vocab_size: int | None = None
 
+    def __post_init__(self) -> None:
+        problems = [] if self.vocab_size is None else int_at_least("vocab_size", self.vocab_size, 1)
+        if (self.path is None) == (self.vocab_size is None):
+            problems.append("give either path or vocab_size")
+        refuse(problems, "tokenizer")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelRecipe:
@@ -130,6 +161,12 @@ class ModelRecipe:
 
     pretrained: str | None = None
     config: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        problems = []
+        if (self.pretrained is None) == (not self.config):
+            problems.append("give either pretrained or config")
+        refuse(problems + (_config_problems(self.config) if self.config else []), "model")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,18 +182,12 @@ class Recipe:
     training: TrainingConfig = field(default_factory=TrainingConfig)
 
     def __post_init__(self) -> None:
-        refuse(self._problems(), "invalid recipe")
-
-    def _problems(self) -> list[str]:
         problems = []
-        if (self.tokenizer.path is None) == (self.tokenizer.vocab_size is None):
-            problems.append("tokenizer needs either path or vocab_size")
-        problems += _model_problems(self.model) + _data_problems(self.data)
         if self.settle is not None and self.data.background is not None and not self.data.unseen:
             problems.append(
                 "settle needs data.unseen beside data.background: texts met once are then of another kind than the documents"
             )
-        return problems
+        refuse(problems, "invalid recipe")
 
     def to_dict(self) -> dict[str, Any]:
         """A YAML-ready dict, all defaults written out."""
@@ -166,50 +197,17 @@ class Recipe:
         return values
 
 
-def _model_problems(model: ModelRecipe) -> list[str]:
+def _config_problems(config: Mapping[str, Any]) -> list[str]:
     """A transformers config takes any key in silence, so a misspelt size would leave the default of a large model."""
-    problems = []
-    if (model.pretrained is None) == (not model.config):
-        problems.append("model needs either pretrained or config")
-    if not model.config:
-        return problems
-    if "model_type" not in model.config:
-        return [*problems, 'model.config needs model_type, e.g. "llama"']
-    kind = model.config["model_type"]
+    if "model_type" not in config:
+        return ['config needs model_type, e.g. "llama"']
+    kind = config["model_type"]
     if kind not in CONFIG_MAPPING:
         near = difflib.get_close_matches(str(kind), list(CONFIG_MAPPING), 1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        problems.append(
-            f"model.config.model_type {kind!r} is not known to transformers {transformers.__version__}{hint}"
-        )
-        return problems
-    config = CONFIG_MAPPING[kind]
-    known = {*inspect.signature(config.__init__).parameters, *config.attribute_map, "model_type"} - {"self", "kwargs"}
-    return problems + unknown_keys(model.config, "model.config", sorted(known))
-
-
-def _data_problems(data: DataRecipe) -> list[str]:
-    problems = []
-    if data.path is not None and data.synthetic:
-        problems.append("data.synthetic is for the built-in corpus; leave it out or leave out data.path")
-    if data.unseen and data.path is None:
-        problems.append("data.unseen is for documents of data.path; the built-in corpus has none to spare")
-    if data.repeat is not None and data.copies_field is not None:
-        problems.append("give data.repeat or data.copies_field, not both")
-    if data.repeat is not None:
-        problems += int_at_least("data.repeat.documents", data.repeat.documents, 1)
-        copies = data.repeat.copies if isinstance(data.repeat.copies, list) else [data.repeat.copies]
-        if not copies:
-            problems.append("data.repeat.copies is empty; give how often the documents are repeated")
-        problems += [problem for number in copies for problem in int_at_least("data.repeat.copies", number, 1)]
-    if data.background is not None:
-        problems += int_at_least("data.background.tokens", data.background.tokens, 1)
-    for name in ("held_out", "unseen"):
-        problems += int_at_least(f"data.{name}", getattr(data, name), 0)
-    for name in ("limit", "cut_characters"):
-        if getattr(data, name) is not None:
-            problems += int_at_least(f"data.{name}", getattr(data, name), 1)
-    return problems + unknown_keys(data.synthetic, "data.synthetic", inspect.signature(corpus).parameters)
+        return [f"config.model_type {kind!r} is not known to transformers {transformers.__version__}{hint}"]
+    names = {*inspect.signature(CONFIG_MAPPING[kind].__init__).parameters, *CONFIG_MAPPING[kind].attribute_map}
+    return unknown_keys(config, "model.config", sorted({*names, "model_type"} - {"self", "kwargs"}))
 
 
 def read_recipe(

@@ -70,7 +70,8 @@ def section(kind: Any, values: Any, where: str, problems: list[str]) -> Any:
     try:
         return kind(**given)
     except ConfigError as error:
-        problems.append(f"{where}: {error}" if where else str(error))
+        text = str(error)
+        problems.append(text if not where or text.startswith(f"{where}: ") else f"{where}: {text}")
         return None
 
 

@@ -30,7 +30,12 @@ logger = logging.getLogger(__name__)
 
 
 def train_arm(comparison: Comparison, arm: Arm, seed: int, steps: int | None = None) -> dict[str, Any]:
-    """Train one arm with one seed, see `arm.train`, or edit another's model; returns its facts."""
+    """Train one arm with one seed, see `arm.train`, or edit another's model; returns its facts.
+
+    Raises:
+        CheckpointError: a file has changed since another seed was made from it, or as for `arm.train`.
+    """
+    data_sources(comparison)
     if arm.editing is not None:
         return edit_arm(comparison, arm, arm.editing, seed)
     return train(comparison.recipe, arm, seed, comparison.folder(arm, seed), steps)
@@ -40,12 +45,12 @@ def prepare_data(comparison: Comparison, seed: int) -> Path:
     """Make the folder of tokens that all arms of a seed train on, if it is not there; see `prepare`.
 
     Raises:
-        CheckpointError: another seed was made from another version of the same file.
+        CheckpointError: a file has changed since another seed was made from it, or this one.
     """
     recipe = with_method(comparison.recipe, TrainingMethod(), seed, Path())
     folder = Path(comparison.recipe.output) / f"seed-{seed}" / "data"
-    prepare(recipe, one_document_per_row=True, folder=folder)
     data_sources(comparison)
+    prepare(recipe, one_document_per_row=True, folder=folder)
     return folder
 
 

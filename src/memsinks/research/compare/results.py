@@ -16,6 +16,7 @@ from memsinks.research.compare.comparison import Comparison
 from memsinks.research.compare.picture import draw
 from memsinks.research.compare.table import rows, table
 from memsinks.research.rivals.registry import settings_today
+from memsinks.runs.corpus import source_hashes
 from memsinks.runs.prepare import FACTS
 from memsinks.runs.recipe import Recipe
 
@@ -52,25 +53,30 @@ def data_sources(comparison: Comparison) -> dict[str, str]:
     """SHA-256 of the files that the tokens of the seeds come from, by the name of their setting.
 
     Raises:
-        CheckpointError: they were not the same for all seeds, those included that compare.json reports.
+        CheckpointError: a file that is there now is not the one that a seed was made from, or one that compare.json reports;
+            or two of those were made from different files.
     """
     output = Path(comparison.recipe.output)
-    facts = {f"seed-{seed}/data": output / f"seed-{seed}" / "data" / FACTS for seed in comparison.seeds}
-    found = {where: read_json(path).get("sources", {}) for where, path in facts.items() if path.is_file()}
-    if (output / REPORT).is_file():
-        found = {REPORT: read_json(output / REPORT).get("sources") or {}, **found}
+    made = {output / f"seed-{seed}" / "data" / FACTS for seed in comparison.seeds} | {output / REPORT}
+    found = {path: read_json(path).get("sources") or {} for path in sorted(made) if path.is_file()}
     sources: dict[str, str] = {}
-    origin: dict[str, str] = {}
-    for where, hashes in found.items():
+    origin: dict[str, Path] = {}
+    for path, hashes in found.items():
         for name, value in hashes.items():
             if sources.setdefault(name, value) != value:
                 raise CheckpointError(
-                    f"the file of {name} has changed: {output / origin[name]} was made from one with SHA-256 "
-                    f"{sources[name][:12]}..., {output / where} from one with {value[:12]}...; restore the file and remove "
-                    "what was made from the other, or choose another output"
+                    f"the file of {name} has changed: {origin[name]} was made from one with SHA-256 {sources[name][:12]}..., "
+                    f"{path} from one with {value[:12]}...; remove what was made from the wrong one, or choose another output"
                 )
-            origin.setdefault(name, where)
-    return sources
+            origin.setdefault(name, path)
+    now = source_hashes(comparison.recipe)
+    changed = [name for name, value in sources.items() if now.get(name, value) != value]
+    if changed:
+        said = ", ".join(f"{name} (SHA-256 {sources[name][:12]}..., now {now[name][:12]}...)" for name in changed)
+        raise CheckpointError(
+            f"files have changed since {origin[changed[0]]} was made from them: {said}; restore them, or choose another output"
+        )
+    return sources | now
 
 
 def write_results(

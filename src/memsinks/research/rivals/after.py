@@ -12,8 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from memsinks.batch import IGNORED
-from memsinks.errors import ConfigError, DataError
+from memsinks.errors import ConfigError
 from memsinks.research.rivals import scorers
 from memsinks.research.rivals.hard_concrete import hard_concrete
 from memsinks.research.rivals.method import Batch, EditingMethod
@@ -127,15 +126,9 @@ def _unlearning(after: str, kind: str, steps: Sequence[int], lr: float) -> Editi
     def edit(
         model: PreTrainedModel, forget: Sequence[Batch], retain: Sequence[Batch], seed: int
     ) -> Iterator[PreTrainedModel]:
-        _require_documents(forget)
         return unlearn(model, forget, retain, kind, steps, lr)
 
     return EditingMethod(after=after, sweep=tuple(f"{x} steps" for x in steps), edit=edit)
-
-
-def _require_documents(forget: Sequence[Batch]) -> None:
-    if not any((batch["labels"] != IGNORED).any() for batch in forget):
-        raise DataError("there is nothing to forget: give documents that were trained on repeatedly")
 
 
 def _check(after: str, name: str, values: Sequence[float], good: bool) -> None:
