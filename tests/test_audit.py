@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from audited import (
     CONTROLS,
     MEMBERS,
@@ -261,6 +262,24 @@ def test_an_adapter_is_part_of_what_is_audited() -> None:
         merged = audit(wrapped.merge_and_unload(), state=state, **more)
         assert found.lines[1].loss.value == pytest.approx(merged.lines[1].loss.value, abs=1e-5)
         assert found.lines[1].loss.value != audit(llama()).lines[1].loss.value
+
+
+def trainer_leaves(model) -> None:
+    """The autocast that accelerate puts around a forward."""
+    model._original_forward = model.forward
+    model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
+
+
+def test_a_model_out_of_a_trainer_is_audited_in_its_own_precision() -> None:
+    """And what relearns is the copy, not the model that the copied forward is bound to."""
+    model, more = train(llama(), TEXTS[:2], 5), {"against": llama(1), "twin": llama(2), "relearn_steps": 4}
+    plain = audit(model, **more)
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    trainer_leaves(model)
+    patched, found = model.forward, audit(model, **more)
+    assert found.lines == plain.lines and found.relearning == plain.relearning
+    assert model.forward is patched and all(x.grad is None for x in model.parameters())
+    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
 
 
 def test_live_models_are_left_as_they_are() -> None:

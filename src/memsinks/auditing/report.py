@@ -14,7 +14,7 @@ from memsinks.auditing.result import CAVEAT, Audit, Example, outcome, verdict
 from memsinks.auditing.uncertainty import Estimate
 
 SURE = (0, 114, 178)
-"""Colour of a token the model was certain of; less certain ones fade to white."""
+"""Color of a token the model was certain of; less certain ones fade to white."""
 
 
 def write_report(audit: Audit, path: Path) -> None:
