@@ -34,6 +34,8 @@ from memsinks.auditing.membership import auc
 from memsinks.auditing.scores import DocumentScore, score
 from memsinks.auditing.settings import AuditSettings
 from memsinks.data.documents import Document
+from memsinks.research.compare.arm import Arm
+from memsinks.research.compare.table import COLUMNS, rows
 
 RNG = np.random.default_rng
 
@@ -227,6 +229,12 @@ def test_the_attacks_are_those_of_each_document(tmp_path) -> None:
         assert found["reference, error zone"][index] == error_zone_attack(one, difference)
         assert found["reference, window votes"][index] == window_votes_attack(difference)
     np.testing.assert_array_equal(found["reference, two-sided"], two_sided_attack(found["reference"], corpus.control))
+
+
+def test_a_row_made_before_a_column_was_known_of_a_comparison_has_none_there() -> None:
+    kept = [{"name": "ours", "seeds": [3], **{column: [0.5] for column in COLUMNS if column != "attack_alone"}}]
+    (row,) = rows([Arm("ours", "standard", {})], {}, [], kept)
+    assert row["attack_alone"] == [None] and row["attack_with_twin"] == [0.5]
 
 
 def pushed(rng: np.random.Generator, known: bool) -> DocumentScore:

@@ -14,8 +14,6 @@ from transformers import AutoModelForCausalLM
 from memsinks.cli import main
 from memsinks.errors import CheckpointError, ConfigError
 from memsinks.research.compare import compare as module
-from memsinks.research.compare import table
-from memsinks.research.compare.arm import Arm
 from memsinks.research.compare.compare import compare, plan, time_steps, train_arm
 from memsinks.research.compare.comparison import read_comparison
 from memsinks.research.compare.table import spread
@@ -93,12 +91,6 @@ def test_the_strongest_attacks_are_in_the_table(done) -> None:
         assert rows[model["name"]]["attack_alone"] == [max(x for y, x in area.items() if not y.startswith("reference"))]
         assert rows[model["name"]]["attack_with_twin"] == [max(with_twin, default=None)]
     assert rows["twin"]["attack_with_twin"] == [None] and rows["standard"]["attack_with_twin"] != [None]
-
-
-def test_a_row_made_before_a_column_was_known_has_none_there() -> None:
-    kept = [{"name": "ours", "seeds": [3], **{column: [0.5] for column in table.COLUMNS if column != "attack_alone"}}]
-    (row,) = table.rows([Arm("ours", "standard", {})], {}, [], kept)
-    assert row["attack_alone"] == [None] and row["attack_with_twin"] == [0.5]
 
 
 def test_the_exact_mode_leaves_what_deduplication_leaves(done) -> None:
