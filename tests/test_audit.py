@@ -12,9 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from audited import (
     CONTROLS,
     MEMBERS,
+    NEVER,
     TEXTS,
     UNSEEN,
     VOCABULARY,
@@ -261,6 +263,24 @@ def test_an_adapter_is_part_of_what_is_audited() -> None:
         merged = audit(wrapped.merge_and_unload(), state=state, **more)
         assert found.lines[1].loss.value == pytest.approx(merged.lines[1].loss.value, abs=1e-5)
         assert found.lines[1].loss.value != audit(llama()).lines[1].loss.value
+
+
+def trainer_leaves(model) -> None:
+    """The autocast that accelerate puts around a forward."""
+    model._original_forward = model.forward
+    model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
+
+
+def test_a_model_out_of_a_trainer_is_audited_in_its_own_precision() -> None:
+    """And what relearns is the copy, not the model that the copied forward is bound to."""
+    model, more = train(llama(), TEXTS[:2], 5), {"against": llama(1), "twin": llama(2), "relearn_steps": 4}
+    plain = audit(model, **more)
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    trainer_leaves(model)
+    patched, found = model.forward, audit(model, **more)
+    assert found.lines == plain.lines and found.relearning == plain.relearning
+    assert model.forward is patched and all(x.grad is None for x in model.parameters())
+    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
 
 
 def test_live_models_are_left_as_they_are() -> None:
@@ -594,6 +614,42 @@ def test_traces() -> None:
     assert verdict(result)[0] == HEADLINES["traces"]
     assert any("not shown equivalent" in sentence for sentence in verdict(result))
     assert outcome(audit(Oracle(TOKENS, gaps=4), MANY, AS_MANY)) == "traces"
+
+
+class Pushed(Oracle):
+    """Knows every other token of its texts, and is as far off at the others as makes up for it."""
+
+    def forward(self, input_ids, use_cache=False):
+        out = super().forward(input_ids, use_cache)
+        for row, sequence in enumerate(input_ids):
+            if any(torch.equal(sequence[: len(x)], torch.from_numpy(x)) for x in self.known):
+                out.logits[row, ::2, NEVER] += 20
+        return out
+
+
+def test_what_the_mean_hides_is_found_by_the_strongest_attack() -> None:
+    """The loss is that of the twin, and so is what every one-sided attack on means sees."""
+    result = audit(Pushed(TOKENS, gaps=2), MANY, AS_MANY, twin=Oracle([]), against=Oracle(TOKENS))
+    area = {attack.name: attack.auc.value for attack in result.audited.attacks}
+    assert area["reference, supervised"] == area["supervised"] == 1.0 and area["reference, spread"] == 1.0
+    assert outcome(result) == "traces"
+    (sentence,) = [x for x in verdict(result) if x.startswith("Best of 11 membership attacks: ")]
+    assert "AUC 1.00" in sentence
+    (beside,) = [x for x in verdict(result) if x.startswith("Beside twin: ")]
+    assert "of 11 attacks equivalent, the farthest: AUC of the " in beside
+
+
+def test_supervised_attacks_say_how_many_members_they_need(tmp_path) -> None:
+    result = audit(Oracle(TOKENS), MANY, AS_MANY, out=tmp_path / "report")
+    alone = dataclasses.replace(result.audited, attacks=result.audited.attacks[-1:])
+    assert "supervised, AUC 1.00 [1.00, 1.00] with 32 labelled members." in " ".join(
+        verdict(dataclasses.replace(result, models=(alone,)))
+    )
+    assert "the attacker knows 32 of the members" in (tmp_path / "report" / "report.html").read_text()
+    saved = json.loads((tmp_path / "report" / "audit.json").read_text())["models"][0]["attacks"]
+    assert {x["name"]: x["labelled"] for x in saved}["supervised"] == 32
+    assert noted(audit(Oracle([])), "No supervised attack: it needs 20 target documents and 20 controls")
+    assert not noted(result, "No supervised attack")
 
 
 def test_not_recovered() -> None:

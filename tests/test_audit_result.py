@@ -132,6 +132,29 @@ def test_figures_are_those_of_the_means() -> None:
     assert (tests["loss gap"].margin, tests["AUC of the loss attack"].margin) == (0.03, 0.03)
 
 
+def test_every_attack_must_be_equivalent() -> None:
+    """Attacks on both models are set beside each other; one that takes the twin as its reference, beside chance."""
+    both = {"loss": -TWIN.loss, "spread": np.arange(40.0), "reference": np.where(np.arange(40) < 20, 1.0, 0.0)}
+    twin = measured(TWIN.loss, "t", "twin", attacks={"loss": -TWIN.loss, "spread": np.arange(40.0)})
+    once = measured(TWIN.loss, "once", "seen once", attacks=both | {"reference": np.zeros(40)})
+    found = Figures(corpus(), SETTINGS).model(measured(TWIN.loss, attacks=both), ORDINARY, twin, [twin, once])
+    for other in ("t", "once"):
+        tests = {x.name: x for x in found.equivalences if x.other == other and x.name.startswith("AUC")}
+        assert list(tests) == [f"AUC of the {name} attack" for name in both]
+        reference = tests["AUC of the reference attack"]
+        assert (reference.difference, reference.interval, reference.equivalent) == (0.5, (0.5, 0.5), False)
+        assert all(x.equivalent and x.difference == 0.0 for x in tests.values() if x is not reference)
+
+
+def test_how_many_members_a_supervised_attack_must_know() -> None:
+    attacks = {name: np.arange(40.0) for name in ("loss", "supervised", "reference, supervised")}
+    found = result(np.ones(40), attacks=attacks)
+    assert {attack.name: attack.labelled for attack in found.attacks} == {
+        "loss": 0, "supervised": 12, "reference, supervised": 12,
+    }  # fmt: skip
+    assert found.strongest.auc.value == max(attack.auc.value for attack in found.attacks)
+
+
 def test_margins_are_those_of_the_settings() -> None:
     settings = AuditSettings(resamples=200, margin_loss=5.0, margin_auc=0.001)
     found = result(ORDINARY.loss, Figures(corpus(), settings))

@@ -86,6 +86,17 @@ def test_the_ends_of_the_scales(done) -> None:
     assert rows["ours"]["own"][0] is not None and rows["standard"]["own"] == [None]
 
 
+def test_the_strongest_attacks_are_in_the_table(done) -> None:
+    rows = {row["name"]: row for row in done[1]["rows"]}
+    values = json.loads((done[0].parent / "out" / "seed-0" / "report" / "audit.json").read_text())
+    for model in values["models"]:
+        area = {attack["name"]: attack["auc"]["value"] for attack in model["attacks"]}
+        with_twin = [value for name, value in area.items() if name.startswith("reference")]
+        assert rows[model["name"]]["attack_alone"] == [max(x for y, x in area.items() if not y.startswith("reference"))]
+        assert rows[model["name"]]["attack_with_twin"] == [max(with_twin, default=None)]
+    assert rows["twin"]["attack_with_twin"] == [None] and rows["standard"]["attack_with_twin"] != [None]
+
+
 def test_the_exact_mode_leaves_what_deduplication_leaves(done) -> None:
     """Its shared weights learn from the first exposure alone, with the same divisor."""
     rows = {row["name"]: row for row in done[1]["rows"]}

@@ -135,9 +135,9 @@ def test_no_text_is_shown_if_none_is_asked_for(shown, tmp_path) -> None:
     assert MEMBERS[0].text.split("<")[0] not in Page((tmp_path / "x.html").read_text()).text
 
 
-def test_lines_can_be_told_apart_without_colour(shown) -> None:
+def test_lines_can_be_told_apart_without_color(shown) -> None:
     looks = list(styles(shown[1]).values())
-    assert len({colour for colour, *_ in looks}) == len({(marker, dash) for _, marker, dash in looks}) == len(looks)
+    assert len({color for color, *_ in looks}) == len({(marker, dash) for _, marker, dash in looks}) == len(looks)
 
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

@@ -312,6 +312,16 @@ def test_all_that_is_wrong_with_the_settings_is_said_at_once() -> None:
         assert f" {name} must be" in str(error.value)
 
 
+def test_frozen_sinks_stay_as_they_are(learnt) -> None:
+    model = copy.deepcopy(learnt)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not is_sink(name))
+    done = ms.settle(model, *ms.settling_texts(corpus()), lr=LR / 5, passes=8)
+    assert done.after.mean() > done.before.mean()
+    for (name, x), y in zip(model.named_parameters(), learnt.parameters(), strict=True):
+        assert not is_sink(name) or torch.equal(x, y)
+
+
 def test_a_model_without_sinks_is_settled_too() -> None:
     model = trained()
     done = ms.settle(model, *ms.repeated_and_once(corpus()), lr=LR / 5, passes=20)

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from memsinks.auditing.attacks import is_supervised
+from memsinks.auditing.attacks_supervised import labelled_members
 from memsinks.auditing.corpus import Corpus
 from memsinks.auditing.extraction import canary_exposure, log10_queries
 from memsinks.auditing.forgetting import counterfactual_closure, gap_closed, loss_gap, price
@@ -50,6 +52,7 @@ class Figures:
         self.is_control, self.is_target = corpus.control, corpus.target
         groups = np.where(self.is_control, -1, corpus.copies)
         self.resamples = Resamples(groups, settings.resamples, settings.seed)
+        self._aucs: dict[int, tuple[Measurement, dict[str, Sampled]]] = {}
 
     def auc(self, values: np.ndarray) -> Sampled:
         """AUC of target documents against controls; values [n]."""
@@ -60,10 +63,21 @@ class Figures:
         ]
         return Sampled(auc(*chosen), np.concatenate(parts))
 
-    def attack(self, name: str, values: np.ndarray) -> Attack:
-        """AUC and true positive rates of one attack; values [n]."""
+    def attack(self, name: str, values: np.ndarray, sampled: Sampled | None = None) -> Attack:
+        """AUC (`sampled`, if it is known already) and true positive rates of one attack; values [n]."""
         sides = values[self.is_target], values[self.is_control]
-        return Attack(name, estimate(*self.auc(values)), {f"{fpr:.1%}": tpr_at_fpr(*sides, fpr) for fpr in FPRS})
+        return Attack(
+            name=name,
+            auc=estimate(*(sampled or self.auc(values))),
+            tpr={f"{fpr:.1%}": tpr_at_fpr(*sides, fpr) for fpr in FPRS},
+            labelled=labelled_members(len(sides[0])) if is_supervised(name) else 0,
+        )
+
+    def aucs(self, one: Measurement) -> dict[str, Sampled]:
+        """AUC of each attack on a model, computed once."""
+        if id(one) not in self._aucs:
+            self._aucs[id(one)] = one, {name: self.auc(values) for name, values in one.attacks.items()}
+        return self._aucs[id(one)][1]
 
     def blind(self) -> tuple[Attack, ...]:
         """The attacks that ask no model: on the texts alone, on the tokenizer alone; none with too few documents."""
@@ -110,7 +124,7 @@ class Figures:
             documents=estimate(*self.mean(one.loss, self.is_target)),
             controls=estimate(*self.mean(one.loss, self.is_control)),
             gap=estimate(*self.gap(one)),
-            attacks=tuple(self.attack(name, values) for name, values in one.attacks.items()),
+            attacks=tuple(self.attack(name, one.attacks[name], auc) for name, auc in self.aucs(one).items()),
             forgetting=None if against is None or one is against else self._forgetting(one, against, twin),
             equivalences=tuple(test for other in fair if other is not one for test in self._equivalences(one, other)),
             generated=one.generated,
@@ -159,13 +173,18 @@ class Figures:
         )
 
     def _equivalences(self, one: Measurement, other: Measurement) -> list[Equivalence]:
-        """Whether `one` is as `other` within the margins: in loss, in its gap and under attack."""
+        """Whether `one` is as `other` within the margins: in loss, in its gap and under every attack.
+
+        An attack that takes `other` as its reference cannot be made on it: by chance alone it would have an AUC of 1/2.
+        """
         margin_loss, margin_auc = self.settings.margin_loss, self.settings.margin_auc
         pairs = [
             ("loss on the documents", [self.mean(x.loss, self.is_target) for x in (one, other)], margin_loss),
             ("loss gap", [self.gap(x) for x in (one, other)], margin_loss),
-            ("AUC of the loss attack", [self.auc(x.attacks["loss"]) for x in (one, other)], margin_auc),
         ]
+        its, chance = self.aucs(other), Sampled(0.5, np.full(self.settings.resamples, 0.5))
+        for name, auc in self.aucs(one).items():
+            pairs.append((f"AUC of the {name} attack", [auc, its.get(name, chance)], margin_auc))
         return [equivalence(name, other.name, *combined(np.subtract, *pair), margin) for name, pair, margin in pairs]
 
     def _sinks(self, one: Measurement, copies: np.ndarray) -> tuple[SinkLine, ...] | None:

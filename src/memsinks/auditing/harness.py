@@ -138,20 +138,9 @@ def write_lm_eval_task(
     corpus = read_corpus(documents, controls, tokenizer, settings)
     lines, left_out = _lines(corpus, tokenizer, prefix, continuation)
     counts = [sum(bool(line["copies"]) == side for line in lines) for side in (True, False)]
-    asked = f"{continuation} tokens after {prefix}"
-    reasons = f"{left_out['too_short']} have fewer tokens, {left_out['cut_nowhere']} change their tokens wherever cut"
-    for count, side, what in zip(counts, (documents, controls), ("documents", "controls"), strict=True):
-        if not count:
-            raise DataError(
-                f"none of the {len(side)} {what} can be asked for {asked} (of all texts {reasons}); lower prefix or "
-                "continuation"
-            )
-    if len(lines) < len(corpus.documents):
-        warnings.warn(
-            f"left out {len(documents) - counts[0]} of {len(documents)} documents and {len(controls) - counts[1]} of "
-            f"{len(controls)} controls, which cannot be asked for {asked}: {reasons}",
-            stacklevel=2,
-        )
+    warning = _left_out(counts, [len(documents), len(controls)], left_out, f"{continuation} tokens after {prefix}")
+    if warning:
+        warnings.warn(warning, stacklevel=2)
     metadata = {
         "version": 1, "memsinks": __version__, "prefix": prefix, "continuation": continuation, "documents": counts[0],
         "controls": counts[1], "left_out": left_out, "start_token": bool(len(corpus.start)), "texts_sha256": corpus.sha256,
@@ -163,6 +152,22 @@ def write_lm_eval_task(
         with (part / "documents.jsonl").open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     return target
+
+
+def _left_out(counts: list[int], given: list[int], left_out: dict[str, int], asked: str) -> str:
+    """What is said of texts that are left out, "" if none is; DataError for a side of which nothing is left."""
+    reasons = f"{left_out['too_short']} have fewer tokens, {left_out['cut_nowhere']} change their tokens wherever cut"
+    for count, before, what in zip(counts, given, ("documents", "controls"), strict=True):
+        if not count:
+            raise DataError(
+                f"none of the {before} {what} can be asked for {asked} (of all texts {reasons}); lower prefix or continuation"
+            )
+    if counts == given:
+        return ""
+    return (
+        f"left out {given[0] - counts[0]} of {given[0]} documents and {given[1] - counts[1]} of {given[1]} controls, which "
+        f"cannot be asked for {asked}: {reasons}"
+    )
 
 
 def _check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:

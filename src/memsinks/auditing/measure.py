@@ -10,15 +10,9 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel
 
+from memsinks.auditing.attacks import attack_scores
 from memsinks.auditing.corpus import Corpus
 from memsinks.auditing.extraction import extracted, generate_continuation, log_probability, longest_run
-from memsinks.auditing.membership import (
-    loss_attack,
-    min_k_attack,
-    min_k_plus_attack,
-    reference_attack,
-    zlib_attack,
-)
 from memsinks.auditing.own_sinks import placebo_ids
 from memsinks.auditing.scores import DocumentScore, ScoreTable, score
 from memsinks.auditing.settings import AuditSettings
@@ -99,7 +93,7 @@ def measure(
 
     Args:
         folder: for the tables, one folder below it for each pass.
-        reference: scores of the corpus under a model that never saw the documents; None = no reference attack.
+        reference: scores of the corpus under a model that never saw the documents; None = no attack that needs them.
         generated: also generate the most repeated documents.
     """
     known = facts(model)
@@ -113,7 +107,7 @@ def measure(
         collateral = _collateral(passes, sink_losses["own"])
     return Measurement(
         name=name, role=role, state=state, facts=known, **values,
-        grid=_grid(passes, table), attacks=_attacks(table, reference, corpus, settings), table=table,
+        grid=_grid(passes, table), attacks=attack_scores(table, reference, corpus, settings), table=table,
         generated=_generated(passes, values["recited"]) if generated and settings.generate else None,
         sink_losses=sink_losses, collateral=collateral,
     )  # fmt: skip
@@ -139,21 +133,6 @@ def _continuation(corpus: Corpus, settings: AuditSettings, index: int) -> tuple[
 
 def _asked(hit: bool | None) -> int:
     return NOT_ASKED if hit is None else int(hit)
-
-
-def _attacks(
-    table: ScoreTable, reference: ScoreTable | None, corpus: Corpus, settings: AuditSettings
-) -> dict[str, np.ndarray]:
-    """The score of each document under each membership attack, [n] by name."""
-    scores: dict[str, list[float]] = {name: [] for name in ("loss", "zlib", "min-k", "min-k++")}
-    for one, document in zip(table, corpus.documents, strict=True):
-        scores["loss"].append(loss_attack(one))
-        scores["zlib"].append(zlib_attack(one, document.text))
-        scores["min-k"].append(min_k_attack(one, settings.k))
-        scores["min-k++"].append(min_k_plus_attack(one, settings.k))
-    if reference is not None:
-        scores["reference"] = [reference_attack(one, other) for one, other in zip(table, reference, strict=True)]
-    return {name: np.array(column) for name, column in scores.items()}
 
 
 def _grid(passes: Passes, table: ScoreTable) -> Grid:

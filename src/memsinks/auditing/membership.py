@@ -45,14 +45,6 @@ def min_k_plus_attack(one: DocumentScore, share: float = 0.2) -> float:
     return _lowest(z, share)
 
 
-def reference_attack(one: DocumentScore, reference: DocumentScore) -> float:
-    """How much more likely the text is than under a model that never saw it, nats per token.
-
-    Source: Carlini et al., USENIX Security 2021, section 5.2; Mireshghallah et al., EMNLP 2022.
-    """
-    return reference.loss - one.loss
-
-
 def tokenizer_attack(tokens: int, text: str) -> float:
     """How well the tokenizer alone fits the text: less tokens per character.
 

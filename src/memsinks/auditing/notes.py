@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from memsinks.auditing.attacks_supervised import LEAST
 from memsinks.auditing.figures import FEW, FPRS, Figures
 from memsinks.auditing.measure import Measurement
 from memsinks.auditing.result import Attack
@@ -67,6 +68,8 @@ def _kind(one: Measurement) -> str:
 def _of_the_attacks(figures: Figures, audited: Measurement) -> Iterator[str]:
     if "reference" not in audited.attacks:
         yield "No reference attack: it needs a twin."
+    if "supervised" not in audited.attacks:
+        yield f"No supervised attack: it needs {LEAST} target documents and {LEAST} controls."
     asked = (audited.recited[figures.is_target] >= 0).mean()
     if asked < 1:
         yield f"{1 - asked:.0%} of the documents are too short for the extraction asked and are left out of it."

@@ -1,4 +1,4 @@
-"""The pictures of a report, as SVG. Colours are those of Okabe and Ito, told apart by colour-blind readers; each line also
+"""The pictures of a report, as SVG. Colors are those of Okabe and Ito, told apart by color-blind readers; each line also
 has a marker or a dash of its own."""
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def require_matplotlib() -> None:
 
 
 def styles(audit: Audit) -> dict[str, tuple[str, str, str]]:
-    """Colour, marker and dash of each model by name."""
+    """Color, marker and dash of each model by name."""
     more = iter(MORE * len(audit.models))
     return {model.name: STYLES[model.role] if model.role in STYLES else next(more) for model in audit.models}
 
@@ -46,13 +46,13 @@ def extraction(audit: Audit, axes: Any) -> None:
     look = styles(audit)
     levels = [line.copies for line in audit.lines]
     for place, model in enumerate(audit.models):
-        colour, marker, dash = look[model.name]
+        color, marker, dash = look[model.name]
         asked = [(x, line.extracted) for x, line in enumerate(model.lines) if line.asked]
         shift = (place - (len(audit.models) - 1) / 2) * 0.05
         value = np.array([100 * share.value for _, share in asked])
         low, high = (np.array([100 * getattr(share, side) for _, share in asked]) for side in ("low", "high"))
         axes.errorbar(
-            [x + shift for x, _ in asked], value, [value - low, high - value], color=colour, marker=marker, ls=dash,
+            [x + shift for x, _ in asked], value, [value - low, high - value], color=color, marker=marker, ls=dash,
             label=model.name, capsize=2, elinewidth=1, lw=1.8, clip_on=False,
         )  # fmt: skip
     axes.set_xticks(range(len(levels)), ["never\nseen" if level == 0 else str(level) for level in levels])
@@ -70,13 +70,13 @@ def losses(audit: Audit, figure: Any) -> None:
     bins = np.linspace(least, max(most, least + 0.1), 48)
     look = styles(audit)
     for axis, one in zip(axes, shown, strict=True):
-        for chosen, colour, label, fill in (
+        for chosen, color, label, fill in (
             (control, CONTROL, "controls", True),
             (target, look[one.name][0], "documents", False),
         ):
             values = np.clip(one.loss[chosen], bins[0], bins[-1])
             axis.hist(
-                values, bins, density=True, histtype="stepfilled" if fill else "step", color=colour, lw=2, label=label,
+                values, bins, density=True, histtype="stepfilled" if fill else "step", color=color, lw=2, label=label,
                 alpha=0.45 if fill else 1,
             )  # fmt: skip
         axis.set_yticks([])
@@ -93,9 +93,9 @@ def receiver(audit: Audit, axes: Any) -> None:
     look = styles(audit)
     axes.plot([0, 100], [0, 100], color=CONTROL, lw=1, label="chance")
     for one in audit.measured:
-        colour, _, dash = look[one.name]
+        color, _, dash = look[one.name]
         false, true = roc(one.attacks["loss"][target], one.attacks["loss"][control])
-        axes.plot(100 * false, 100 * true, color=colour, ls=dash, lw=1.8, label=one.name)
+        axes.plot(100 * false, 100 * true, color=color, ls=dash, lw=1.8, label=one.name)
     axes.set(
         xlabel="controls taken for members (%)",
         ylabel="members found (%)",
@@ -111,12 +111,12 @@ def queries(audit: Audit, axes: Any) -> None:
     look = styles(audit)
     most = str(max(line.copies for line in audit.lines))
     for model in audit.models:
-        colour, marker, dash = look[model.name]
+        color, marker, dash = look[model.name]
         curve = model.queries[most]
         axes.plot(
             list(curve),
             [100 * x for x in curve.values()],
-            color=colour,
+            color=color,
             marker=marker,
             ls=dash,
             lw=1.8,
@@ -133,16 +133,16 @@ def pareto(audit: Audit, axes: Any) -> None:
     look = styles(audit)
     before = audit.model("against")
     assert before is not None
-    colour, marker, _ = look[before.name]
-    axes.plot([0], [0], marker=marker, color=colour, ls="", label=before.name, markersize=8)
+    color, marker, _ = look[before.name]
+    axes.plot([0], [0], marker=marker, color=color, ls="", label=before.name, markersize=8)
     for model in audit.models:
         if model.forgetting is None or model.state == "open":
             continue
-        colour, marker, _ = look[model.name]
+        color, marker, _ = look[model.name]
         x, y = model.forgetting.price, model.forgetting.gap_closed
         axes.errorbar(
             [x.value], [100 * y.value], xerr=[[x.value - x.low], [x.high - x.value]],
-            yerr=[[100 * (y.value - y.low)], [100 * (y.high - y.value)]], color=colour, marker=marker, ls="", capsize=2,
+            yerr=[[100 * (y.value - y.low)], [100 * (y.high - y.value)]], color=color, marker=marker, ls="", capsize=2,
             elinewidth=1, label=model.name, markersize=8,
         )  # fmt: skip
     axes.axvline(0, color=CONTROL, lw=1)
@@ -163,9 +163,9 @@ def relearning(audit: Audit, figure: Any) -> None:
     for axis, half, title in zip(axes, ("same", "other"), ("half trained on again", "other half"), strict=True):
         for curve in found.curves:
             if len(curve.steps) > 1:
-                colour, marker, dash = look[curve.name]
+                color, marker, dash = look[curve.name]
                 axis.plot(
-                    curve.steps, getattr(curve, half), color=colour, marker=marker, ms=4, ls=dash, label=curve.name
+                    curve.steps, getattr(curve, half), color=color, marker=marker, ms=4, ls=dash, label=curve.name
                 )
         axis.axhline(getattr(found, f"target_{half}"), color=CONTROL, lw=1, label="halfway back")
         axis.set_title(title, fontsize=10, loc="left")

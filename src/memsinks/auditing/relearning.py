@@ -8,11 +8,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from memsinks.batch import IGNORED
 from memsinks.errors import DataError
-from memsinks.sinks.attach import remove_sinks
+from memsinks.sinks.attach import PATCHED, remove_sinks
 from memsinks.sinks.state import has_sinks
 
 POINTS = 20
@@ -65,6 +66,8 @@ def relearn(
     student = copy.deepcopy(model)
     if has_sinks(student):
         remove_sinks(student)
+    for patch in PATCHED:  # it may still call the model that was copied
+        vars(student).pop(patch, None)
     student.float().train()
     student.requires_grad_(True)
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -78,7 +81,7 @@ def relearn(
     queue: list[int] = []
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        for step in range(steps + 1):
+        for step in tqdm(range(steps + 1), desc=f"{name}: relearning", unit=" steps", disable=None, leave=False):
             if step in marks:
                 losses.append((_mean_loss(student, same, batch_size), _mean_loss(student, other, batch_size)))
             if step == steps:

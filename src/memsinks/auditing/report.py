@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import base64
+from collections import defaultdict
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from memsinks.auditing.attacks import ATTACKS
 from memsinks.auditing.pictures import drawn
 from memsinks.auditing.result import CAVEAT, Audit, Example, outcome, verdict
 from memsinks.auditing.uncertainty import Estimate
 
 SURE = (0, 114, 178)
-"""Colour of a token the model was certain of; less certain ones fade to white."""
+"""Color of a token the model was certain of; less certain ones fade to white."""
 
 
 def write_report(audit: Audit, path: Path) -> None:
@@ -31,7 +33,8 @@ def write_report(audit: Audit, path: Path) -> None:
     html = template.render(
         audit=audit, audited=audit.audited, headline=words[0], outcome=outcome(audit).replace(" ", "-"), findings=words[1:-1],
         caveat=CAVEAT, pictures=pictures, examples=[_shaded(example) for example in audit.examples],
-        attacks=_attacks(audit), grid=_grid(audit), sure=SURE,
+        attacks=_attacks(audit), looks_at=defaultdict(str, ATTACKS), supervised=max(x.labelled for x in audit.audited.attacks),
+        grid=_grid(audit), sure=SURE,
     )  # fmt: skip
     path.write_text(html, encoding="utf-8")
 

@@ -53,11 +53,16 @@ class ExtractionLine:
 
 @dataclass(frozen=True)
 class Attack:
-    """One membership attack. tpr: at each false positive rate of `FPRS`, by its name; nan with too few controls."""
+    """One membership attack.
+
+    auc: its interval is over documents, for the classifiers that were learned. tpr: at each false positive rate of `FPRS`,
+    by its name; nan with too few controls. labelled: how many members the attacker must know beforehand.
+    """
 
     name: str
     auc: Estimate
     tpr: dict[str, float]
+    labelled: int = 0
 
 
 @dataclass(frozen=True)
@@ -260,6 +265,7 @@ def _strongest_attack(audit: Audit) -> str:
     model, before = audit.audited, audit.model("against")
     best = model.strongest
     sentence = f"Best of {len(model.attacks)} membership attacks: {best.name}, AUC {_short(best.auc)}"
+    sentence += f" with {best.labelled} labelled members" if best.labelled else ""
     if before:
         positive = before.strongest
         sentence += f"; {positive.name}, {_short(positive.auc)} in {before.name}"
@@ -283,10 +289,17 @@ def _equivalences(audit: Audit) -> list[str]:
     sentences = []
     for other in dict.fromkeys(test.other for test in audit.audited.equivalences):
         tests = [test for test in audit.audited.equivalences if test.other == other]
+        attacks = [test for test in tests if test.name.startswith("AUC")]
         words = [
             f"{test.name} {'equivalent' if test.equivalent else 'not shown equivalent'} ({test.difference:+.3f}, margin "
-            f"{test.margin:g})" for test in tests
+            f"{test.margin:g})" for test in tests if test not in attacks
         ]  # fmt: skip
+        if attacks:
+            farthest = max(attacks, key=lambda test: abs(test.difference))
+            words.append(
+                f"{sum(test.equivalent for test in attacks)} of {len(attacks)} attacks equivalent, the farthest: "
+                f"{farthest.name} ({farthest.difference:+.3f}, margin {farthest.margin:g})"
+            )
         sentences.append(f"Beside {other}: {'; '.join(words)}.")
     return sentences
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +19,7 @@ from memsinks.errors import CheckpointError, ConfigError
 from memsinks.sinks.checkpoint import load_any
 from memsinks.sinks.state import has_sinks, require_sinks, shared_parameters, sink_parameters, unwrap
 from memsinks.sinks.storage import TABLE, fingerprint, has_saved_sinks
+from memsinks.training.evaluate import unpatched
 
 State = Literal["open", "closed", "absent"]
 Role = Literal["audited", "against", "twin", "seen once", "other"]
@@ -99,9 +100,14 @@ class Subject:
 
     @contextmanager
     def loaded(self) -> Iterator[PreTrainedModel]:
-        """The live model as it is, or the one of the path, in eval mode, on a GPU if there is one, and let go after."""
+        """The live model, or the one of the path, in eval mode, on a GPU if there is one, and let go after.
+
+        A live model computes in the precision of its weights: a Trainer's autocast is set aside, as it is in a checkpoint.
+        """
         if self.path is None:
-            yield self.live()
+            model = self.live()
+            with unpatched(model) if "_original_forward" in vars(model) else nullcontext():
+                yield model
             return
         model = load_any(self.path)
         yield model.to("cuda") if torch.cuda.is_available() else model  # type: ignore[arg-type]

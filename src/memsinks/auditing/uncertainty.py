@@ -90,9 +90,9 @@ def wilson(hits: int, asked: int) -> Estimate:
     if not asked:
         return Estimate(float("nan"), float("nan"), float("nan"))
     share, z2 = hits / asked, Z * Z / asked
-    centre = (share + z2 / 2) / (1 + z2)
+    center = (share + z2 / 2) / (1 + z2)
     half = Z / (1 + z2) * math.sqrt(share * (1 - share) / asked + z2 / (4 * asked))
-    return Estimate(share, max(0.0, centre - half) if hits else 0.0, min(1.0, centre + half) if hits < asked else 1.0)
+    return Estimate(share, max(0.0, center - half) if hits else 0.0, min(1.0, center + half) if hits < asked else 1.0)
 
 
 def equivalence(name: str, other: str, value: float, resampled: np.ndarray, margin: float) -> Equivalence:

@@ -17,7 +17,6 @@ import dataclasses
 import logging
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,11 +31,10 @@ from memsinks.checks import int_at_least, positive
 from memsinks.data.packing import Rows
 from memsinks.errors import DataError, refuse
 from memsinks.removal.expected import Expected, expected_losses, require_enough
-from memsinks.sinks.attach import PATCHED
 from memsinks.sinks.gradient import frozen
 from memsinks.sinks.opening import sinks_open
 from memsinks.sinks.state import has_sinks, is_sink, shared_parameters, sink_parameters
-from memsinks.training.evaluate import evaluating, losses, row_losses
+from memsinks.training.evaluate import evaluating, losses, row_losses, unpatched
 from memsinks.training.optim import AdamW, clip_grad_norm_
 
 logger = logging.getLogger(__name__)
@@ -162,23 +160,13 @@ def settle(
     refuse([*problems, *_weight_problems(model)], "cannot settle")
     others = others.select(slice(OTHERS))
     _check_texts(documents, others, unseen)
-    with evaluating(model), _unpatched(model):
+    with evaluating(model), unpatched(model):
         result = _level(model, documents, others, unseen, config, micro_rows or config.batch_rows, seed)
     logger.info("settled: %s", result)
     return result
 
 
 _SETTINGS = tuple(entry.name for entry in dataclasses.fields(SettleConfig))
-
-
-@contextmanager
-def _unpatched(model: nn.Module) -> Iterator[None]:
-    """Without the autocast that a Trainer leaves around the forward, in which losses would be bfloat16."""
-    patched = {name: vars(model).pop(name) for name in PATCHED if name in vars(model)}
-    try:
-        yield
-    finally:
-        vars(model).update(patched)
 
 
 def _level(
@@ -237,8 +225,9 @@ def _optimizers(
     optimizers: list[tuple[torch.optim.Optimizer, float]] = [
         (torch.optim.AdamW(shared, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0), config.lr)
     ]
-    if has_sinks(model):
-        groups = [{"params": sink_parameters(model), "lazy": True}]
+    sinks = [x for x in sink_parameters(model) if x.requires_grad]
+    if has_sinks(model) and sinks:
+        groups = [{"params": sinks, "lazy": True}]
         optimizers.append((AdamW(groups, lr=rate, betas=(0.9, 0.95), weight_decay=0.0), rate))
     return optimizers
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from memsinks.batch import IGNORED, collate, trim
+from memsinks.sinks.attach import PATCHED
 from memsinks.sinks.opening import sinks_open
 
 EVALUATED_ROWS, EVALUATED_TOKENS = 32, 8192
@@ -49,6 +50,16 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+@contextmanager
+def unpatched(model: nn.Module) -> Iterator[None]:
+    """Within the block without the autocast that a Trainer leaves around the forward, in which losses would be bfloat16."""
+    patched = {name: vars(model).pop(name) for name in PATCHED if name in vars(model)}
+    try:
+        yield
+    finally:
+        vars(model).update(patched)
 
 
 @torch.no_grad()

@@ -6,13 +6,14 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from memsinks.auditing.attacks import uses_reference
 from memsinks.auditing.result import Audit, ModelResult
 from memsinks.research.compare.arm import Arm
 
 COLUMNS = {
     "gap_closed": ("gap closed", ".1%"), "closure": ("closure to the twin", ".2f"), "price": ("price (nats)", "+.3f"),
-    "recited": ("recited, most copies", ".0%"), "attack": ("best attack, AUC", ".2f"),
-    "reference": ("reference attack, AUC", ".2f"), "own": ("loss with own sinks", ".2f"), "placebo": ("placebo", ".2f"),
+    "recited": ("recited, most copies", ".0%"), "attack_alone": ("strongest attack, AUC", ".2f"),
+    "attack_with_twin": ("strongest attack with the twin, AUC", ".2f"), "own": ("loss with own sinks", ".2f"), "placebo": ("placebo", ".2f"),
 }  # fmt: skip
 
 
@@ -27,12 +28,14 @@ def rows(
     Args:
         audits: by seed.
         runs: facts of all runs.
-        kept: rows made earlier; what `audits` says of the same model and seed replaces them.
+        kept: rows made earlier; what `audits` says of the same model and seed replaces them. A column that they lack is None.
     """
     found: dict[str, dict[int, dict[str, float | None]]] = {}
     for row in kept:
         for place, seed in enumerate(row["seeds"]):
-            found.setdefault(row["name"], {})[seed] = {column: row[column][place] for column in COLUMNS}
+            found.setdefault(row["name"], {})[seed] = {
+                column: row[column][place] if column in row else None for column in COLUMNS
+            }
     for seed, audit in audits.items():
         for model in audit.models:
             found.setdefault(model.name, {})[seed] = _figures(model, audit)
@@ -50,8 +53,10 @@ def rows(
 def _figures(model: ModelResult, audit: Audit) -> dict[str, float | None]:
     """By column; None for what was not measured, or is no number (documents too short to be asked for)."""
     most = max(model.lines, key=lambda line: line.copies)
-    attacks = {attack.name: attack.auc.value for attack in model.attacks}
-    reference = attacks.pop("reference", None)
+    alone, with_twin = (
+        [attack.auc.value for attack in model.attacks if uses_reference(attack.name) == wanted]
+        for wanted in (False, True)
+    )
     standard = model.role == "against"
     sinks = [line for line in model.sinks or () if line.copies == most.copies]
     found = model.forgetting
@@ -59,7 +64,7 @@ def _figures(model: ModelResult, audit: Audit) -> dict[str, float | None]:
         "gap_closed": 0.0 if standard else found and found.gap_closed.value,
         "closure": 0.0 if standard else found and found.closure and found.closure.value,
         "price": 0.0 if standard else found and found.price.value, "recited": most.extracted.value,
-        "attack": max(attacks.values()), "reference": reference, "own": sinks[0].own if sinks else None,
+        "attack_alone": max(alone), "attack_with_twin": max(with_twin, default=None), "own": sinks[0].own if sinks else None,
         "placebo": sinks[0].placebo if sinks else None,
     }  # fmt: skip
     return {name: None if value is None or math.isnan(value) else value for name, value in values.items()}
