@@ -183,8 +183,8 @@ class Figures:
             ("loss gap", [self.gap(x) for x in (one, other)], margin_loss),
         ]
         its, chance = self.aucs(other), Sampled(0.5, np.full(self.settings.resamples, 0.5))
-        for name, auc in self.aucs(one).items():
-            pairs.append((f"AUC of the {name} attack", [auc, its.get(name, chance)], margin_auc))
+        for name, value in self.aucs(one).items():
+            pairs.append((f"AUC of the {name} attack", [value, its.get(name, chance)], margin_auc))
         return [equivalence(name, other.name, *combined(np.subtract, *pair), margin) for name, pair, margin in pairs]
 
     def _sinks(self, one: Measurement, copies: np.ndarray) -> tuple[SinkLine, ...] | None:
