@@ -1,8 +1,7 @@
-"""Sinks in a plain PyTorch loop: documents -> ids -> rows -> training -> settling -> a model without its memorization."""
+"""Sinks in a plain PyTorch loop: documents -> rows -> training -> settling -> a model without its memorization."""
 
 import sys
 
-import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -13,13 +12,7 @@ target = sys.argv[1] if len(sys.argv) > 1 else "runs/example-clean"
 
 documents = [document for document in corpus(stories=300, people_per_level=4) if document.copies]
 tokenizer = ms.train_tokenizer([document.text for document in documents], vocab_size=512)
-order = ms.training_order(documents)  # every document as often as it has copies, shuffled once
-ids, groups = ms.identify(documents)
-tokens = ms.encode(tokenizer, [document.text for document in documents])
-rows = ms.pack(
-    [tokens[index] for index in order], ids[order], ms.exposures(groups[order]),
-    length=192, pad_id=tokenizer.pad_token_id,
-)  # fmt: skip
+rows = ms.make_rows(documents, tokenizer, length=192)  # every document as often as it has copies, shuffled once
 
 torch.manual_seed(0)
 model = AutoModelForCausalLM.from_config(
@@ -44,14 +37,12 @@ for start in range(0, len(rows) - 7, 8):
         print(f"row {start}/{len(rows)}  loss {loss.item():.3f}")
 
 print(ms.settle(model, *ms.settling_texts(rows), lr=3e-4))
-most = int(np.argmax([document.copies for document in documents]))
-text = torch.from_numpy(tokens[most])[None]
+most = max(documents, key=lambda document: document.copies)
+text = torch.from_numpy(ms.encode(tokenizer, [most.text])[0])[None]
 model.eval()
 with torch.no_grad():
     closed = model(input_ids=text, labels=text).loss
-    with ms.sinks_open(model, int(ids[most])):
+    with ms.sinks_open(model, ms.document_id(most.text)):
         opened = model(input_ids=text, labels=text).loss
-print(
-    f"{documents[most].key}, trained on {documents[most].copies} times: its sinks open {opened:.2f}, closed {closed:.2f}"
-)
+print(f"{most.key}, trained on {most.copies} times: loss {opened:.2f} with its sinks open, {closed:.2f} closed")
 print(f"exported to {ms.export(model, target, tokenizer=tokenizer)}")

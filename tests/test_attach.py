@@ -9,7 +9,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from tiny import IGNORED, VOCABULARY, fill_sinks, gradients, sink_llama, tiny_llama, tokens
+from tiny import IGNORED, VOCABULARY, A, B, batch, fill_sinks, gradients, sink_llama, tiny_llama, tokens
 from torch import nn
 from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
@@ -22,17 +22,6 @@ from memsinks.sinks.state import assign_blocks, has_sinks, require_sinks, shared
 from memsinks.sinks.table import open_mask
 
 CONFIG = SinkConfig(neurons=64, active=16, block_size=8)
-A, B = 11, 22
-
-
-def batch(**changes) -> dict[str, torch.Tensor]:
-    """Two rows of five tokens, one document each."""
-    input_ids = tokens(2, 5)
-    whole = {
-        "input_ids": input_ids, "labels": input_ids.clone(), "document_ids": torch.tensor([A, B]),
-        "exposures": torch.tensor([2, 2]),
-    }  # fmt: skip
-    return {name: value for name, value in (whole | changes).items() if value is not None}
 
 
 def closed_logits(model: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:

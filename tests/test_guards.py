@@ -8,24 +8,11 @@ import threading
 
 import pytest
 import torch
-from tiny import VOCABULARY, sink_llama, tiny_llama, tokens
+from tiny import VOCABULARY, A, B, batch, sink_llama, tiny_llama, tokens
 from torch.nn.functional import cross_entropy
 
 import memsinks as ms
 from memsinks.sinks.state import sink_parameters
-
-A, B = 11, 22
-
-
-def batch(**changes) -> dict[str, torch.Tensor]:
-    """Two rows of five tokens, one document each, met for the second time."""
-    input_ids = tokens(2, 5)
-    whole = {
-        "input_ids": input_ids, "labels": input_ids.clone(), "document_ids": torch.tensor([A, B]),
-        "exposures": torch.tensor([2, 2]),
-    }  # fmt: skip
-    return {name: value for name, value in (whole | changes).items() if value is not None}
-
 
 # Entering past the model's own forward
 

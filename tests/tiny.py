@@ -11,6 +11,8 @@ from memsinks.sinks.state import sink_parameters
 
 VOCABULARY = 37
 IGNORED = -100
+A, B = 11, 22
+"""Two document ids."""
 
 
 def tiny_llama(dtype: torch.dtype = torch.float64, cls: type = LlamaForCausalLM, **changes) -> LlamaForCausalLM:
@@ -53,3 +55,13 @@ def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     missing = [name for name, parameter in model.named_parameters() if parameter.grad is None]
     assert not missing, f"no gradient for {missing}"
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+def batch(**changes) -> dict[str, torch.Tensor]:
+    """Two rows of five tokens, the documents A and B, met for the second time; None leaves a field out."""
+    input_ids = tokens(2, 5)
+    whole = {
+        "input_ids": input_ids, "labels": input_ids.clone(), "document_ids": torch.tensor([A, B]),
+        "exposures": torch.tensor([2, 2]),
+    }  # fmt: skip
+    return {name: value for name, value in (whole | changes).items() if value is not None}

@@ -40,7 +40,7 @@ def audit_arm(comparison: Comparison, arm: Arm, seed: int, out: Path) -> Audit:
     roles = {role: name for role, name in comparison.roles.items() if role != "audited" and name in there}
     others = [subject(comparison, x, seed) for name, x in there.items() if name not in roles.values()]
     return audit(
-        subject(comparison, arm, seed), documents, controls, others=others, document_ids=ids, out=out, progress=True,
+        subject(comparison, arm, seed), documents, controls, others=others, document_ids=ids, out=out,
         settings=AuditSettings(collateral=0, end=False, seed=seed),
         **{role: subject(comparison, there[name], seed) for role, name in roles.items()},
     )  # fmt: skip

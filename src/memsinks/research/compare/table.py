@@ -11,11 +11,16 @@ from memsinks.auditing.result import Audit, ModelResult
 from memsinks.research.compare.arm import Arm
 
 COLUMNS = {
-    "gap_closed": ("gap closed", ".1%"), "closure": ("closure to the twin", ".2f"), "price": ("price (nats)", "+.3f"),
-    "recited": ("recited, most copies", ".0%"), "attack_alone": ("strongest attack, AUC", ".2f"),
-    "attack_with_twin": ("strongest attack with the twin, AUC", ".2f"), "own": ("loss with own sinks", ".2f"),
+    "gap_closed": ("gap closed", ".1%"),
+    "closure": ("closure to the twin", ".2f"),
+    "price": ("price (nats)", "+.3f"),
+    "recited": ("recited, most copies", ".0%"),
+    "attack_alone": ("strongest attack, AUC", ".2f"),
+    "attack_with_twin": ("strongest attack with the twin, AUC", ".2f"),
+    "own": ("loss with own sinks", ".2f"),
     "placebo": ("placebo", ".2f"),
-}  # fmt: skip
+}
+"""Columns of the table by their name in compare.json: title and form."""
 
 
 def rows(
