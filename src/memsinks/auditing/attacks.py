@@ -72,8 +72,14 @@ def attack_scores(
 def _alone(table: ScoreTable, corpus: Corpus, settings: AuditSettings) -> dict[str, np.ndarray]:
     rows, features = [], []
     for one, document in zip(table, corpus.documents, strict=True):
-        rows.append((loss_attack(one), zlib_attack(one, document.text), min_k_attack(one, settings.k),
-                     min_k_plus_attack(one, settings.k)))  # fmt: skip
+        rows.append(
+            (
+                loss_attack(one),
+                zlib_attack(one, document.text),
+                min_k_attack(one, settings.k),
+                min_k_plus_attack(one, settings.k),
+            )
+        )
         features.append(summary(-one.logprob.astype(np.float64), *LOSS_RANGE))
     scores: dict[str, np.ndarray] = dict(zip(("loss", "zlib", "min-k", "min-k++"), np.array(rows).T, strict=True))
     return scores | _supervised("supervised", features, corpus, settings)
@@ -85,8 +91,14 @@ def _against(
     rows, features = [], []
     for one, other in zip(table, reference, strict=True):
         difference = differences(one, other)
-        rows.append((reference_attack(one, other), spread_attack(difference), error_zone_attack(one, difference),
-                     window_votes_attack(difference)))  # fmt: skip
+        rows.append(
+            (
+                reference_attack(one, other),
+                spread_attack(difference),
+                error_zone_attack(one, difference),
+                window_votes_attack(difference),
+            )
+        )
         features.append(summary(difference, *DIFFERENCE_RANGE))
     names = ("reference", "reference, spread", "reference, error zone", "reference, window votes")
     scores: dict[str, np.ndarray] = dict(zip(names, np.array(rows).T, strict=True))

@@ -11,8 +11,15 @@ import numpy as np
 QUANTILES = (0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95)
 EDGE = 32
 """Tokens at the beginning and at the end of a text that have a mean of their own."""
-SUMMARY = ("mean", "standard deviation", *(f"quantile {x}" for x in QUANTILES), "share below low", "share above high",
-           "mean of the first", "mean of the last")  # fmt: skip
+SUMMARY = (
+    "mean",
+    "standard deviation",
+    *(f"quantile {x}" for x in QUANTILES),
+    "share below low",
+    "share above high",
+    "mean of the first",
+    "mean of the last",
+)
 """The features, in order."""
 LOSS_RANGE, DIFFERENCE_RANGE = (0.1, 5.0), (-1.0, 1.0)
 """What counts as low and as high, nats: of a token's loss, of its difference to the reference."""
@@ -26,10 +33,17 @@ PENALTY = 1.0
 
 def summary(values: np.ndarray, low: float, high: float) -> np.ndarray:
     """The features of one document, float64 [features], in the order of `SUMMARY`; values: [tokens], nats."""
-    return np.array([
-        values.mean(), values.std(), *np.quantile(values, QUANTILES), (values < low).mean(), (values > high).mean(),
-        values[:EDGE].mean(), values[-EDGE:].mean(),
-    ])  # fmt: skip
+    return np.array(
+        [
+            values.mean(),
+            values.std(),
+            *np.quantile(values, QUANTILES),
+            (values < low).mean(),
+            (values > high).mean(),
+            values[:EDGE].mean(),
+            values[-EDGE:].mean(),
+        ]
+    )
 
 
 def labelled_members(members: int) -> int:

@@ -37,9 +37,12 @@ logger = logging.getLogger(__name__)
 
 Model = PreTrainedModel | str | os.PathLike[str] | Subject
 ROLE_NAMES: dict[Role, str] = {
-    "audited": "audited model", "against": "ordinary model", "twin": "twin", "seen once": "seen-once model",
+    "audited": "audited model",
+    "against": "ordinary model",
+    "twin": "twin",
+    "seen once": "seen-once model",
     "other": "other model",
-}  # fmt: skip
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,9 +125,10 @@ def audit(
         measured, curves = _measured(entries, corpus, settings, folder, relearn_steps, relearn_lr)
         relearning = compare(curves["audited"], curves["against"], curves["twin"]) if curves else None
         used = dataclasses.asdict(settings) | {
-            "private_part": private_start is not None, "start_token": bool(len(corpus.start)),
+            "private_part": private_start is not None,
+            "start_token": bool(len(corpus.start)),
             "relearn_lr": relearn_lr if curves else None,
-        }  # fmt: skip
+        }
         result = _result(measured, Figures(corpus, settings), relearning, used)
         result = dataclasses.replace(result, examples=examples(measured, corpus, tokenizer, settings.shown))
         if out is not None:
@@ -173,23 +177,40 @@ def _measured(
         logger.info("audit: %s, %d of %d", entry.name, len(found) + 1, len(entries))
         with entry.subject.loaded() as model:
             found[place] = measure(
-                model, corpus, settings, folder / "tokens" / f"{place}-{entry.role.replace(' ', '-')}", name=entry.name,
-                role=entry.role, state=entry.state, reference=reference, generated=entry.role in ("audited", "against"),
-            )  # fmt: skip
+                model,
+                corpus,
+                settings,
+                folder / "tokens" / f"{place}-{entry.role.replace(' ', '-')}",
+                name=entry.name,
+                role=entry.role,
+                state=entry.state,
+                reference=reference,
+                generated=entry.role in ("audited", "against"),
+            )
             if relearn_steps and entry.role in ("audited", "against", "twin"):
                 curves[entry.role] = relearn(
-                    model, targets, corpus.start, name=entry.name, steps=0 if entry.role == "against" else relearn_steps,
-                    lr=relearn_lr, batch_size=8, seed=settings.seed,
-                )  # fmt: skip
+                    model,
+                    targets,
+                    corpus.start,
+                    name=entry.name,
+                    steps=0 if entry.role == "against" else relearn_steps,
+                    lr=relearn_lr,
+                    batch_size=8,
+                    seed=settings.seed,
+                )
         if entry.role == "twin":
             reference = found[place].table
     return [found[place] for place in range(len(entries))], curves
 
 
 def _subjects(
-    model: Model, state: State | None, against: Model | None, twin: Model | None, seen_once: Model | None,
+    model: Model,
+    state: State | None,
+    against: Model | None,
+    twin: Model | None,
+    seen_once: Model | None,
     others: Sequence[Model],
-) -> list[tuple[Role, Subject]]:  # fmt: skip
+) -> list[tuple[Role, Subject]]:
     given: list[tuple[Role, Model | None]] = [("audited", model), ("against", against), ("twin", twin)]
     given += [("seen once", seen_once), *(("other", other) for other in others)]
     found = []
@@ -301,10 +322,12 @@ def _write(result: Audit, folder: Path) -> None:
             for index, document in enumerate(corpus.documents):
                 models = {
                     one.name: {
-                        "loss": float(one.loss[index]), "recited": [None, False, True][int(one.recited[index]) + 1],
+                        "loss": float(one.loss[index]),
+                        "recited": [None, False, True][int(one.recited[index]) + 1],
                         "longest_run": int(one.run[index]),
-                    } | {f"attack {name}": float(values[index]) for name, values in one.attacks.items()}
+                    }
+                    | {f"attack {name}": float(values[index]) for name, values in one.attacks.items()}
                     for one in result.measured
-                }  # fmt: skip
+                }
                 line = {"key": document.key, "copies": int(corpus.copies[index]), "tokens": len(corpus.tokens[index])}
                 file.write(json.dumps({**line, "models": models}, ensure_ascii=False) + "\n")

@@ -192,8 +192,10 @@ class Figures:
             return None
         levels = copies[: self.corpus.members]
         return tuple(
-            SinkLine(int(level), int((levels == level).sum()), **{
-                which: float(values[levels == level].mean()) for which, values in one.sink_losses.items()
-            })
+            SinkLine(
+                int(level),
+                int((levels == level).sum()),
+                **{which: float(values[levels == level].mean()) for which, values in one.sink_losses.items()},
+            )
             for level in np.unique(levels)
-        )  # fmt: skip
+        )

@@ -142,9 +142,16 @@ def write_lm_eval_task(
     if warning:
         warnings.warn(warning, stacklevel=2)
     metadata = {
-        "version": 1, "memsinks": __version__, "prefix": prefix, "continuation": continuation, "documents": counts[0],
-        "controls": counts[1], "left_out": left_out, "start_token": bool(len(corpus.start)), "texts_sha256": corpus.sha256,
-    }  # fmt: skip
+        "version": 1,
+        "memsinks": __version__,
+        "prefix": prefix,
+        "continuation": continuation,
+        "documents": counts[0],
+        "controls": counts[1],
+        "left_out": left_out,
+        "start_token": bool(len(corpus.start)),
+        "texts_sha256": corpus.sha256,
+    }
     with written_beside(target) as part:
         task = TASK.replace("METADATA", json.dumps(metadata)).replace("NAME", json.dumps(name))
         (part / f"{name}.yaml").write_text(task, encoding="utf-8")
@@ -198,10 +205,16 @@ def _lines(
             left_out["cut_nowhere"] += 1
             continue
         length, cut, end = found
-        lines.append({
-            "prompt": document.text[:cut], "continuation": document.text[cut:end], "prefix_tokens": length,
-            "continuation_tokens": continuation, "copies": copies, "key": document.key,
-        })  # fmt: skip
+        lines.append(
+            {
+                "prompt": document.text[:cut],
+                "continuation": document.text[cut:end],
+                "prefix_tokens": length,
+                "continuation_tokens": continuation,
+                "copies": copies,
+                "key": document.key,
+            }
+        )
     return lines, left_out
 
 

@@ -71,10 +71,15 @@ class Passes:
     def __call__(self, what: str, tokens: Sequence[np.ndarray], ids: np.ndarray | None) -> ScoreTable:
         """Scores of `tokens`, with the sinks of `ids` open; int64, one for each."""
         return score(
-            self.model, tokens, self.folder / what, start=self.corpus.start, open_ids=None if ids is None else ids.tolist(),
+            self.model,
+            tokens,
+            self.folder / what,
+            start=self.corpus.start,
+            open_ids=None if ids is None else ids.tolist(),
             key={"weights": self.weights, "texts": self.corpus.sha256, "end": self.settings.end},
-            batch_tokens=self.settings.batch_tokens, label=f"{self.name}: {what}",
-        )  # fmt: skip
+            batch_tokens=self.settings.batch_tokens,
+            label=f"{self.name}: {what}",
+        )
 
 
 def measure(
@@ -106,11 +111,18 @@ def measure(
         sink_losses = _sink_losses(passes, state, values["loss"])
         collateral = _collateral(passes, sink_losses["own"])
     return Measurement(
-        name=name, role=role, state=state, facts=known, **values,
-        grid=_grid(passes, table), attacks=attack_scores(table, reference, corpus, settings), table=table,
+        name=name,
+        role=role,
+        state=state,
+        facts=known,
+        **values,
+        grid=_grid(passes, table),
+        attacks=attack_scores(table, reference, corpus, settings),
+        table=table,
         generated=_generated(passes, values["recited"]) if generated and settings.generate else None,
-        sink_losses=sink_losses, collateral=collateral,
-    )  # fmt: skip
+        sink_losses=sink_losses,
+        collateral=collateral,
+    )
 
 
 def _values(table: ScoreTable, corpus: Corpus, settings: AuditSettings) -> dict[str, np.ndarray]:
@@ -186,10 +198,11 @@ def _sink_losses(passes: Passes, state: State, loss: np.ndarray) -> dict[str, np
     opened = {"closed": None, "own": ids, "placebo": placebo_ids(ids)}
     here = {"closed": "closed", "open": "own"}[state]
     return {
-        which: loss[:members] if which == here
+        which: loss[:members]
+        if which == here
         else np.array([one.loss for one in passes(which, passes.corpus.tokens[:members], wanted)])
         for which, wanted in opened.items()
-    }  # fmt: skip
+    }
 
 
 def _collateral(passes: Passes, own: np.ndarray) -> dict[str, Any] | None:
@@ -210,9 +223,12 @@ def _collateral(passes: Passes, own: np.ndarray) -> dict[str, Any] | None:
         itself.append(rise[0])
         others.extend(rise[1:])
     return {
-        "closed": len(taken), "rise_itself": float(np.mean(itself)), "rise_others": float(np.mean(others)),
-        "rise_others_most": float(np.max(others)), "others": len(others),
-    }  # fmt: skip
+        "closed": len(taken),
+        "rise_itself": float(np.mean(itself)),
+        "rise_others": float(np.mean(others)),
+        "rise_others_most": float(np.max(others)),
+        "others": len(others),
+    }
 
 
 def token_probabilities(one: DocumentScore, tokens: int) -> np.ndarray:

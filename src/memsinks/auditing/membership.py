@@ -105,9 +105,7 @@ def roc(members: np.ndarray, controls: np.ndarray) -> tuple[np.ndarray, np.ndarr
     """False and true positive rates at every threshold, [thresholds + 1] each, from (0, 0) to (1, 1)."""
     _both(members, controls)
     thresholds = np.unique(np.concatenate([members, controls]))[::-1]
-    rates = [
-        1 - np.searchsorted(np.sort(side), thresholds, side="left") / len(side) for side in (controls, members)
-    ]  # fmt: skip
+    rates = [1 - np.searchsorted(np.sort(side), thresholds, side="left") / len(side) for side in (controls, members)]
     return tuple(np.concatenate([[0.0], rate]) for rate in rates)  # type: ignore
 
 

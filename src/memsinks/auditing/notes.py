@@ -16,15 +16,19 @@ BLIND_NOTES = {
     "are not evidence of memory here. Choose controls from the same source.",
     "tokenizer alone": "The tokenizer alone tells members from controls (AUC {}): it cuts them into fewer tokens per "
     "character, as one does that was trained on their copies. Losses per token of both sides are not of one kind.",
-}  # fmt: skip
+}
 BLIND_AUC = 0.55
 """The lower limit of the blind attack's AUC from which members and controls are said to differ."""
 
 
 def limits(figures: Figures, measured: Sequence[Measurement], blind: Sequence[Attack]) -> tuple[str, ...]:
     """All notes; `measured`: the audited model first."""
-    return (*_of_the_corpus(figures), *_of_blind_attacks(blind), *_of_the_models(figures, measured),
-            *_of_the_attacks(figures, measured[0]))  # fmt: skip
+    return (
+        *_of_the_corpus(figures),
+        *_of_blind_attacks(blind),
+        *_of_the_models(figures, measured),
+        *_of_the_attacks(figures, measured[0]),
+    )
 
 
 def _of_the_corpus(figures: Figures) -> Iterator[str]:

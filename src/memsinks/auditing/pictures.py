@@ -16,17 +16,25 @@ from memsinks.auditing.result import Audit
 from memsinks.errors import ConfigError
 
 STYLES = {
-    "audited": ("#009E73", "D", "-"), "against": ("#D55E00", "o", "-"), "twin": ("#0072B2", "s", "--"),
+    "audited": ("#009E73", "D", "-"),
+    "against": ("#D55E00", "o", "-"),
+    "twin": ("#0072B2", "s", "--"),
     "seen once": ("#CC79A7", "^", "-."),
-}  # fmt: skip
+}
 MORE = [("#56B4E9", "v", ":"), ("#E69F00", "P", "--"), ("#666666", "X", "-."), ("#000000", "*", ":")]
 CONTROL = "#999999"
 
 
 LOOK: dict[Any, Any] = {
-    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e2e2e2",
-    "axes.axisbelow": True, "legend.frameon": False, "font.size": 10, "svg.hashsalt": "memsinks",
-}  # fmt: skip
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e2e2e2",
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "font.size": 10,
+    "svg.hashsalt": "memsinks",
+}
 
 
 def require_matplotlib() -> None:
@@ -52,9 +60,18 @@ def extraction(audit: Audit, axes: Any) -> None:
         value = np.array([100 * share.value for _, share in asked])
         low, high = (np.array([100 * getattr(share, side) for _, share in asked]) for side in ("low", "high"))
         axes.errorbar(
-            [x + shift for x, _ in asked], value, [value - low, high - value], color=color, marker=marker, ls=dash,
-            label=model.name, capsize=2, elinewidth=1, lw=1.8, clip_on=False,
-        )  # fmt: skip
+            [x + shift for x, _ in asked],
+            value,
+            [value - low, high - value],
+            color=color,
+            marker=marker,
+            ls=dash,
+            label=model.name,
+            capsize=2,
+            elinewidth=1,
+            lw=1.8,
+            clip_on=False,
+        )
     axes.set_xticks(range(len(levels)), ["never\nseen" if level == 0 else str(level) for level in levels])
     axes.set(xlabel="copies in training", ylabel="documents recited (%)", ylim=(0, 100))
     axes.legend()
@@ -76,9 +93,15 @@ def losses(audit: Audit, figure: Any) -> None:
         ):
             values = np.clip(one.loss[chosen], bins[0], bins[-1])
             axis.hist(
-                values, bins, density=True, histtype="stepfilled" if fill else "step", color=color, lw=2, label=label,
+                values,
+                bins,
+                density=True,
+                histtype="stepfilled" if fill else "step",
+                color=color,
+                lw=2,
+                label=label,
                 alpha=0.45 if fill else 1,
-            )  # fmt: skip
+            )
         axis.set_yticks([])
         axis.grid(False)
         axis.spines["left"].set_visible(False)
@@ -141,10 +164,18 @@ def pareto(audit: Audit, axes: Any) -> None:
         color, marker, _ = look[model.name]
         x, y = model.forgetting.price, model.forgetting.gap_closed
         axes.errorbar(
-            [x.value], [100 * y.value], xerr=[[x.value - x.low], [x.high - x.value]],
-            yerr=[[100 * (y.value - y.low)], [100 * (y.high - y.value)]], color=color, marker=marker, ls="", capsize=2,
-            elinewidth=1, label=model.name, markersize=8,
-        )  # fmt: skip
+            [x.value],
+            [100 * y.value],
+            xerr=[[x.value - x.low], [x.high - x.value]],
+            yerr=[[100 * (y.value - y.low)], [100 * (y.high - y.value)]],
+            color=color,
+            marker=marker,
+            ls="",
+            capsize=2,
+            elinewidth=1,
+            label=model.name,
+            markersize=8,
+        )
     axes.axvline(0, color=CONTROL, lw=1)
     axes.axhline(100, color=CONTROL, lw=1, ls=":")
     axes.set(
@@ -196,18 +227,28 @@ def drawn(audit: Audit) -> list[tuple[str, str, bytes]]:
     shown = sum(model.role != "other" for model in audit.models)
     settings = audit.settings
     asked = (
-        "The private part recited in full" if settings["private_part"]
+        "The private part recited in full"
+        if settings["private_part"]
         else f"{settings['continuation']} tokens recited verbatim after {settings['prefix']}"
-    )  # fmt: skip
+    )
     pictures = [
         ("Extraction", f"{asked}, by number of copies; bars: 95% Wilson intervals.", one(extraction, (5.4, 3.8))),
-        ("Loss", f"Mean loss of {audit.target} and of controls. As if never seen, the two lie on each other.",
-         one(losses, (5.4, 0.7 + 1.35 * shown), panels=True)),
-        ("Membership", "ROC of the loss attack. On the diagonal, members cannot be told from controls.",
-         one(receiver, (4.6, 4.4))),
-        ("Sampling", f"Share of documents that n samples recite at least once with probability {settings['queries_p']:g}.",
-         one(queries, (5.4, 3.8))),
-    ]  # fmt: skip
+        (
+            "Loss",
+            f"Mean loss of {audit.target} and of controls. As if never seen, the two lie on each other.",
+            one(losses, (5.4, 0.7 + 1.35 * shown), panels=True),
+        ),
+        (
+            "Membership",
+            "ROC of the loss attack. On the diagonal, members cannot be told from controls.",
+            one(receiver, (4.6, 4.4)),
+        ),
+        (
+            "Sampling",
+            f"Share of documents that n samples recite at least once with probability {settings['queries_p']:g}.",
+            one(queries, (5.4, 3.8)),
+        ),
+    ]
     if any(model.forgetting for model in audit.models):
         pictures.append(
             ("Forgetting against price", "Top left is best. Bars: 95% over documents.", one(pareto, (5.4, 3.8)))

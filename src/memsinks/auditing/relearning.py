@@ -48,9 +48,16 @@ class Relearning:
 
 
 def relearn(
-    model: PreTrainedModel, tokens: Sequence[np.ndarray], start: np.ndarray, *, name: str, steps: int, lr: float,
-    batch_size: int, seed: int,
-) -> RelearningCurve:  # fmt: skip
+    model: PreTrainedModel,
+    tokens: Sequence[np.ndarray],
+    start: np.ndarray,
+    *,
+    name: str,
+    steps: int,
+    lr: float,
+    batch_size: int,
+    seed: int,
+) -> RelearningCurve:
     """Fine-tune a copy without sinks, in float32, on every other document; the model itself is left alone.
 
     Args:
@@ -108,9 +115,14 @@ def compare(audited: RelearningCurve, against: RelearningCurve, twin: Relearning
         return None if mine is None or not its else mine / its
 
     return Relearning(
-        (audited, twin, against), targets["same"], targets["other"], steps["same"], steps["other"], ratio("same"),
+        (audited, twin, against),
+        targets["same"],
+        targets["other"],
+        steps["same"],
+        steps["other"],
+        ratio("same"),
         ratio("other"),
-    )  # fmt: skip
+    )
 
 
 def steps_until(steps: Sequence[int], losses: Sequence[float], target: float) -> float | None:

@@ -31,11 +31,20 @@ def write_report(audit: Audit, path: Path) -> None:
     words = verdict(audit)
     pictures = [(title, text, base64.b64encode(svg).decode()) for title, text, svg in drawn(audit)]
     html = template.render(
-        audit=audit, audited=audit.audited, headline=words[0], outcome=outcome(audit).replace(" ", "-"), findings=words[1:-1],
-        caveat=CAVEAT, pictures=pictures, examples=[_shaded(example) for example in audit.examples],
-        attacks=_attacks(audit), looks_at=defaultdict(str, ATTACKS), supervised=max(x.labelled for x in audit.audited.attacks),
-        grid=_grid(audit), sure=SURE,
-    )  # fmt: skip
+        audit=audit,
+        audited=audit.audited,
+        headline=words[0],
+        outcome=outcome(audit).replace(" ", "-"),
+        findings=words[1:-1],
+        caveat=CAVEAT,
+        pictures=pictures,
+        examples=[_shaded(example) for example in audit.examples],
+        attacks=_attacks(audit),
+        looks_at=defaultdict(str, ATTACKS),
+        supervised=max(x.labelled for x in audit.audited.attacks),
+        grid=_grid(audit),
+        sure=SURE,
+    )
     path.write_text(html, encoding="utf-8")
 
 

@@ -234,9 +234,15 @@ def _above(value: Estimate, chance: float, tests: int) -> bool:
 def verdict(audit: Audit) -> list[str]:
     """The verdict as sentences, the headline first and the caveat last."""
     return [
-        HEADLINES[outcome(audit)], _extraction(audit), _gap(audit), _strongest_attack(audit), *_forgetting(audit),
-        *_equivalences(audit), *_relearning(audit), CAVEAT,
-    ]  # fmt: skip
+        HEADLINES[outcome(audit)],
+        _extraction(audit),
+        _gap(audit),
+        _strongest_attack(audit),
+        *_forgetting(audit),
+        *_equivalences(audit),
+        *_relearning(audit),
+        CAVEAT,
+    ]
 
 
 def _targets(audit: Audit, model: ModelResult) -> list[AuditLine]:
@@ -292,8 +298,10 @@ def _equivalences(audit: Audit) -> list[str]:
         attacks = [test for test in tests if test.name.startswith("AUC")]
         words = [
             f"{test.name} {'equivalent' if test.equivalent else 'not shown equivalent'} ({test.difference:+.3f}, margin "
-            f"{test.margin:g})" for test in tests if test not in attacks
-        ]  # fmt: skip
+            f"{test.margin:g})"
+            for test in tests
+            if test not in attacks
+        ]
         if attacks:
             farthest = max(attacks, key=lambda test: abs(test.difference))
             words.append(

@@ -188,9 +188,14 @@ def _read(path: Path) -> dict[str, np.ndarray]:
 
 @torch.no_grad()
 def _score_chunk(
-    model: PreTrainedModel, tokens: Sequence[np.ndarray], start: np.ndarray, limit: int, ids: Sequence[int] | None,
-    batch_tokens: int, begin: int,
-) -> dict[str, np.ndarray]:  # fmt: skip
+    model: PreTrainedModel,
+    tokens: Sequence[np.ndarray],
+    start: np.ndarray,
+    limit: int,
+    ids: Sequence[int] | None,
+    batch_tokens: int,
+    begin: int,
+) -> dict[str, np.ndarray]:
     """The table of one chunk: the fields of `DocumentScore`, flat, and int64 `ends` of the documents in them."""
     first = 0 if len(start) else 1
     ends = np.cumsum([len(document) - first for document in tokens])
@@ -198,8 +203,10 @@ def _score_chunk(
     table |= {name: np.empty(int(ends[-1]), np.int32 if name == "rank" else np.float32) for name in FIELDS[1:]}
     # A window: document, its tokens [low, high), of which those from `new` on are predicted.
     windows = [
-        (index, *window) for index, document in enumerate(tokens) for window in _windows(len(document), limit - len(start), first)
-    ]  # fmt: skip
+        (index, *window)
+        for index, document in enumerate(tokens)
+        for window in _windows(len(document), limit - len(start), first)
+    ]
     windows.sort(key=lambda window: window[1] - window[2])  # the longest first
     at = 0
     while at < len(windows):
@@ -220,9 +227,13 @@ def _score_chunk(
 
 
 def _read_windows(
-    model: PreTrainedModel, tokens: Sequence[np.ndarray], start: np.ndarray, ids: Sequence[int] | None,
-    windows: list[tuple[int, int, int, int]], width: int,
-) -> dict[str, np.ndarray]:  # fmt: skip
+    model: PreTrainedModel,
+    tokens: Sequence[np.ndarray],
+    start: np.ndarray,
+    ids: Sequence[int] | None,
+    windows: list[tuple[int, int, int, int]],
+    width: int,
+) -> dict[str, np.ndarray]:
     """One forward over some windows, padded on the right: each statistic of the token after each place, [windows, width]."""
     batch = np.zeros((len(windows), width), np.int64)
     for row, (index, low, high, _) in enumerate(windows):

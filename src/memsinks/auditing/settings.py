@@ -65,8 +65,14 @@ class AuditSettings:
     def _problems(self) -> list[str]:
         problems = []
         for name, least in (
-            ("prefix", 1), ("continuation", 1), ("generate", 0), ("collateral", 0), ("shown", 0), ("resamples", 100), ("seed", 0),
-        ):  # fmt: skip
+            ("prefix", 1),
+            ("continuation", 1),
+            ("generate", 0),
+            ("collateral", 0),
+            ("shown", 0),
+            ("resamples", 100),
+            ("seed", 0),
+        ):
             problems += int_at_least(name, getattr(self, name), least)
         for name, least in (("prefixes", 1), ("offsets", 0)):
             if not all(is_int(x) and x >= least for x in getattr(self, name)):

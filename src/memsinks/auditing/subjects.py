@@ -138,8 +138,10 @@ def _bytes(tensor: torch.Tensor) -> np.ndarray:
 def facts(model: PreTrainedModel) -> dict[str, Any]:
     """What a result says about a model: architecture, parameters of the stock part and of the sinks, hash of the weights."""
     return {
-        "model_type": model.config.model_type, "parameters": sum(x.numel() for x in shared_parameters(model)),
+        "model_type": model.config.model_type,
+        "parameters": sum(x.numel() for x in shared_parameters(model)),
         "sink_parameters": sum(x.numel() for x in sink_parameters(model)),
         "device": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else str(model.device),
-        "dtype": str(model.dtype).removeprefix("torch."), "weights_sha256": weights_hash(model),
-    }  # fmt: skip
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "weights_sha256": weights_hash(model),
+    }

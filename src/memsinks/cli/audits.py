@@ -10,11 +10,14 @@ from memsinks.cli.options import SAME_AGAIN, Commands, add_command, add_document
 
 def add_audit(commands: Commands) -> None:
     parser = add_command(
-        commands, "audit", run_audit, "what a model remembers of documents",
+        commands,
+        "audit",
+        run_audit,
+        "what a model remembers of documents",
         "Score documents against controls the model never saw: loss, verbatim extraction, membership, by number of copies. "
         "A model is [NAME=]PATH[@open|@closed]; the state of its sinks is required where it has them.",
         again=lambda arguments: SAME_AGAIN if arguments.out else "",
-    )  # fmt: skip
+    )
     parser.add_argument("model", help="a checkpoint folder or name, with or without sinks")
     add_documents(parser)
     parser.add_argument(
@@ -68,10 +71,17 @@ def run_audit(arguments: Namespace) -> None:
     from memsinks.data.tokens import load_tokenizer
 
     settings = AuditSettings(
-        prefix=arguments.prefix, continuation=arguments.continuation, prefixes=tuple(arguments.prefixes),
-        offsets=tuple(arguments.offsets), by=arguments.by, end=not arguments.no_end, shown=arguments.shown,
-        generate=arguments.generate, margin_loss=arguments.margin_loss, margin_auc=arguments.margin_auc,
-    )  # fmt: skip
+        prefix=arguments.prefix,
+        continuation=arguments.continuation,
+        prefixes=tuple(arguments.prefixes),
+        offsets=tuple(arguments.offsets),
+        by=arguments.by,
+        end=not arguments.no_end,
+        shown=arguments.shown,
+        generate=arguments.generate,
+        margin_loss=arguments.margin_loss,
+        margin_auc=arguments.margin_auc,
+    )
     fields = {name: getattr(arguments, name) for name in ("text_field", "key_field", "source_field")}
     documents = list(
         islice(read_documents(arguments.documents, copies_field=arguments.copies_field, **fields), arguments.limit)
@@ -81,11 +91,20 @@ def run_audit(arguments: Namespace) -> None:
         Subject.parse(text) if text else None for text in (arguments.against, arguments.twin, arguments.seen_once)
     )
     result = audit(
-        Subject.parse(arguments.model), documents, controls,
-        load_tokenizer(arguments.tokenizer) if arguments.tokenizer else None, state=arguments.state, against=against,
-        twin=twin, seen_once=seen_once, others=[Subject.parse(text) for text in arguments.also], settings=settings,
-        relearn_steps=arguments.relearn, relearn_lr=arguments.relearn_lr, out=arguments.out,
-    )  # fmt: skip
+        Subject.parse(arguments.model),
+        documents,
+        controls,
+        load_tokenizer(arguments.tokenizer) if arguments.tokenizer else None,
+        state=arguments.state,
+        against=against,
+        twin=twin,
+        seen_once=seen_once,
+        others=[Subject.parse(text) for text in arguments.also],
+        settings=settings,
+        relearn_steps=arguments.relearn,
+        relearn_lr=arguments.relearn_lr,
+        out=arguments.out,
+    )
     print(result)
     if arguments.out:
         print(f"\n{arguments.out}/report.html")
@@ -93,10 +112,13 @@ def run_audit(arguments: Namespace) -> None:
 
 def add_lm_eval_task(commands: Commands) -> None:
     parser = add_command(
-        commands, "lm-eval-task", run_lm_eval_task, "write a task for lm-evaluation-harness",
+        commands,
+        "lm-eval-task",
+        run_lm_eval_task,
+        "write a task for lm-evaluation-harness",
         "Write a folder with a task for lm-evaluation-harness that measures verbatim extraction and loss gap, and print the "
         "command that runs it. It needs no memsinks and reads a checkpoint with its sinks closed.",
-    )  # fmt: skip
+    )
     parser.add_argument("model", help="the model, or its tokenizer alone: texts are cut at its tokens")
     add_documents(parser)
     parser.add_argument("--out", required=True, help="an empty or new folder")
@@ -112,11 +134,25 @@ def run_lm_eval_task(arguments: Namespace) -> None:
     field = arguments.text_field
     folder = write_lm_eval_task(
         list(read_documents(arguments.documents, text_field=field, copies_field=arguments.copies_field)),
-        list(read_documents(arguments.controls, text_field=field)), load_tokenizer(arguments.model), arguments.out,
-        prefix=arguments.prefix, continuation=arguments.continuation,
-    )  # fmt: skip
+        list(read_documents(arguments.controls, text_field=field)),
+        load_tokenizer(arguments.model),
+        arguments.out,
+        prefix=arguments.prefix,
+        continuation=arguments.continuation,
+    )
     model = "MODEL" if Path(arguments.model).is_file() else arguments.model
-    print(join([
-        "lm_eval", "--model", "hf", "--model_args", f"pretrained={model},softmax_dtype=float32", "--include_path",
-        str(folder), "--tasks", "memsinks",
-    ]))  # fmt: skip
+    print(
+        join(
+            [
+                "lm_eval",
+                "--model",
+                "hf",
+                "--model_args",
+                f"pretrained={model},softmax_dtype=float32",
+                "--include_path",
+                str(folder),
+                "--tasks",
+                "memsinks",
+            ]
+        )
+    )

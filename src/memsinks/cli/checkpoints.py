@@ -9,14 +9,21 @@ from memsinks.cli.options import Commands, add_command
 
 def add_export(commands: Commands) -> None:
     parser = add_command(
-        commands, "export", run_export, "write a plain checkpoint without sinks",
+        commands,
+        "export",
+        run_export,
+        "write a plain checkpoint without sinks",
         "Write the model without its sinks into an empty folder, load it in a fresh process without memsinks, compare "
         "logits, and write a model card.",
-    )  # fmt: skip
+    )
     parser.add_argument("checkpoint", help="a checkpoint folder with sinks")
     parser.add_argument("directory", help="an empty or new folder")
-    parser.add_argument("--rescale", choices=("none", "expected", "released"), default="none",
-                        help="factor of the general neurons, for the published method (%(default)s)")  # fmt: skip
+    parser.add_argument(
+        "--rescale",
+        choices=("none", "expected", "released"),
+        default="none",
+        help="factor of the general neurons, for the published method (%(default)s)",
+    )
     parser.add_argument("--notes", default="", help="text for the model card")
 
 

@@ -33,7 +33,17 @@ def parser() -> argparse.ArgumentParser:
     )
     whole.add_argument("--version", action="version", version=f"memsinks {__version__}")
     commands = whole.add_subparsers(metavar="COMMAND", required=True)
-    for add in (add_demo, add_train, add_estimate, add_audit, add_lm_eval_task, add_prepare, add_compare, add_reproduce,
-                add_export, add_info):  # fmt: skip
+    for add in (
+        add_demo,
+        add_train,
+        add_estimate,
+        add_audit,
+        add_lm_eval_task,
+        add_prepare,
+        add_compare,
+        add_reproduce,
+        add_export,
+        add_info,
+    ):
         add(commands)
     return whole

@@ -10,10 +10,13 @@ from memsinks.cli.options import SAME_AGAIN, Commands, add_changes, add_command,
 
 def add_prepare(commands: Commands) -> None:
     parser = add_command(
-        commands, "prepare", run_prepare, "make the data of a comparison",
+        commands,
+        "prepare",
+        run_prepare,
+        "make the data of a comparison",
         "Make the folder of tokens, documents and tokenizer that all arms of a seed train on, as `compare` would; it may be "
         "copied to a machine that has no network.",
-    )  # fmt: skip
+    )
     parser.add_argument("comparison", help="YAML file: a recipe with arms, seeds and roles")
     parser.add_argument("--seeds", nargs="+", type=int, default=[], metavar="SEED", help="only these")
     add_changes(parser)
@@ -30,11 +33,14 @@ def run_prepare(arguments: Namespace) -> None:
 
 def add_compare(commands: Commands) -> None:
     parser = add_command(
-        commands, "compare", run_compare, "arms x seeds -> one table",
+        commands,
+        "compare",
+        run_compare,
+        "arms x seeds -> one table",
         "Train every arm of a comparison with every seed (finished runs are kept), audit each seed, and write one table, "
         "one JSON and the picture of forgetting against price.",
         again=lambda _: SAME_AGAIN,
-    )  # fmt: skip
+    )
     parser.add_argument("comparison", help="YAML file: a recipe with arms, seeds and roles")
     parser.add_argument("--arms", nargs="+", default=[], metavar="ARM", help="only these")
     parser.add_argument("--seeds", nargs="+", type=int, default=[], metavar="SEED", help="only these")
@@ -62,20 +68,27 @@ def run_compare(arguments: Namespace) -> None:
     command = [arguments.comparison, *(x for text in arguments.set for x in ("--set", text))]
     command += ["--scale", arguments.scale] if arguments.scale else []
     result = compare(
-        comparison, arms=arguments.arms, seeds=arguments.seeds, jobs=arguments.jobs, command=command,
+        comparison,
+        arms=arguments.arms,
+        seeds=arguments.seeds,
+        jobs=arguments.jobs,
+        command=command,
         audits=not arguments.train_only,
-    )  # fmt: skip
+    )
     if result is not None:
         print(f"{table(result)}\n\n{comparison.recipe.output}: table.md, compare.json, pareto.png, a report a seed")
 
 
 def add_reproduce(commands: Commands) -> None:
     parser = add_command(
-        commands, "reproduce", run_reproduce, "the paper's controlled study, figure by figure",
+        commands,
+        "reproduce",
+        run_reproduce,
+        "the paper's controlled study, figure by figure",
         "Train what a published figure needs (finished runs are kept), and write FIGURE.json and FIGURE.png. "
         "--size small is made for a CPU core, --size paper is the published size and wants a GPU.",
         again=lambda _: SAME_AGAIN,
-    )  # fmt: skip
+    )
     parser.add_argument("figures", nargs="+", metavar="FIGURE", help="fig2, fig3, fig4, fig5, fig7, theory or all")
     parser.add_argument("--size", default="small", help="small, paper or tiny (%(default)s)")
     parser.add_argument("--scale", dest="size", default=SUPPRESS, help=SUPPRESS)  # its name before

@@ -10,10 +10,13 @@ from memsinks.cli.options import Commands, add_changes, add_command, changes_of,
 
 def add_demo(commands: Commands) -> None:
     parser = add_command(
-        commands, "demo", run_demo, "train, remove and show, on the built-in corpus",
+        commands,
+        "demo",
+        run_demo,
+        "train, remove and show, on the built-in corpus",
         "Train an ordinary model and the same model with sinks on invented stories and personal records, remove the sinks, "
         "and show what each model recites. Three to six minutes on two cores.",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--out", default="runs/demo", help="folder for the runs, the table and the picture (%(default)s)"
     )
@@ -28,10 +31,13 @@ def run_demo(arguments: Namespace) -> None:
 
 def add_train(commands: Commands) -> None:
     parser = add_command(
-        commands, "train", run_train, "run a recipe",
+        commands,
+        "train",
+        run_train,
+        "run a recipe",
         "Train as a YAML recipe says. The run folder holds the recipe, versions, metrics, checkpoints and the model.",
         again=lambda _: "the same command with --resume continues from the last checkpoint",
-    )  # fmt: skip
+    )
     parser.add_argument("recipe", help="YAML file; its keys are checked before anything starts")
     add_changes(parser)
     parser.add_argument("--resume", action="store_true", help="continue from the last complete checkpoint")
@@ -51,11 +57,14 @@ def run_train(arguments: Namespace) -> None:
 
 def add_estimate(commands: Commands) -> None:
     parser = add_command(
-        commands, "estimate", run_estimate, "what a recipe needs, before it runs",
+        commands,
+        "estimate",
+        run_estimate,
+        "what a recipe needs, before it runs",
         "Print parameters, tokens, FLOPs, memory by part, time and checkpoint sizes of a recipe or of each arm of a "
         "comparison, what does not fit, and widths that serving tools dislike. No model is allocated; the corpus is read "
         "where its rows cannot be counted otherwise.",
-    )  # fmt: skip
+    )
     parser.add_argument("recipe", help="YAML file: a recipe or a comparison")
     parser.add_argument("--gpu", default="H100", help="A100, H100 or H200 (%(default)s)")
     parser.add_argument(

@@ -26,10 +26,16 @@ from memsinks.errors import DataError, refuse
 Long = Literal["split", "fill", "truncate", "refuse"]
 
 
-SEGMENT = np.dtype([
-    ("document", np.int64), ("start", np.int64), ("size", np.int32), ("column", np.int32), ("document_id", np.int64),
-    ("exposure", np.int64),
-])  # fmt: skip
+SEGMENT = np.dtype(
+    [
+        ("document", np.int64),
+        ("start", np.int64),
+        ("size", np.int32),
+        ("column", np.int32),
+        ("document_id", np.int64),
+        ("exposure", np.int64),
+    ]
+)
 """A piece of a document in a row: tokens [start, start + size) of the document stand from `column` on."""
 
 

@@ -78,9 +78,16 @@ def make_rows(
     tokens = encode(tokenizer, (document.text for document in documents))
     copies = np.array([document.copies for document in documents], np.int64)
     return rows_of(
-        TokenizedDocuments(tokens, ids, groups, copies), seed=seed, epochs=epochs, prior=prior, length=length,
-        pad_id=pad_id, apart_from=apart_from, one_document_per_row=one_document_per_row, long=long,
-    )  # fmt: skip
+        TokenizedDocuments(tokens, ids, groups, copies),
+        seed=seed,
+        epochs=epochs,
+        prior=prior,
+        length=length,
+        pad_id=pad_id,
+        apart_from=apart_from,
+        one_document_per_row=one_document_per_row,
+        long=long,
+    )
 
 
 def rows_of(

@@ -73,10 +73,15 @@ def corpus(
     """
     levels = tuple(copies)
     numbers = {
-        "stories": stories, "people_per_level": people_per_level, "near_copies": near_copies or 0,
-        "canaries_per_level": canaries_per_level, "held_out_stories": held_out_stories, "people_once": people_once,
-        "people_held_out": people_held_out, **{f"copies[{index}]": level for index, level in enumerate(levels)},
-    }  # fmt: skip
+        "stories": stories,
+        "people_per_level": people_per_level,
+        "near_copies": near_copies or 0,
+        "canaries_per_level": canaries_per_level,
+        "held_out_stories": held_out_stories,
+        "people_once": people_once,
+        "people_held_out": people_held_out,
+        **{f"copies[{index}]": level for index, level in enumerate(levels)},
+    }
     refuse([problem for x in numbers.items() for problem in int_at_least(*x, 0)], "invalid corpus")
     members = people_per_level * sum(level > 0 for level in levels)
     near_copies = min(24, members) if near_copies is None else near_copies

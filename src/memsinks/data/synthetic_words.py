@@ -49,7 +49,7 @@ WORDS = {
         "rule": """share, ask for help, try again, tell the truth, wait, listen, be gentle, say sorry, look twice,
             take turns, keep a promise, start small""",
     }.items()
-}  # fmt: skip
+}
 
 
 def _steps(text: str) -> list[list[str]]:
@@ -231,17 +231,41 @@ PLOTS = [
 
 # What is said about persons. The first sentence names the person, all that is private comes after it.
 RECORDS = (
-    ("This is the town registry entry of {name}.", "The address is {address}, {town}.", "The phone number is {phone}.",
-     "The birthday is {birthday}.", "Messages go to {handle}.", "The account is {account}."),
-    ("{name} came to the town hall to be registered.", "The clerk gave out the account {account}.",
-     "The new home is {address} in {town}.", "Messages go to {handle}, calls to {phone}.", "Born on {birthday}."),
-    ("The library keeps a card for {name}.", "Late books are fetched at {address}, {town}.",
-     "Reminders go by phone to {phone} or to {handle}.", "The card shows {account} and the birthday {birthday}."),
-    ("{name} signed the rent book.", "Born on {birthday}, the tenant lives at {address} in {town}.",
-     "The rent is paid from {account}.", "The landlord calls {phone} or writes to {handle}."),
-    ("A parcel is waiting for {name}.", "Before delivery to {address}, {town}, the driver calls {phone}.",
-     "The receipt goes to {handle}.", "The fee is charged to {account}.", "The age is checked against {birthday}."),
-)  # fmt: skip
+    (
+        "This is the town registry entry of {name}.",
+        "The address is {address}, {town}.",
+        "The phone number is {phone}.",
+        "The birthday is {birthday}.",
+        "Messages go to {handle}.",
+        "The account is {account}.",
+    ),
+    (
+        "{name} came to the town hall to be registered.",
+        "The clerk gave out the account {account}.",
+        "The new home is {address} in {town}.",
+        "Messages go to {handle}, calls to {phone}.",
+        "Born on {birthday}.",
+    ),
+    (
+        "The library keeps a card for {name}.",
+        "Late books are fetched at {address}, {town}.",
+        "Reminders go by phone to {phone} or to {handle}.",
+        "The card shows {account} and the birthday {birthday}.",
+    ),
+    (
+        "{name} signed the rent book.",
+        "Born on {birthday}, the tenant lives at {address} in {town}.",
+        "The rent is paid from {account}.",
+        "The landlord calls {phone} or writes to {handle}.",
+    ),
+    (
+        "A parcel is waiting for {name}.",
+        "Before delivery to {address}, {town}, the driver calls {phone}.",
+        "The receipt goes to {handle}.",
+        "The fee is charged to {account}.",
+        "The age is checked against {birthday}.",
+    ),
+)
 FIRST = """Abigail Adrian Agnes Albert Alice Amos Anita Archie Beatrix Benedict Bertha Blanche Caleb Camille Cecil Celia
     Chester Clara Clement Colette Conrad Daphne Delia Desmond Dexter Dinah Edith Edmund Eliza Elmer Elsa Ernest Esther
     Eugene Fabian Fay Felicia Floyd Gideon Gilbert Gloria Greta Harriet Harvey Hazel Hector Helga Herbert Hilda Homer
@@ -251,23 +275,38 @@ FIRST = """Abigail Adrian Agnes Albert Alice Amos Anita Archie Beatrix Benedict 
 MIDDLE = """Amber Ash Birch Blaise Brook Cedar Clay Coral Dale Dawn Dune Ember Fern Flint Frost Glen Grey Heath Holly
     Iris Ivy Jade Juniper Lake Lark Laurel Linden Maple Marsh Moss North Opal Pearl Pine Rain Reed Ridge River Rowan
     Sage Slate Sorrel Stone Teal Thorn Vale Wren Willow""".split()
-LAST = ["Ackle Barn Cald Dren Els Farn Gold Hask Ing Jarl Kest Lund Mars Nor Ormer Pell Quen Rusk Stel Tarn Ulver Ver "
-        "Wim Yarrow Zell".split(), "beck berg bourne by croft dale den feld gate ham hurst ley low man mere nall rick "
-        "shaw sted son thorpe ton vale ward worth".split()]  # fmt: skip
-STREET = ["Apple Bridge Castle Chapel Garden Harbor Lantern Market Meadow Mill Orchard Silver Spring Station".split(),
-          "Street Road Lane Avenue Court Drive".split()]  # fmt: skip
-TOWN = ["Alder Bram Cor Dun Ever Fal Glas Hol Inver Kil Lam Mor Nether Ox Pen Quar Ran Sel Thur Up Wal Yel Brack Chil "
-        "Drum Ellis Fros Grim Hart Ker Lox Mid Nun Orm Pick Ros Stan Tid Wex Wind".split(),
-        "aven bay brook cester cliff combe don dorf field ford grove haven head holm hythe leigh mouth minster moor "
-        "port quay ridge stead stow stoke wade water well wick wold".split()]  # fmt: skip
+LAST = [
+    "Ackle Barn Cald Dren Els Farn Gold Hask Ing Jarl Kest Lund Mars Nor Ormer Pell Quen Rusk Stel Tarn Ulver Ver "
+    "Wim Yarrow Zell".split(),
+    "beck berg bourne by croft dale den feld gate ham hurst ley low man mere nall rick "
+    "shaw sted son thorpe ton vale ward worth".split(),
+]
+STREET = [
+    "Apple Bridge Castle Chapel Garden Harbor Lantern Market Meadow Mill Orchard Silver Spring Station".split(),
+    "Street Road Lane Avenue Court Drive".split(),
+]
+TOWN = [
+    "Alder Bram Cor Dun Ever Fal Glas Hol Inver Kil Lam Mor Nether Ox Pen Quar Ran Sel Thur Up Wal Yel Brack Chil "
+    "Drum Ellis Fros Grim Hart Ker Lox Mid Nun Orm Pick Ros Stan Tid Wex Wind".split(),
+    "aven bay brook cester cliff combe don dorf field ford grove haven head holm hythe leigh mouth minster moor "
+    "port quay ridge stead stow stoke wade water well wick wold".split(),
+]
 MONTHS = "January February March April May June July August September October November December".split()
 CODE_WORDS = """amber anvil basil beryl cactus canyon cobalt comet copper coral delta dragon ember falcon fennel garnet
     ginger glacier granite harbor hazel indigo ivory jasper kettle lagoon lemon magnet maple marble meteor mustard
     nickel onyx orbit otter pepper pixel plasma quartz quiver radish raven saffron salmon sierra silver spruce sulfur
     tango teapot timber topaz tulip turnip umber velvet violet walnut willow yonder zebra zephyr zinc""".split()
 ABBREVIATIONS = {"Street": "St", "Road": "Rd", "Lane": "Ln", "Avenue": "Ave", "Court": "Ct", "Drive": "Dr"}
-REWORDED = {"Messages go": "Mail goes", "phone": "telephone", "account": "account number", "home": "house",
-            "fetched": "picked up", "calls": "rings", "paid": "taken", "charged": "billed"}  # fmt: skip
+REWORDED = {
+    "Messages go": "Mail goes",
+    "phone": "telephone",
+    "account": "account number",
+    "home": "house",
+    "fetched": "picked up",
+    "calls": "rings",
+    "paid": "taken",
+    "charged": "billed",
+}
 FACTS = {
     "address": rf"\b\d+ [A-Z][a-z]+ (?:{'|'.join([*ABBREVIATIONS, *ABBREVIATIONS.values()])})\b(?=,| in )",
     "town": r"(?:(?<=, )|(?<= in ))[A-Z][a-z]+(?=[.,])",

@@ -47,10 +47,15 @@ def _read(data: DataRecipe) -> tuple[list[Document], list[Document]]:
     if data.path is None:
         return corpus(**data.synthetic), []
     source = read_documents(
-        expanded(data.path, "data.path"), text_field=data.text_field, key_field=data.key_field,
-        source_field=data.source_field, copies_field=data.copies_field, separator=data.separator, split=data.split,
+        expanded(data.path, "data.path"),
+        text_field=data.text_field,
+        key_field=data.key_field,
+        source_field=data.source_field,
+        copies_field=data.copies_field,
+        separator=data.separator,
+        split=data.split,
         streaming=data.streaming,
-    )  # fmt: skip
+    )
     if data.cut_characters is not None:
         source = cut_documents(source, data.cut_characters)
     documents = list(itertools.islice(source, None if data.limit is None else data.limit + data.unseen))
@@ -85,9 +90,12 @@ def _choose(documents: list[Document], data: DataRecipe, seed: int) -> tuple[lis
 def background_documents(background: BackgroundRecipe) -> Iterator[Document]:
     """The documents of ``data.background``, as they are read."""
     return read_documents(
-        expanded(background.path, "data.background.path"), text_field=background.text_field,
-        separator=background.separator, split=background.split, streaming=background.streaming,
-    )  # fmt: skip
+        expanded(background.path, "data.background.path"),
+        text_field=background.text_field,
+        separator=background.separator,
+        split=background.split,
+        streaming=background.streaming,
+    )
 
 
 def expanded(path: str, name: str) -> str:

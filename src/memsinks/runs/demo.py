@@ -32,17 +32,30 @@ from memsinks.sinks.checkpoint import load
 logger = logging.getLogger(__name__)
 
 RECIPE: Mapping[str, Any] = {
-    "data": {"synthetic": {
-        "stories": 3000, "people_per_level": 8, "people_once": 300, "people_held_out": 100, "near_copies": 0,
-        "canaries_per_level": 0,
-    }},
+    "data": {
+        "synthetic": {
+            "stories": 3000,
+            "people_per_level": 8,
+            "people_once": 300,
+            "people_held_out": 100,
+            "near_copies": 0,
+            "canaries_per_level": 0,
+        }
+    },
     "tokenizer": {"vocab_size": 1024},
-    "model": {"config": {
-        "model_type": "llama", "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4,
-        "num_attention_heads": 4, "num_key_value_heads": 4, "tie_word_embeddings": True,
-    }},
+    "model": {
+        "config": {
+            "model_type": "llama",
+            "hidden_size": 128,
+            "intermediate_size": 512,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "tie_word_embeddings": True,
+        }
+    },
     "training": {"length": 192, "batch_rows": 6, "lr": 3e-3, "log_every": 50},
-}  # fmt: skip
+}
 WITH_SINKS: Mapping[str, Any] = {"sinks": {"neurons": 2048, "active": 128}, "settle": {}}
 """What the second model has in its recipe beside the first's."""
 MARK = "demo.json"
@@ -117,9 +130,15 @@ def measure_models(
     stories, new_stories = ([x for x in side if x.kind == "story"] for side in (members, controls))
     subjects = {name: Subject(model, "open" if name == "open" else None, NAMES[name]) for name, model in models.items()}
     found = audit(
-        subjects["removed"], records, unseen, tokenizer, against=subjects["ordinary"], others=[subjects["open"]],
-        private_start=private_start, out=report,
-    )  # fmt: skip
+        subjects["removed"],
+        records,
+        unseen,
+        tokenizer,
+        against=subjects["ordinary"],
+        others=[subjects["open"]],
+        private_start=private_start,
+        out=report,
+    )
     # A story's sinks never opened in training: it was met once. Its text is scored as the model is used, closed.
     subjects["open"] = Subject(models["open"], "closed")
     quick = AuditSettings(generate=0, collateral=0)
@@ -133,13 +152,16 @@ def measure_models(
             for name, label in NAMES.items()
         },
         "verdict": verdict(found),
-    }  # fmt: skip
+    }
 
 
 def _figures(line: AuditLine) -> dict[str, Any]:
     return {
-        "copies": line.copies, "documents": line.documents, "loss": line.loss.value, "extracted": line.extracted.value,
-    }  # fmt: skip
+        "copies": line.copies,
+        "documents": line.documents,
+        "loss": line.loss.value,
+        "extracted": line.extracted.value,
+    }
 
 
 def one_record(
@@ -165,10 +187,17 @@ def one_record(
 
 def format_result(result: Mapping[str, Any], out: Path) -> str:
     """Table, record and verdict as text, and where the rest lies."""
-    return "\n".join([
-        format_table(result), "", format_record(result["record"]), "", *result["verdict"], "",
-        f"{result['seconds']} s. The report: {out}/report/report.html; the picture: {out}/extraction.png",
-    ])  # fmt: skip
+    return "\n".join(
+        [
+            format_table(result),
+            "",
+            format_record(result["record"]),
+            "",
+            *result["verdict"],
+            "",
+            f"{result['seconds']} s. The report: {out}/report/report.html; the picture: {out}/extraction.png",
+        ]
+    )
 
 
 def format_table(result: Mapping[str, Any]) -> str:
@@ -215,9 +244,17 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
         lines = result["records"][name]
         colour, marker, dash = styles[name]
         axes.plot(
-            range(len(lines)), [100 * line["extracted"] for line in lines], dash, color=colour, marker=marker,
-            markersize=7, linewidth=2, label=label, clip_on=False, zorder=3,
-        )  # fmt: skip
+            range(len(lines)),
+            [100 * line["extracted"] for line in lines],
+            dash,
+            color=colour,
+            marker=marker,
+            markersize=7,
+            linewidth=2,
+            label=label,
+            clip_on=False,
+            zorder=3,
+        )
     levels = [line["copies"] for line in result["records"]["ordinary"]]
     axes.set_xticks(range(len(levels)), ["never\nseen" if level == 0 else str(level) for level in levels])
     axes.set(xlabel="copies of the record in the training text", ylabel="records recited in full (%)", ylim=(0, 100))

@@ -107,12 +107,23 @@ def estimate(recipe: Recipe) -> RunEstimate:
     # The optimizer's temporaries (as large as the weights, on a GPU) come when the activations are gone.
     peak = 2 * weights + moments + max(kept + temporaries, weights)
     return RunEstimate(
-        shared=shared, sinks=sinks, open=shared + (sinks * config.active // config.neurons if config else 0),
+        shared=shared,
+        sinks=sinks,
+        open=shared + (sinks * config.active // config.neurons if config else 0),
         step_flops=training.accumulate * flops(model, rows, training.length, training.gradient_checkpointing),
-        weights=weights, gradients=weights, moments=moments, activations=with_all, activations_checkpointed=with_inputs,
-        recomputed=recomputed, temporaries=temporaries, peak=peak, checkpoint=weights + moments, model=weights,
-        exported=4 * shared, warnings=(*_not_counted(recipe), *_dislikes(model, config)),
-    )  # fmt: skip
+        weights=weights,
+        gradients=weights,
+        moments=moments,
+        activations=with_all,
+        activations_checkpointed=with_inputs,
+        recomputed=recomputed,
+        temporaries=temporaries,
+        peak=peak,
+        checkpoint=weights + moments,
+        model=weights,
+        exported=4 * shared,
+        warnings=(*_not_counted(recipe), *_dislikes(model, config)),
+    )
 
 
 def size_of(recipe: Recipe, one_document_per_row: bool = False) -> Size:

@@ -29,15 +29,34 @@ SPARE = 0.1
 """Share of the memory for the CUDA context, fragments and work space of kernels."""
 
 HEADS = (
-    "", "shared", "sinks", "open", "FLOPs", "time", "weights", "grads", "moments", "activations", "checkpointed", "temp.",
-    "peak", "to resume", "model", "exported",
-)  # fmt: skip
+    "",
+    "shared",
+    "sinks",
+    "open",
+    "FLOPs",
+    "time",
+    "weights",
+    "grads",
+    "moments",
+    "activations",
+    "checkpointed",
+    "temp.",
+    "peak",
+    "to resume",
+    "model",
+    "exported",
+)
 
 
 def format_estimate(
-    recipe: Recipe, arms: Mapping[str, Recipe] | None = None, seeds: int = 1, *, gpu: str = "H100", gpus: int = 1,
+    recipe: Recipe,
+    arms: Mapping[str, Recipe] | None = None,
+    seeds: int = 1,
+    *,
+    gpu: str = "H100",
+    gpus: int = 1,
     mfu: float = 0.4,
-) -> str:  # fmt: skip
+) -> str:
     """A table in text: a line a model, then what does not fit and what serving tools dislike.
 
     Args:
@@ -69,11 +88,17 @@ def format_estimate(
     where = f"{gpus} {gpu}" + (", a run on each" if arms and gpus > 1 else "")
     rate = f"{mfu:.0%} of {peak / 1e12:.0f} TFLOPS {training.precision}"
     whole = _time(_span(seconds * seeds, gpus if arms else 1))
-    return "\n".join([
-        _corpus(size, recipe, steps), f"{where} at {rate}; memory and files in {'MB' if small else 'GB'}", "",
-        *_aligned([HEADS, *lines]), "", f"in all {whole}, {runs} run{'s' if runs > 1 else ''}, audits not counted",
-        *_notes(figures, gpu),
-    ])  # fmt: skip
+    return "\n".join(
+        [
+            _corpus(size, recipe, steps),
+            f"{where} at {rate}; memory and files in {'MB' if small else 'GB'}",
+            "",
+            *_aligned([HEADS, *lines]),
+            "",
+            f"in all {whole}, {runs} run{'s' if runs > 1 else ''}, audits not counted",
+            *_notes(figures, gpu),
+        ]
+    )
 
 
 def _estimates(models: Mapping[str, Recipe]) -> dict[str, RunEstimate]:

@@ -80,9 +80,12 @@ class RunFolder:
         except (yaml.YAMLError, ValueError, TypeError) as error:
             raise CheckpointError(f"{path} is damaged ({error}); restore it, or choose another output") from error
         refuse_other_settings(
-            before, recipe.to_dict(), path, kinds={"": Recipe},
+            before,
+            recipe.to_dict(),
+            path,
+            kinds={"": Recipe},
             remedy="resume with the same recipe and the same --set, or choose another output",
-        )  # fmt: skip
+        )
 
     def _clean(self) -> None:
         for name in WRITTEN:

@@ -45,10 +45,13 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTraine
 def _new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """From the settings, its start values from the seed."""
     settings = {
-        "vocab_size": len(tokenizer), "max_position_embeddings": recipe.training.length,
-        "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id, **recipe.model.config,
-    }  # fmt: skip
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": recipe.training.length,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        **recipe.model.config,
+    }
     kind = settings.pop("model_type")
     torch.manual_seed(recipe.training.seed)
     try:

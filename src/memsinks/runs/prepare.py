@@ -109,11 +109,15 @@ def prepare(recipe: Recipe, one_document_per_row: bool = False, folder: Path | N
     _warn_of_equal_repetition(recipe, corpus.documents)
     own = one_document_per_row if data.one_document_per_row is None else data.one_document_per_row
     rows = rows_of(
-        corpus.documents, seed=training.seed, epochs=training.epochs, length=training.length,
+        corpus.documents,
+        seed=training.seed,
+        epochs=training.epochs,
+        length=training.length,
         pad_id=pad_token(corpus.tokenizer),
         apart_from=recipe.sinks.open_from if recipe.sinks and recipe.sinks.shared == "none" else None,
-        one_document_per_row=own or _model_type(recipe) not in ISOLATES_PACKED, long=data.long,
-    )  # fmt: skip
+        one_document_per_row=own or _model_type(recipe) not in ISOLATES_PACKED,
+        long=data.long,
+    )
     if len(rows) < training.batch_rows:
         raise DataError(f"the corpus fills {len(rows)} rows, one step needs {training.batch_rows}; lower batch_rows")
     return PreparedCorpus(rows, corpus.members, corpus.controls, _unseen_rows(corpus, recipe), corpus.tokenizer)
@@ -133,10 +137,14 @@ def _unseen_rows(corpus: TokenizedCorpus, recipe: Recipe) -> Rows | None:
     if not corpus.unseen:
         return None
     rows = pack(
-        encode(corpus.tokenizer, [x.text for x in corpus.unseen]), identify(corpus.unseen)[0], [1] * len(corpus.unseen),
-        length=recipe.training.length, pad_id=pad_token(corpus.tokenizer), one_document_per_row=True,
+        encode(corpus.tokenizer, [x.text for x in corpus.unseen]),
+        identify(corpus.unseen)[0],
+        [1] * len(corpus.unseen),
+        length=recipe.training.length,
+        pad_id=pad_token(corpus.tokenizer),
+        one_document_per_row=True,
         long="split" if recipe.data.long == "fill" else recipe.data.long,
-    )  # fmt: skip
+    )
     return rows.one_segment_each(rows.segments[rows.segments["size"] > 1])
 
 
@@ -232,9 +240,12 @@ def _stored(recipe: Recipe, folder: Path) -> TokenizedCorpus:
             _write(recipe, part)
     facts = _facts(folder)
     refuse_other_settings(
-        facts["settings"], _settings(recipe), folder, kinds={"data": DataRecipe},
+        facts["settings"],
+        _settings(recipe),
+        folder,
+        kinds={"data": DataRecipe},
         ignored=[f"data.{name}" for name in OF_ROWS],
-    )  # fmt: skip
+    )
     _refuse_changed(facts, source_hashes(recipe), folder)
     try:
         return _load(folder, facts, bool(recipe.data.unseen))
@@ -250,17 +261,24 @@ def _write(recipe: Recipe, part: Path) -> None:
     documents = corpus.documents
     assert isinstance(documents.tokens, StoredTokens)
     np.savez(
-        part / "index.npz", offsets=documents.tokens.offsets, ids=documents.ids, groups=documents.groups,
+        part / "index.npz",
+        offsets=documents.tokens.offsets,
+        ids=documents.ids,
+        groups=documents.groups,
         copies=documents.copies,
-    )  # fmt: skip
+    )
     for name in ("members", "controls", "unseen"):
         write_documents(part / f"{name}.jsonl", getattr(corpus, name))
     corpus.tokenizer.save_pretrained(part / "tokenizer")
     facts = {
-        "settings": _settings(recipe), "sources": sources, "members": len(corpus.members), "controls": len(corpus.controls),
+        "settings": _settings(recipe),
+        "sources": sources,
+        "members": len(corpus.members),
+        "controls": len(corpus.controls),
         "background": len(documents.copies) - len(corpus.members),
-        "tokens": int((documents.tokens.sizes * documents.copies).sum()), "tokens_sha256": file_hash(part / "tokens.bin"),
-    }  # fmt: skip
+        "tokens": int((documents.tokens.sizes * documents.copies).sum()),
+        "tokens_sha256": file_hash(part / "tokens.bin"),
+    }
     (part / FACTS).write_text(json.dumps(facts, indent=2) + "\n")
 
 

@@ -109,13 +109,16 @@ def _facts(recipe: Recipe, prepared: Prepared) -> dict[str, Any]:
     packages = ("torch", "transformers", "accelerate", "tokenizers", "numpy", "safetensors")
     return {
         "seed": recipe.training.seed,
-        "documents": len(prepared.members), "controls": len(prepared.controls),
-        "rows": len(rows), "rows_left_out": len(rows) % rows_per_step(recipe.training),
-        "tokens": rows.tokens, "fill": round(rows.fill, 4),
+        "documents": len(prepared.members),
+        "controls": len(prepared.controls),
+        "rows": len(rows),
+        "rows_left_out": len(rows) % rows_per_step(recipe.training),
+        "tokens": rows.tokens,
+        "fill": round(rows.fill, 4),
         "corpus_sha256": texts_hash(prepared.members),
         "versions": versions(*packages),
         "threads": torch.get_num_threads(),
-    }  # fmt: skip
+    }
 
 
 def _train(training: Training, rows: Rows, folder: RunFolder, label: str) -> None:
@@ -134,12 +137,18 @@ def _train(training: Training, rows: Rows, folder: RunFolder, label: str) -> Non
         loss = float(np.float32(losses).cumsum(dtype=np.float32)[-1]) / len(losses)
         losses.clear()
         logger.info(
-            "%sstep %d/%d  loss %.3f  %s tokens/s  %d:%02d left", label, done.step, training.total, loss, f"{rate:,.0f}",
-            left // 60, left % 60,
-        )  # fmt: skip
-        folder.add_metrics({
-            "step": done.step, "loss": loss, "learning_rate": done.learning_rate, "tokens_per_second": round(rate)
-        })  # fmt: skip
+            "%sstep %d/%d  loss %.3f  %s tokens/s  %d:%02d left",
+            label,
+            done.step,
+            training.total,
+            loss,
+            f"{rate:,.0f}",
+            left // 60,
+            left % 60,
+        )
+        folder.add_metrics(
+            {"step": done.step, "loss": loss, "learning_rate": done.learning_rate, "tokens_per_second": round(rate)}
+        )
 
 
 def _settle(model: PreTrainedModel, texts: tuple[Rows, Rows, Rows | None], recipe: Recipe) -> str:

@@ -16,9 +16,13 @@ from memsinks.sinks.state import SinkState, require_sinks
 
 
 def forward(
-    model: Any, stock: Any, arguments: dict[str, Any], document_ids: Tensor | None, exposures: Tensor | None,
+    model: Any,
+    stock: Any,
+    arguments: dict[str, Any],
+    document_ids: Tensor | None,
+    exposures: Tensor | None,
     places: Tensor | None,
-) -> Any:  # fmt: skip
+) -> Any:
     """What a model with sinks computes.
 
     Args:
@@ -63,9 +67,14 @@ def forward(
 
 
 def _train(
-    model: Any, stock: Any, shape: tuple[int, int], document_ids: Tensor | None, exposures: Tensor | None,
-    places: Tensor | None, arguments: dict[str, Any],
-) -> Any:  # fmt: skip
+    model: Any,
+    stock: Any,
+    shape: tuple[int, int],
+    document_ids: Tensor | None,
+    exposures: Tensor | None,
+    places: Tensor | None,
+    arguments: dict[str, Any],
+) -> Any:
     state = require_sinks(model)
     config = state.config
     ids = _aligned(document_ids, "document_ids", shape, NO_SINKS)

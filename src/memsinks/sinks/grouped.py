@@ -16,9 +16,14 @@ ALIGNED = 8
 
 
 def grouped(
-    x: Tensor, up: Tensor, gate: Tensor | None, down: Tensor, act: Callable[[Tensor], Tensor], plan: Pairs,
+    x: Tensor,
+    up: Tensor,
+    gate: Tensor | None,
+    down: Tensor,
+    act: Callable[[Tensor], Tensor],
+    plan: Pairs,
     scale: Tensor | None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """See `kernels.sink_forward`."""
     token, ends, place, open_token = plan
     row_scale = None if scale is None else scale[token]

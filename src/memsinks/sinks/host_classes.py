@@ -162,9 +162,13 @@ class SinkModel(Derived, ModelWithSinks):
     """A causal language model with sinks."""
 
     def forward_with_sinks(
-        self, *args: Any, document_ids: Tensor | None = None, exposures: Tensor | None = None, places: Tensor | None = None,
+        self,
+        *args: Any,
+        document_ids: Tensor | None = None,
+        exposures: Tensor | None = None,
+        places: Tensor | None = None,
         **kwargs: Any,
-    ) -> Any:  # fmt: skip
+    ) -> Any:
         kwargs.update(zip(self.sink_state.arguments, args, strict=False))
         return forward(self, super().forward, kwargs, document_ids, exposures, places)  # type: ignore[misc]
 

@@ -25,9 +25,14 @@ cost the same in benchmarks/sink_layer.py."""
 
 
 def tiled(
-    x: Tensor, up: Tensor, gate: Tensor | None, down: Tensor, act: Callable[[Tensor], Tensor], plan: Runs,
+    x: Tensor,
+    up: Tensor,
+    gate: Tensor | None,
+    down: Tensor,
+    act: Callable[[Tensor], Tensor],
+    plan: Runs,
     scale: Tensor | None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """See `kernels.sink_forward`."""
     hidden, opened = tiled_into(x, up, gate, plan.spans, plan.blocks, plan.tokens, scale)
     hidden = act(hidden) if gate is None else act(opened) * hidden
@@ -136,9 +141,15 @@ def _(
 
 @torch.library.custom_op("memsinks::tiled_into_backward", mutates_args=())
 def tiled_into_backward(
-    grad: Tensor, grad_gate: Tensor, x: Tensor, up: Tensor, gate: Tensor | None, spans: Tensor, blocks: Tensor,
+    grad: Tensor,
+    grad_gate: Tensor,
+    x: Tensor,
+    up: Tensor,
+    gate: Tensor | None,
+    spans: Tensor,
+    blocks: Tensor,
     scale: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of `tiled_into` to x, up and gate (empty without gate)."""
     pool, size, _ = up.shape
     weights = [weight for weight in (up, gate) if weight is not None]
@@ -155,9 +166,15 @@ def tiled_into_backward(
 
 @tiled_into_backward.register_fake
 def _(
-    _grad: Tensor, _grad_gate: Tensor, x: Tensor, up: Tensor, gate: Tensor | None, _spans: Tensor, _blocks: Tensor,
+    _grad: Tensor,
+    _grad_gate: Tensor,
+    x: Tensor,
+    up: Tensor,
+    gate: Tensor | None,
+    _spans: Tensor,
+    _blocks: Tensor,
     _scale: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(x), torch.empty_like(up), x.new_empty(0) if gate is None else torch.empty_like(gate)
 
 
@@ -176,9 +193,7 @@ tiled_into.register_autograd(_back_into, setup_context=_save_into)
 
 
 @torch.library.custom_op("memsinks::tiled_out", mutates_args=())
-def tiled_out(
-    hidden: Tensor, down: Tensor, spans: Tensor, blocks: Tensor, tokens: int, scale: Tensor | None
-) -> Tensor:  # fmt: skip
+def tiled_out(hidden: Tensor, down: Tensor, spans: Tensor, blocks: Tensor, tokens: int, scale: Tensor | None) -> Tensor:
     """What the open blocks of each token add to the output.
 
     Args:

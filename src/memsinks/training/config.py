@@ -70,8 +70,16 @@ class TrainingConfig:
         return self.batch_rows // self.accumulate
 
     def _problems(self) -> list[str]:
-        least = {"length": 2, "batch_rows": 1, "accumulate": 1, "epochs": 1, "seed": 0, "save_every": 0, "keep": 1,
-                 "log_every": 1}  # fmt: skip
+        least = {
+            "length": 2,
+            "batch_rows": 1,
+            "accumulate": 1,
+            "epochs": 1,
+            "seed": 0,
+            "save_every": 0,
+            "keep": 1,
+            "log_every": 1,
+        }
         counts = {name: int_at_least(name, getattr(self, name), value) for name, value in least.items()}
         problems = [problem for found in counts.values() for problem in found]
         problems += [] if self.threads is None else int_at_least("threads", self.threads, 1)

@@ -31,9 +31,14 @@ is the mean over the ranks, as DDP makes it."""
 
 
 def sinks_first(
-    model: nn.Module, optimizer: torch.optim.Optimizer, batches: Sequence[Mapping[str, Tensor]], *,
-    max_norm: float | None = 1.0, num_items_in_batch: Tensor | int | None = None, loss: Loss | None = None,
-) -> int:  # fmt: skip
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: Sequence[Mapping[str, Tensor]],
+    *,
+    max_norm: float | None = 1.0,
+    num_items_in_batch: Tensor | int | None = None,
+    loss: Loss | None = None,
+) -> int:
     """Update the sinks alone, in place, on the rows of a step that hold open text; gradients in ``.grad`` stay as they are.
 
     Args:
@@ -65,10 +70,9 @@ def sinks_first(
     if isinstance(batches, Mapping):
         raise DataError("sinks_first takes the list of a step's micro-batches; give [batch]")
     chosen = [_open_rows(batch, config) for batch in batches]
-    rows, device = sum(len(x) for x in chosen), parameters[0].device
+    rows, device, own_loss = sum(len(x) for x in chosen), parameters[0].device, loss is not None
     if not sum_over(torch.tensor(rows), device):
         return 0
-    own_loss = loss is not None
     loss = loss or _model_loss(batches, num_items_in_batch, device)
     held = [(x, x.grad) for x in model.parameters()]
     try:

@@ -176,9 +176,13 @@ class Training:
 
 
 def steps(
-    training: Training, batches: Batches, *, until: int | None = None, checkpoints: Path | None = None,
+    training: Training,
+    batches: Batches,
+    *,
+    until: int | None = None,
+    checkpoints: Path | None = None,
     facts: Mapping[str, Any] | None = None,
-) -> Iterator[Done]:  # fmt: skip
+) -> Iterator[Done]:
     """Train; after each step the caller may look, evaluate and write into ``training.notes``.
 
     Args:

@@ -50,9 +50,14 @@ def param_groups(
     groups: list[dict[str, Any]] = [
         {"name": "decay", "params": [x for x in shared if x.dim() > 1], "lr": lr, "weight_decay": weight_decay},
         {"name": "no decay", "params": [x for x in shared if x.dim() < 2], "lr": lr, "weight_decay": 0.0},
-        {"name": "sinks", "params": [x for x in sink_parameters(model) if x.requires_grad], "lr": lr * sink_lr_factor,
-         "weight_decay": 0.0, "lazy": True},
-    ]  # fmt: skip
+        {
+            "name": "sinks",
+            "params": [x for x in sink_parameters(model) if x.requires_grad],
+            "lr": lr * sink_lr_factor,
+            "weight_decay": 0.0,
+            "lazy": True,
+        },
+    ]
     return [group for group in groups if group["params"]]
 
 
@@ -181,9 +186,21 @@ class AdamW(torch.optim.AdamW):
             parts = (parameter, gradient, state["exp_avg"], state["exp_avg_sq"], state["step"])
             parameters, gradients, firsts, seconds, steps = ([x[index] for index in moved.tolist()] for x in parts)
             adamw(
-                parameters, gradients, firsts, seconds, [], steps, foreach=False, amsgrad=False, beta1=beta1, beta2=beta2,
-                lr=lr, weight_decay=group["weight_decay"], eps=eps, maximize=False,
-            )  # fmt: skip
+                parameters,
+                gradients,
+                firsts,
+                seconds,
+                [],
+                steps,
+                foreach=False,
+                amsgrad=False,
+                beta1=beta1,
+                beta2=beta2,
+                lr=lr,
+                weight_decay=group["weight_decay"],
+                eps=eps,
+                maximize=False,
+            )
             return
         shape = (-1, *[1] * (parameter.dim() - 1))
         gradient = gradient[moved]

@@ -290,9 +290,12 @@ class SinkTrainer(Trainer):
             model.train()
             optimizer: Any = self.optimizer
             sinks_first(
-                model, optimizer, batches, max_norm=self.args.max_grad_norm,
+                model,
+                optimizer,
+                batches,
+                max_norm=self.args.max_grad_norm,
                 loss=lambda model, rows, batch: self._loss_of(model, rows, batch, num_items_in_batch),
-            )  # fmt: skip
+            )
         return super().training_step(model, inputs, num_items_in_batch)
 
     def _loss_of(

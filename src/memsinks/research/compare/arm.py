@@ -161,9 +161,14 @@ def _make_steps(
         if (done.step - 1) % config.log_every == 0:
             curve.append(round(done.loss, 4))
             logger.info(
-                "%s: step %d/%d  loss %.3f  %s tokens/s  %.0f s", said, done.step - 1, training.total, done.loss,
-                f"{config.batch_rows * config.length / done.seconds:,.0f}", sum(seconds),
-            )  # fmt: skip
+                "%s: step %d/%d  loss %.3f  %s tokens/s  %.0f s",
+                said,
+                done.step - 1,
+                training.total,
+                done.loss,
+                f"{config.batch_rows * config.length / done.seconds:,.0f}",
+                sum(seconds),
+            )
 
 
 def _facts(arm: Arm, seed: int, training: Training, prepared: Prepared) -> dict[str, Any]:
@@ -171,16 +176,24 @@ def _facts(arm: Arm, seed: int, training: Training, prepared: Prepared) -> dict[
     each, in_training = statistics.median(seconds), sum(x.numel() for x in model.parameters())
     cuda = model.device.type == "cuda"
     return {
-        "arm": arm.name, "rival": arm.rival, "settings": arm.settings, "seed": seed, "steps": training.total,
-        "seconds": round(sum(seconds), 1), "seconds_per_step": round(each, 4), "curve": training.notes["curve"],
+        "arm": arm.name,
+        "rival": arm.rival,
+        "settings": arm.settings,
+        "seed": seed,
+        "steps": training.total,
+        "seconds": round(sum(seconds), 1),
+        "seconds_per_step": round(each, 4),
+        "curve": training.notes["curve"],
         "parameters": {"training": in_training, "open": in_training - _closed_parameters(model)},
-        "rows": len(prepared.rows), "tokens": prepared.rows.tokens,
+        "rows": len(prepared.rows),
+        "tokens": prepared.rows.tokens,
         "tokens_per_second": round(config.batch_rows * config.length / each),
-        "threads": torch.get_num_threads(), "precision": config.precision,
+        "threads": torch.get_num_threads(),
+        "precision": config.precision,
         "device": torch.cuda.get_device_name() if cuda else "cpu",
         "peak_bytes": torch.cuda.max_memory_allocated() if cuda else None,
         "versions": versions("torch", "transformers", "numpy"),
-    }  # fmt: skip
+    }
 
 
 def _settle(training: Training, made: TrainingMethod, texts: tuple[Rows, Rows, Rows | None], seed: int) -> str:
@@ -244,11 +257,13 @@ def with_method(recipe: Recipe, made: TrainingMethod, seed: int, output: Path) -
         config["num_attention_heads"] += made.heads
         config["num_key_value_heads"] = config.get("num_key_value_heads", config["num_attention_heads"]) + made.heads
     return dataclasses.replace(
-        recipe, output=str(output), model=dataclasses.replace(recipe.model, config=config),
+        recipe,
+        output=str(output),
+        model=dataclasses.replace(recipe.model, config=config),
         training=dataclasses.replace(
             recipe.training, seed=seed, sink_lr_factor=made.sink_lr_factor, sinks_first=made.sinks_first
         ),
-    )  # fmt: skip
+    )
 
 
 def recipe_of_arm(recipe: Recipe, arm: Arm) -> Recipe:

@@ -120,8 +120,10 @@ def _todo(
         if gone:
             logger.info(
                 "seed %d: the models of %s are gone, what %s reports of them stays; remove it to train them again",
-                seed, ", ".join(gone), Path(comparison.recipe.output) / REPORT,
-            )  # fmt: skip
+                seed,
+                ", ".join(gone),
+                Path(comparison.recipe.output) / REPORT,
+            )
     return todo
 
 

@@ -14,7 +14,7 @@ from memsinks._version import versions
 from memsinks.data.documents import Document, write_documents
 from memsinks.data.identity import identify
 from memsinks.data.packing import Rows, pack
-from memsinks.data.tokens import encode
+from memsinks.data.tokens import encode, pad_token
 from memsinks.errors import CheckpointError
 from memsinks.files import write_json, written_beside
 from memsinks.research.compare.arm import RUN, SETTINGS, Arm, with_method
@@ -42,8 +42,10 @@ def edit_arm(comparison: Comparison, arm: Arm, editing: EditingMethod, seed: int
     base = next(x for x in comparison.arms if x.name == editing.after)
     finished = comparison.finished(base, seed)
     if finished is None:
-        raise CheckpointError(f"{arm.name} edits the model of {base.name}, which has no finished run with seed {seed}; "
-                              f"train it first: --arms {base.name!r} --seeds {seed}")  # fmt: skip
+        raise CheckpointError(
+            f"{arm.name} edits the model of {base.name}, which has no finished run with seed {seed}; "
+            f"train it first: --arms {base.name!r} --seeds {seed}"
+        )
     folder = comparison.folder(arm, seed)
     recipe = with_method(comparison.recipe, base.training, seed, folder)
     if recipe.training.threads:
@@ -62,11 +64,18 @@ def edit_arm(comparison: Comparison, arm: Arm, editing: EditingMethod, seed: int
             edited.save_pretrained(part / name)
             prepared.tokenizer.save_pretrained(part / name)
         facts = {
-            "arm": arm.name, "rival": arm.rival, "settings": arm.settings, "seed": seed, "steps": 0,
-            "seconds": round(time.perf_counter() - started, 1), "seconds_per_step": 0.0, "curve": [],
-            "parameters": finished["parameters"], "threads": torch.get_num_threads(),
+            "arm": arm.name,
+            "rival": arm.rival,
+            "settings": arm.settings,
+            "seed": seed,
+            "steps": 0,
+            "seconds": round(time.perf_counter() - started, 1),
+            "seconds_per_step": 0.0,
+            "curve": [],
+            "parameters": finished["parameters"],
+            "threads": torch.get_num_threads(),
             "versions": versions("torch", "transformers", "numpy"),
-        }  # fmt: skip
+        }
         write_documents(part / "documents.jsonl", [x for x in prepared.members if x.kind == AUDITED])
         write_documents(part / "controls.jsonl", prepared.controls)
         write_json(part / SETTINGS, comparison.settings(arm))
@@ -84,6 +93,10 @@ def _rows(documents: Sequence[Document], prepared: Prepared, length: int) -> Row
     """One document a row, cut to a row, once each."""
     tokens = [x[:length] for x in encode(prepared.tokenizer, [document.text for document in documents])]
     return pack(
-        tokens, identify(documents)[0], np.ones(len(tokens), np.int64), length=length,
-        pad_id=int(prepared.tokenizer.pad_token_id), one_document_per_row=True,  # type: ignore[arg-type]
-    )  # fmt: skip
+        tokens,
+        identify(documents)[0],
+        np.ones(len(tokens), np.int64),
+        length=length,
+        pad_id=pad_token(prepared.tokenizer),
+        one_document_per_row=True,
+    )

@@ -41,22 +41,36 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
             dear.append(f"{row['name']} ({point[0]:+.2f}, {point[1]:.0f}%)")
             continue
         ours = row["name"] == result["roles"]["audited"]
-        marks.append(Mark(
-            row["name"], "#D55E00" if ours else "#0072B2" if row["own"][0] is not None else "#555555", point,
-            ((min(x), min(y)), (max(x), max(y))),
-        ))  # fmt: skip
+        marks.append(
+            Mark(
+                row["name"],
+                "#D55E00" if ours else "#0072B2" if row["own"][0] is not None else "#555555",
+                point,
+                ((min(x), min(y)), (max(x), max(y))),
+            )
+        )
     for mark in marks:
         (left, low), (right, high) = mark.corners
         x, y = mark.point
         axes.errorbar(
-            x, y, xerr=[[x - left], [right - x]], yerr=[[y - low], [high - y]], marker="o", ls="", capsize=2,
-            color=mark.colour, markersize=7, elinewidth=1, zorder=3,
-        )  # fmt: skip
+            x,
+            y,
+            xerr=[[x - left], [right - x]],
+            yerr=[[y - low], [high - y]],
+            marker="o",
+            ls="",
+            capsize=2,
+            color=mark.colour,
+            markersize=7,
+            elinewidth=1,
+            zorder=3,
+        )
     axes.set(
         xlabel="price: loss on held-out text against ordinary training (nats)    ← better",
-        ylabel="gap closed (%)    better →", title="blue, orange: with sinks, removed.  grey: without sinks"
+        ylabel="gap closed (%)    better →",
+        title="blue, orange: with sinks, removed.  grey: without sinks"
         + (f".  Not drawn: {', '.join(dear)}" if dear else ""),
-    )  # fmt: skip
+    )
     axes.title.set(fontsize=9, color="#444444")
     axes.margins(0.12)
     axes.grid(color="#e2e2e2", lw=0.8)
@@ -78,19 +92,28 @@ def _label(axes: Any, marks: Sequence[Mark]) -> None:
         (left, low), (right, high) = axes.transData.transform(mark.corners)
         x, y = axes.transData.transform(mark.point)
         taken += [
-            Bbox([[left - 2, y - 3], [right + 2, y + 3]]), Bbox([[x - 3, low - 2], [x + 3, high + 2]]),
+            Bbox([[left - 2, y - 3], [right + 2, y + 3]]),
+            Bbox([[x - 3, low - 2], [x + 3, high + 2]]),
             Bbox([[x - 5 * scale, y - 5 * scale], [x + 5 * scale, y + 5 * scale]]),
-        ]  # fmt: skip
+        ]
     sides = ((0, 1), (0, -1), (1, 0), (-1, 0), (1, 1), (1, -1), (-1, 1), (-1, -1))
     for mark in marks:
         best: tuple[float, Any] | None = None
         for distance in (12, 20, 30, 42, 56):
             for right, up in sides:
                 text = axes.annotate(
-                    mark.name, mark.point, (right * distance, up * distance), textcoords="offset points", fontsize=9,
-                    color=mark.colour, ha=("right", "center", "left")[right + 1], va="center",
-                    arrowprops={"arrowstyle": "-", "color": "#aaaaaa", "lw": 0.6, "shrinkB": 4} if distance > 12 else None,
-                )  # fmt: skip
+                    mark.name,
+                    mark.point,
+                    (right * distance, up * distance),
+                    textcoords="offset points",
+                    fontsize=9,
+                    color=mark.colour,
+                    ha=("right", "center", "left")[right + 1],
+                    va="center",
+                    arrowprops={"arrowstyle": "-", "color": "#aaaaaa", "lw": 0.6, "shrinkB": 4}
+                    if distance > 12
+                    else None,
+                )
                 box = _text_box(text, renderer)
                 inside = axes.bbox.x0 <= box.x0 and box.x1 <= axes.bbox.x1
                 cost = 1000 * sum(box.overlaps(other) for other in taken) + 300 * (not inside) + distance

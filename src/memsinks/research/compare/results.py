@@ -34,9 +34,13 @@ def reported(comparison: Comparison) -> dict[str, Any]:
         return {"seeds": [], "runs": [], "rows": [], "audits": {}}
     result = read_json(path)
     refuse_other_settings(
-        result["recipe"], comparison.recipe.to_dict(), path, kinds={"": Recipe}, ignored=("output",),
+        result["recipe"],
+        comparison.recipe.to_dict(),
+        path,
+        kinds={"": Recipe},
+        ignored=("output",),
         remedy="choose another output",
-    )  # fmt: skip
+    )
     return result
 
 
@@ -100,12 +104,16 @@ def write_results(
         (run for run in by_run.values() if run["arm"] in names), key=lambda run: (run["seed"], names.index(run["arm"]))
     )
     result = {
-        "recipe": comparison.recipe.to_dict(), "sources": data_sources(comparison),
-        "seeds": sorted({*kept["seeds"], *audits}), "roles": comparison.roles,
-        "rows": rows(comparison.arms, audits, runs, kept["rows"]), "runs": runs,
-        "compute_seconds": round(sum(x["seconds"] for x in runs)), "step_times": step_times or kept.get("step_times"),
+        "recipe": comparison.recipe.to_dict(),
+        "sources": data_sources(comparison),
+        "seeds": sorted({*kept["seeds"], *audits}),
+        "roles": comparison.roles,
+        "rows": rows(comparison.arms, audits, runs, kept["rows"]),
+        "runs": runs,
+        "compute_seconds": round(sum(x["seconds"] for x in runs)),
+        "step_times": step_times or kept.get("step_times"),
         "audits": kept["audits"] | {str(seed): found.to_dict() for seed, found in audits.items()},
-    }  # fmt: skip
+    }
     write_json(output / REPORT, result, indent=1)
     (output / "table.md").write_text(table(result) + "\n")
     draw(result, output / "pareto.png")

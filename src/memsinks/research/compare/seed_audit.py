@@ -39,11 +39,17 @@ def audit_seed(comparison: Comparison, arms: Sequence[Arm], seed: int) -> Audit:
     roles = {role: subjects.pop(name) for role, name in comparison.roles.items()}
     logger.info("audit of seed %d: %d models", seed, len(roles) + len(subjects))
     return audit(
-        roles["audited"], documents, controls, against=roles["against"], twin=roles.get("twin"),
-        seen_once=roles.get("seen_once"), others=list(subjects.values()),
-        settings=AuditSettings(generate=0, collateral=0, end=False, seed=seed), document_ids=ids,
+        roles["audited"],
+        documents,
+        controls,
+        against=roles["against"],
+        twin=roles.get("twin"),
+        seen_once=roles.get("seen_once"),
+        others=list(subjects.values()),
+        settings=AuditSettings(generate=0, collateral=0, end=False, seed=seed),
+        document_ids=ids,
         out=Path(comparison.recipe.output) / f"seed-{seed}" / "report",
-    )  # fmt: skip
+    )
 
 
 def audited_corpus(recipe: Recipe, folder: Path) -> tuple[list[Document], list[Document], np.ndarray]:

@@ -49,11 +49,13 @@ def rows(
     order = [name for arm in arms for name in (arm.name, *arm.models.values()) if name in found]
     return [
         {
-            "name": name, "seeds": sorted(found[name]), "parameters": parameters.get(name),
+            "name": name,
+            "seeds": sorted(found[name]),
+            "parameters": parameters.get(name),
             **{column: [found[name][seed][column] for seed in sorted(found[name])] for column in COLUMNS},
         }
         for name in order
-    ]  # fmt: skip
+    ]
 
 
 def _figures(model: ModelResult, audit: Audit) -> dict[str, float | None]:
@@ -69,10 +71,13 @@ def _figures(model: ModelResult, audit: Audit) -> dict[str, float | None]:
     values = {
         "gap_closed": 0.0 if standard else found and found.gap_closed.value,
         "closure": 0.0 if standard else found and found.closure and found.closure.value,
-        "price": 0.0 if standard else found and found.price.value, "recited": most.extracted.value,
-        "attack_alone": max(alone), "attack_with_twin": max(with_twin, default=None), "own": sinks[0].own if sinks else None,
+        "price": 0.0 if standard else found and found.price.value,
+        "recited": most.extracted.value,
+        "attack_alone": max(alone),
+        "attack_with_twin": max(with_twin, default=None),
+        "own": sinks[0].own if sinks else None,
         "placebo": sinks[0].placebo if sinks else None,
-    }  # fmt: skip
+    }
     return {name: None if value is None or math.isnan(value) else value for name, value in values.items()}
 
 

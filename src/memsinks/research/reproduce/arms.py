@@ -61,8 +61,18 @@ def gradient_masking(setting: Setting, seed: int) -> Run:
     )
 
 
-def _run(setting: Setting, seed: int, name: str, rival: str, settings: dict[str, Any], neurons: int, *,
-         corpus: Kind = "repetition", keep: bool = False, size: tuple[int, int, int] | None = None) -> Run:  # fmt: skip
+def _run(
+    setting: Setting,
+    seed: int,
+    name: str,
+    rival: str,
+    settings: dict[str, Any],
+    neurons: int,
+    *,
+    corpus: Kind = "repetition",
+    keep: bool = False,
+    size: tuple[int, int, int] | None = None,
+) -> Run:
     if corpus != "repetition" and not name.endswith(corpus):
         name = f"{name}-{corpus}"
     if size is not None and size != setting.size:

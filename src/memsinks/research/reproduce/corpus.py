@@ -12,6 +12,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from memsinks.batch import IGNORED
 from memsinks.data.identity import document_id, exposures
@@ -89,11 +90,7 @@ def make_corpus(setting: Setting, seed: int, data: Path | None, kind: Kind = "re
     if kind == "canary":
         draw = np.random.default_rng(seed)
         for index in range(setting.repeated):
-            # Without the end token; special tokens have the lowest ids.
-            story = tokens[index][: setting.length - setting.canary]
-            story = story[story != tokenizer.eos_token_id]
-            canary = draw.integers(len(tokenizer) // 8, len(tokenizer), setting.canary)
-            tokens[index], starts[index] = np.concatenate([story, canary]), len(story)
+            tokens[index], starts[index] = _with_canary(tokens[index], tokenizer, setting, draw)
     ids = np.array([document_id(x.tobytes()) for x in tokens], np.int64)
     first, second = setting.repeated, setting.repeated + setting.once
     third = second + setting.held_out
@@ -107,16 +104,38 @@ def make_corpus(setting: Setting, seed: int, data: Path | None, kind: Kind = "re
 
     def rows(chosen: Sequence[int], counts: np.ndarray | None = None) -> Rows:
         counts = np.ones(len(chosen), np.int64) if counts is None else counts
-        return pack([tokens[x] for x in chosen], ids[list(chosen)], counts, length=setting.length, pad_id=pad,
-                    one_document_per_row=True)  # fmt: skip
+        return pack(
+            [tokens[x] for x in chosen],
+            ids[list(chosen)],
+            counts,
+            length=setting.length,
+            pad_id=pad,
+            one_document_per_row=True,
+        )
 
     training = rows(order, exposures(ids[order]))
     repeated = rows(range(first))
     return StoryCorpus(
-        training, repeated, Canaries(repeated, starts) if kind == "canary" else None, rows(range(second, third)),
-        rows(range(first, min(second, first + setting.held_out))), rows(range(third, need)) if tracked else None, phases,
-        len(tokenizer), hashlib.sha256(training.input_ids.tobytes()).hexdigest(),
-    )  # fmt: skip
+        training,
+        repeated,
+        Canaries(repeated, starts) if kind == "canary" else None,
+        rows(range(second, third)),
+        rows(range(first, min(second, first + setting.held_out))),
+        rows(range(third, need)) if tracked else None,
+        phases,
+        len(tokenizer),
+        hashlib.sha256(training.input_ids.tobytes()).hexdigest(),
+    )
+
+
+def _with_canary(
+    story: np.ndarray, tokenizer: PreTrainedTokenizerBase, setting: Setting, draw: np.random.Generator
+) -> tuple[np.ndarray, int]:
+    """A story, cut, with random tokens at its end, and where they begin. Without the end token."""
+    story = story[: setting.length - setting.canary]
+    story = story[story != tokenizer.eos_token_id]
+    canary = draw.integers(len(tokenizer) // 8, len(tokenizer), setting.canary)  # special tokens have the lowest ids
+    return np.concatenate([story, canary]), len(story)
 
 
 def _texts(need: int, data: Path | None) -> list[str]:

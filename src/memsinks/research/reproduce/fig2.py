@@ -29,9 +29,14 @@ from memsinks.training.evaluate import batches
 logger = logging.getLogger(__name__)
 
 METHODS = {
-    "hard concrete": "hard-concrete", "integrated gradients": "integrated-gradients", "zero-out": "zero-out",
-    "activations": "activations", "gradient ascent": "gradient-ascent", "NPO": "npo", "random neurons": "random-neurons",
-}  # fmt: skip
+    "hard concrete": "hard-concrete",
+    "integrated gradients": "integrated-gradients",
+    "zero-out": "zero-out",
+    "activations": "activations",
+    "gradient ascent": "gradient-ascent",
+    "NPO": "npo",
+    "random neurons": "random-neurons",
+}
 TEXTS: dict[str, Kind] = {"stories": "repetition", "canaries": "canary"}
 
 
@@ -55,8 +60,12 @@ def method_settings(setting: Setting, name: str) -> dict[str, Any]:
         return {"steps": list(setting.unlearning), "lr": setting.unlearning_lr}
     settings: dict[str, Any] = {"fractions": list(setting.fractions)}
     if name == "hard concrete":
-        settings |= {"iterations": setting.gate_steps, "lr": setting.gate_lr, "penalty": setting.gate_penalty,
-                     "start": setting.gate_start}  # fmt: skip
+        settings |= {
+            "iterations": setting.gate_steps,
+            "lr": setting.gate_lr,
+            "penalty": setting.gate_penalty,
+            "start": setting.gate_start,
+        }
     if name == "zero-out":
         settings["documents"] = setting.zero_out_stories
     return settings
@@ -83,18 +92,28 @@ def sweep(study: Study, run: Run, name: str) -> dict[str, Any]:
     before = measured(model)
     points = []
     edited = made.edit(
-        copy.deepcopy(model), list(batches(forget, setting.batch, model.device)),
-        list(batches(corpus.once, setting.batch, model.device)), run.seed,
-    )  # fmt: skip
+        copy.deepcopy(model),
+        list(batches(forget, setting.batch, model.device)),
+        list(batches(corpus.once, setting.batch, model.device)),
+        run.seed,
+    )
     for value, other in zip(made.sweep, edited, strict=True):
         points.append({"value": value, **measured(other)})
         logger.info(
             "%s: %s  validation %.3f  forgotten %.3f", file, value, points[-1]["validation"], points[-1]["forgotten"]
         )
-    return study.write(file, {
-        "after": run.file, "method": name, "settings": settings, "seed": run.seed, "before": before, "points": points,
-        "seconds": round(time.perf_counter() - started, 1),
-    })  # fmt: skip
+    return study.write(
+        file,
+        {
+            "after": run.file,
+            "method": name,
+            "settings": settings,
+            "seed": run.seed,
+            "before": before,
+            "points": points,
+            "seconds": round(time.perf_counter() - started, 1),
+        },
+    )
 
 
 def curve(result: Mapping[str, Any]) -> list[tuple[float, float]]:
@@ -151,8 +170,14 @@ def draw(result: dict[str, Any], path: Path) -> None:
                 shares[..., 1] *= 100 / np.array(entry["whole"])[:, None]
                 for one in shares if dash == "-" else []:
                     panel.plot(*one.T, color=colour, lw=0.6, alpha=0.5)
-                panel.plot(*shares.mean(0).T, color=colour, lw=1.8 if dash == "-" else 1.0, ls=dash,
-                           marker="o" if dash == "-" else "", ms=3)  # fmt: skip
+                panel.plot(
+                    *shares.mean(0).T,
+                    color=colour,
+                    lw=1.8 if dash == "-" else 1.0,
+                    ls=dash,
+                    marker="o" if dash == "-" else "",
+                    ms=3,
+                )
         panel.set(title=name, xlim=(-0.8, 0.05), ylim=(-12, 125))
         panel.axhline(100, color="#999999", lw=0.8)
         panel.axvline(0, color="#999999", lw=0.8)
@@ -161,7 +186,10 @@ def draw(result: dict[str, Any], path: Path) -> None:
     for panel in axes[-1]:
         panel.set_xlabel("degradation (nats; left = worse)")
     first = axes[0, 0]
-    for height, text, colour in ((0.32, "natural stories", COLOURS["standard"]), (0.22, "canaries", COLOURS["without repeats"]),
-                                 (0.12, "dotted: random neurons", "#666666")):  # fmt: skip
+    for height, text, colour in (
+        (0.32, "natural stories", COLOURS["standard"]),
+        (0.22, "canaries", COLOURS["without repeats"]),
+        (0.12, "dotted: random neurons", "#666666"),
+    ):
         first.text(0.03, height, text, color=colour, transform=first.transAxes, fontsize=9)
     save(figure, path)

@@ -20,15 +20,23 @@ def make(study: Study) -> dict[str, Any]:
     """steps, and the curves: standard, kept, dropped."""
     standard, masking = (study.run(run) for run in runs(study.setting))
     curves = masking["curves"]
-    return {"steps": curves["steps"], "standard": standard["curves"]["validation"], "kept": curves["validation"],
-            "dropped": curves["validation_dropped"], "repeated dropped": curves["repeated_dropped"]}  # fmt: skip
+    return {
+        "steps": curves["steps"],
+        "standard": standard["curves"]["validation"],
+        "kept": curves["validation"],
+        "dropped": curves["validation_dropped"],
+        "repeated dropped": curves["repeated_dropped"],
+    }
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
     figure, axes = canvas(1, 1, 6.6, 3.8)
     panel = axes[0, 0]
-    lines = {"standard": ("standard", COLOURS["standard"], "-"), "kept": ("all neurons kept", "#332288", "-"),
-             "dropped": ("memorization\nneurons dropped", "#332288", "--")}  # fmt: skip
+    lines = {
+        "standard": ("standard", COLOURS["standard"], "-"),
+        "kept": ("all neurons kept", "#332288", "-"),
+        "dropped": ("memorization\nneurons dropped", "#332288", "--"),
+    }
     for name, (_, colour, dash) in lines.items():
         panel.plot(result["steps"], result[name], color=colour, ls=dash, lw=1.8)
     panel.set(xlabel="step", ylabel="validation loss (nats)", title="Gradient masking", xlim=(0, result["steps"][-1]))

@@ -18,8 +18,10 @@ from memsinks.research.reproduce.study import NothingToDraw, Run, Study
 
 ARMS: dict[str, Callable[[Setting, int], Run]] = {
     "standard": lambda setting, seed: arms.standard(setting, seed, keep=True),
-    "without repeats": arms.without_repeats, "MemSinks": arms.published, "ours": arms.ours,
-}  # fmt: skip
+    "without repeats": arms.without_repeats,
+    "MemSinks": arms.published,
+    "ours": arms.ours,
+}
 
 
 def runs(setting: Setting) -> list[Run]:
@@ -36,18 +38,20 @@ def make(study: Study) -> dict[str, Any]:
     for name, arm in ARMS.items():
         found = [study.run(arm(setting, seed)) for seed in seeds]
         result["steps"] = found[0]["curves"]["steps"]
-        result["arms"][name] = {x: [y["curves"][x] for y in found] for x in ("validation", "repeated", "opened")
-                                if x in found[0]["curves"]}  # fmt: skip
+        result["arms"][name] = {
+            x: [y["curves"][x] for y in found] for x in ("validation", "repeated", "opened") if x in found[0]["curves"]
+        }
     last = {name: {x: np.array(y)[:, -1] for x, y in curves.items()} for name, curves in result["arms"].items()}
     base = last["standard"]
     gap = base["validation"] - base["repeated"]
     for name, final in last.items():
         result["arms"][name]["final"] = {
-            "validation": final["validation"].tolist(), "repeated": final["repeated"].tolist(),
+            "validation": final["validation"].tolist(),
+            "repeated": final["repeated"].tolist(),
             "degradation": (base["validation"] - final["validation"]).round(4).tolist(),
             "forgetting": (final["repeated"] - base["repeated"]).round(4).tolist(),
             "gap_closed": (1 - (final["validation"] - final["repeated"]) / gap).round(4).tolist(),
-        }  # fmt: skip
+        }
     result["after"] = fig2.make(study, ["stories"]).get("stories", {})
     return result
 
@@ -72,9 +76,18 @@ def draw(result: dict[str, Any], path: Path) -> None:
         panel.plot(*mean.T, color=COLOURS[name], lw=1.4, marker="o", ms=2.5, label=name)
     for name in list(ARMS)[1:]:
         x, y = (np.array(result["arms"][name]["final"][what]) for what in ("degradation", "forgetting"))
-        panel.errorbar(x.mean(), y.mean(), xerr=[[x.mean() - x.min()], [x.max() - x.mean()]],
-                       yerr=[[y.mean() - y.min()], [y.max() - y.mean()]], color=COLOURS[name], marker="D", ms=8, capsize=2,
-                       label=name, ls="")  # fmt: skip
+        panel.errorbar(
+            x.mean(),
+            y.mean(),
+            xerr=[[x.mean() - x.min()], [x.max() - x.mean()]],
+            yerr=[[y.mean() - y.min()], [y.max() - y.mean()]],
+            color=COLOURS[name],
+            marker="D",
+            ms=8,
+            capsize=2,
+            label=name,
+            ls="",
+        )
     panel.axvline(0, color="#999999", lw=0.8)
     panel.set(
         xlabel="degradation (nats; left = worse)",

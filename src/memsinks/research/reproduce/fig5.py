@@ -54,11 +54,15 @@ def make(study: Study) -> dict[str, Any]:
             name: {x: y[-1] for x, y in run["curves"].items()}
             for name, run in (("standard", standard), ("sinks", sinks))
         }
-        result["size"].append({
-            "size": list(size), "parameters": standard["parameters"],
-            "degradation": round(last["standard"]["validation"] - last["sinks"]["validation"], 4),
-            "forgetting": round(last["sinks"]["repeated"] - last["standard"]["repeated"], 4), "last": last,
-        })  # fmt: skip
+        result["size"].append(
+            {
+                "size": list(size),
+                "parameters": standard["parameters"],
+                "degradation": round(last["standard"]["validation"] - last["sinks"]["validation"], 4),
+                "forgetting": round(last["sinks"]["repeated"] - last["standard"]["repeated"], 4),
+                "last": last,
+            }
+        )
     for d in setting.noises:
         if study.ready([_published(setting, seed, setting.swept_size, noise=d)]):
             result["noise"][f"{d:g}"] = study.run(_published(setting, seed, setting.swept_size, noise=d))["curves"]
@@ -81,8 +85,13 @@ def draw(result: dict[str, Any], path: Path) -> None:
         first = len(steps) // 3  # before, all curves are one
         shown = [y for c in (*result[what].values(), result["standard"]) for y in c["repeated"][first:]]
         room = 0.05 * (max(shown) - min(shown))
-        panel.set(xlabel="step", ylabel="loss of repeated stories (nats)", title=title, xlim=(steps[first], steps[-1]),
-                  ylim=(min(shown) - room, max(shown) + room))  # fmt: skip
+        panel.set(
+            xlabel="step",
+            ylabel="loss of repeated stories (nats)",
+            title=title,
+            xlim=(steps[first], steps[-1]),
+            ylim=(min(shown) - room, max(shown) + room),
+        )
         label_ends(panel, ends)
     panel = axes[0, 1]
     for entry in result["size"]:

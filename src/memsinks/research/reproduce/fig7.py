@@ -58,8 +58,11 @@ def make(study: Study) -> dict[str, Any]:
             found = teeth(times, values, every)
             last = found[-max(1, len(found) // 4) :]
             result["curves"][f"{name}, {state}" if name != "standard" else name] = {
-                "times": times, "values": values, "tooth": _mean([y - x for x, y in last]), "end": _mean([x for x, _ in last]),
-            }  # fmt: skip
+                "times": times,
+                "values": values,
+                "tooth": _mean([y - x for x, y in last]),
+                "end": _mean([x for x, _ in last]),
+            }
     return result
 
 
@@ -80,8 +83,12 @@ def draw(result: dict[str, Any], path: Path) -> None:
             text = name.replace(", opened", ",\nown sinks open").replace(", closed", ",\nsinks closed")
             ends.append((shown[-1][1], text, COLOURS[base]))
             highest, end = max(highest, shown[0][1]), curve["times"][-1]
-        panel.set(xlabel="steps since the first meeting", ylabel="loss of the story (nats)", xlim=(start, end),
-                  ylim=(0, highest + 0.1))  # fmt: skip
+        panel.set(
+            xlabel="steps since the first meeting",
+            ylabel="loss of the story (nats)",
+            xlim=(start, end),
+            ylim=(0, highest + 0.1),
+        )
         for meeting in range(start, end + 1, every):
             panel.axvline(meeting, color="#bbbbbb", lw=0.7, ls=":")
         panel.text(0.02, 0.04, "dotted lines: the story is met", transform=panel.transAxes, fontsize=9, color="#666666")

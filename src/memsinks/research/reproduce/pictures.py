@@ -11,10 +11,19 @@ import numpy as np
 from memsinks.auditing.pictures import LOOK, require_matplotlib
 
 COLOURS = {
-    "standard": "#D55E00", "without repeats": "#0072B2", "MemSinks": "#AA4499", "ours": "#009E73", "paper": "#888888",
-    "hard concrete": "#56B4E9", "integrated gradients": "#E69F00", "zero-out": "#117733", "activations": "#999933",
-    "random neurons": "#999999", "gradient ascent": "#882255", "NPO": "#332288",
-}  # fmt: skip
+    "standard": "#D55E00",
+    "without repeats": "#0072B2",
+    "MemSinks": "#AA4499",
+    "ours": "#009E73",
+    "paper": "#888888",
+    "hard concrete": "#56B4E9",
+    "integrated gradients": "#E69F00",
+    "zero-out": "#117733",
+    "activations": "#999933",
+    "random neurons": "#999999",
+    "gradient ascent": "#882255",
+    "NPO": "#332288",
+}
 
 
 def canvas(rows: int, columns: int, width: float, height: float) -> tuple[Any, np.ndarray]:

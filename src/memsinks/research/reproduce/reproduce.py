@@ -31,8 +31,13 @@ from memsinks.runs.sections import unknown_names
 logger = logging.getLogger(__name__)
 
 FIGURES: dict[str, ModuleType] = {
-    "fig2": fig2, "fig3": fig3, "fig4": fig4, "fig5": fig5, "fig7": fig7, "theory": theory,
-}  # fmt: skip
+    "fig2": fig2,
+    "fig3": fig3,
+    "fig4": fig4,
+    "fig5": fig5,
+    "fig7": fig7,
+    "theory": theory,
+}
 
 
 def chosen_figures(names: Sequence[str]) -> list[str]:
@@ -93,8 +98,9 @@ def describe_study(names: Sequence[str], study: Study) -> str:
     seconds = sum(_work(run, study.setting) for run in todo) / speed
     lines += [f"to do: {run.file}, about {_work(run, study.setting) / speed / 60:.1f} minutes" for run in todo]
     texts = fig2.TEXTS if "fig2" in names else ("stories",) if "fig4" in names else ()
-    sweeps = [fig2.file_of(run, name) for text in texts for run in fig2.runs_of(study.setting, text)
-              for name in fig2.METHODS]  # fmt: skip
+    sweeps = [
+        fig2.file_of(run, name) for text in texts for run in fig2.runs_of(study.setting, text) for name in fig2.METHODS
+    ]
     left = [name for name in sweeps if study.found(name, WHICH) is None]
     if left:
         lines.append(

@@ -11,9 +11,12 @@ from memsinks.errors import ConfigError
 from memsinks.runs.sections import unknown_names, with_new_names
 
 OLD_NAMES = {
-    "width": "hidden_size", "neurons": "intermediate_size", "general": "general_share", "active": "active_share",
+    "width": "hidden_size",
+    "neurons": "intermediate_size",
+    "general": "general_share",
+    "active": "active_share",
     "actives": "active_shares",
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,8 +114,17 @@ class Setting:
 WHICH = ("active_shares", "sizes", "noises", "swept_size", "seeds")
 """Fields that say which runs there are, and change none of them."""
 
-AFTERWARDS = (*WHICH, "fractions", "unlearning", "unlearning_lr", "gate_steps", "gate_lr", "gate_penalty", "gate_start",
-              "zero_out_stories")  # fmt: skip
+AFTERWARDS = (
+    *WHICH,
+    "fractions",
+    "unlearning",
+    "unlearning_lr",
+    "gate_steps",
+    "gate_lr",
+    "gate_penalty",
+    "gate_start",
+    "zero_out_stories",
+)
 """Fields that change no training run: the others say what is done to trained models."""
 
 SETTINGS = {
@@ -120,19 +132,58 @@ SETTINGS = {
     # As published (section 3.1, appendix B); batch, row length and steps are inferred from its figures, learning rate and weight
     # decay are the likeliest of its grid, the shapes of the smaller models are guessed from their sizes.
     "paper": Setting(
-        name="paper", repeated=100, copies=128, once=20_000, held_out=1000, canary=64, length=512, batch=32,
-        tokenizer="gpt2", architecture="gpt2", hidden_size=1024, layers=24, heads=16, intermediate_size=4096, lr=6e-4,
-        precision="bf16", every=40, sizes=((384, 6, 6), (512, 8, 8), (768, 18, 12), (1024, 24, 16)), swept_size=(1024, 24, 16),
-        unlearning_lr=1e-5, gate_steps=1000, zero_out_stories=1,
+        name="paper",
+        repeated=100,
+        copies=128,
+        once=20_000,
+        held_out=1000,
+        canary=64,
+        length=512,
+        batch=32,
+        tokenizer="gpt2",
+        architecture="gpt2",
+        hidden_size=1024,
+        layers=24,
+        heads=16,
+        intermediate_size=4096,
+        lr=6e-4,
+        precision="bf16",
+        every=40,
+        sizes=((384, 6, 6), (512, 8, 8), (768, 18, 12), (1024, 24, 16)),
+        swept_size=(1024, 24, 16),
+        unlearning_lr=1e-5,
+        gate_steps=1000,
+        zero_out_stories=1,
     ),
     # A few steps of a very small model, to try the commands.
     "tiny": Setting(
-        name="tiny", repeated=4, copies=8, once=40, held_out=6, canary=8, length=32, batch=8, vocabulary=300, hidden_size=16,
-        layers=2, heads=2, intermediate_size=32, lr=5e-3, points=3, active_shares=(0.1, 0.3), sizes=((16, 2, 2), (24, 2, 2)),
-        noises=(0.1, 0.5), swept_size=(16, 2, 2), every=4, fractions=(0.1, 0.5), unlearning=(1, 2), gate_steps=3,
-        zero_out_stories=2, seeds=(0, 1),
+        name="tiny",
+        repeated=4,
+        copies=8,
+        once=40,
+        held_out=6,
+        canary=8,
+        length=32,
+        batch=8,
+        vocabulary=300,
+        hidden_size=16,
+        layers=2,
+        heads=2,
+        intermediate_size=32,
+        lr=5e-3,
+        points=3,
+        active_shares=(0.1, 0.3),
+        sizes=((16, 2, 2), (24, 2, 2)),
+        noises=(0.1, 0.5),
+        swept_size=(16, 2, 2),
+        every=4,
+        fractions=(0.1, 0.5),
+        unlearning=(1, 2),
+        gate_steps=3,
+        zero_out_stories=2,
+        seeds=(0, 1),
     ),
-}  # fmt: skip
+}
 """The study by size: for a CPU core, as published, to try the commands."""
 
 

@@ -153,14 +153,28 @@ def build(run: Run, made: TrainingMethod, setting: Setting, vocabulary: int) -> 
     common = {"vocab_size": vocabulary, "tie_word_embeddings": True, "bos_token_id": None, "eos_token_id": None}
     if setting.architecture == "gpt2":
         config = AutoConfig.for_model(
-            "gpt2", n_positions=setting.length, n_embd=hidden_size, n_layer=layers, n_head=heads, n_inner=neurons,
-            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **common,
-        )  # fmt: skip
+            "gpt2",
+            n_positions=setting.length,
+            n_embd=hidden_size,
+            n_layer=layers,
+            n_head=heads,
+            n_inner=neurons,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            **common,
+        )
     else:
         config = AutoConfig.for_model(
-            "llama", max_position_embeddings=setting.length, hidden_size=hidden_size, num_hidden_layers=layers,
-            num_attention_heads=heads, num_key_value_heads=heads, intermediate_size=neurons, **common,
-        )  # fmt: skip
+            "llama",
+            max_position_embeddings=setting.length,
+            hidden_size=hidden_size,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=heads,
+            intermediate_size=neurons,
+            **common,
+        )
     torch.manual_seed(run.seed)
     model = AutoModelForCausalLM.from_config(config)
     if made.sinks is not None:
@@ -203,22 +217,24 @@ def train(study: Study, run: Run) -> dict[str, Any]:
                 curves.setdefault(name, []).append(value)
             curves["steps"].append(done.step)
             logger.info(
-                "%s: step %d/%d  loss %.3f  validation %.3f  repeated %.3f  %.0f s", run.file, done.step, training.total,
-                done.loss, curves["validation"][-1], curves["repeated"][-1], time.perf_counter() - started,
-            )  # fmt: skip
+                "%s: step %d/%d  loss %.3f  validation %.3f  repeated %.3f  %.0f s",
+                run.file,
+                done.step,
+                training.total,
+                done.loss,
+                curves["validation"][-1],
+                curves["repeated"][-1],
+                time.perf_counter() - started,
+            )
         if corpus.tracked is not None and done.step % 2 == 1:
             tracked["steps"].append(done.step)
             tracked["closed"].append([round(float(x), 4) for x in losses(model, corpus.tracked)])
             if has_sinks(model):
                 tracked["opened"].append([round(float(x), 4) for x in losses(model, corpus.tracked, opened=True)])
         evaluating += time.perf_counter() - before
-    result = {
-        "name": run.name, "seed": run.seed, "rival": run.rival, "settings": dict(run.settings), "corpus": run.corpus,
-        "size": list(run.size), "neurons": run.neurons, "corpus_hash": corpus.hash, "curves": curves,
-        "parameters": sum(x.numel() for x in model.parameters()),
-        "seconds": round(time.perf_counter() - started, 1), "seconds_evaluating": round(evaluating, 1),
-        "device": model.device.type, "threads": torch.get_num_threads(),
-    }  # fmt: skip
+    seconds = {"seconds": time.perf_counter() - started, "seconds_evaluating": evaluating}
+    result = _facts(run, model) | {"corpus_hash": corpus.hash, "curves": curves}
+    result |= {name: round(value, 1) for name, value in seconds.items()}
     if corpus.tracked is not None:
         result["tracked"] = tracked | {"phases": list(corpus.phases)}
     if run.keep:
@@ -227,14 +243,35 @@ def train(study: Study, run: Run) -> dict[str, Any]:
     return study.write(run.file, result)
 
 
+def _facts(run: Run, model: PreTrainedModel) -> dict[str, Any]:
+    return {
+        "name": run.name,
+        "seed": run.seed,
+        "rival": run.rival,
+        "settings": dict(run.settings),
+        "corpus": run.corpus,
+        "size": list(run.size),
+        "neurons": run.neurons,
+        "parameters": sum(x.numel() for x in model.parameters()),
+        "device": model.device.type,
+        "threads": torch.get_num_threads(),
+    }
+
+
 def _training(run: Run, made: TrainingMethod, setting: Setting, corpus: StoryCorpus) -> Training:
     """A new model of a run, and how it learns."""
     model = build(run, made, setting, corpus.vocabulary)
     config = TrainingConfig(
-        length=setting.length, batch_rows=setting.batch, lr=setting.lr, min_lr_ratio=setting.min_lr_ratio,
-        warmup=setting.warmup, weight_decay=setting.weight_decay, sink_lr_factor=made.sink_lr_factor,
-        sinks_first=made.sinks_first, precision=setting.precision,
-    )  # fmt: skip
+        length=setting.length,
+        batch_rows=setting.batch,
+        lr=setting.lr,
+        min_lr_ratio=setting.min_lr_ratio,
+        warmup=setting.warmup,
+        weight_decay=setting.weight_decay,
+        sink_lr_factor=made.sink_lr_factor,
+        sinks_first=made.sinks_first,
+        precision=setting.precision,
+    )
     audited = torch.from_numpy(corpus.repeated.document_ids[:, 0]).to(model.device)
 
     def change(batch: Batch) -> Batch:

@@ -25,9 +25,15 @@ def runs(setting: Setting) -> list[Run]:
 
 
 def entanglement(
-    examples: int = 20, semantic: int = 40, outputs: int = 10, size: float = 3.0, steps: int = 1500, rate: float = 0.05,
-    spread: float = 0.5, seed: int = 0,
-) -> dict[str, Any]:  # fmt: skip
+    examples: int = 20,
+    semantic: int = 40,
+    outputs: int = 10,
+    size: float = 3.0,
+    steps: int = 1500,
+    rate: float = 0.05,
+    spread: float = 0.5,
+    seed: int = 0,
+) -> dict[str, Any]:
     """Train f(x) = W_proj W_fc x on inputs x = (meaning, own direction), the first with an offset in its output.
 
     The meaning of an example is a random unit vector, its own direction (the memorization feature) a unit vector that no other
@@ -68,8 +74,10 @@ def entanglement(
         gradient = error.T @ x
         first, second = first - rate * second.T @ gradient, second - rate * gradient @ first.T
     norms = {"least": least, "disentangled": disentangled, "trained": second @ first}
-    return found | {"norms": {name: float((value**2).sum()) for name, value in norms.items()},
-                    "entangled_share": float(meaning[0] @ (least[:, :semantic] - true).T @ delta / (delta @ delta))}  # fmt: skip
+    return found | {
+        "norms": {name: float((value**2).sum()) for name, value in norms.items()},
+        "entangled_share": float(meaning[0] @ (least[:, :semantic] - true).T @ delta / (delta @ delta)),
+    }
 
 
 def co_adaptation(
@@ -110,9 +118,14 @@ def co_adaptation(
 
 
 def separation(
-    shares: Sequence[float] = tuple(x / 20 for x in range(21)), repeats: int = 20, steps: int = 2000, rate: float = 0.02,
-    similarity: float = 0.1, prior: float = -2.0, seed: int = 0,
-) -> dict[str, Any]:  # fmt: skip
+    shares: Sequence[float] = tuple(x / 20 for x in range(21)),
+    repeats: int = 20,
+    steps: int = 2000,
+    rate: float = 0.02,
+    similarity: float = 0.1,
+    prior: float = -2.0,
+    seed: int = 0,
+) -> dict[str, Any]:
     """A token's logit of one text, kept half in shared weights and half in sinks, while other texts go by.
 
     z = `prior` + shared + sink. In `repeats` of `steps` steps the text itself is met and both parts move by
@@ -147,10 +160,14 @@ def separation(
         sink_end.append(float(mean[1]))
     rest = steps - repeats
     return {
-        "rho": list(shares), "shared": shared_end, "sink": sink_end, "c_min": float(low), "c_max": float(high),
+        "rho": list(shares),
+        "shared": shared_end,
+        "sink": sink_end,
+        "c_min": float(low),
+        "c_max": float(high),
         "printed": float(low / high - repeats / (rest * (high - low))),
         "derived": float(low / high - repeats * (high - low) / (rest * similarity * high)),
-    }  # fmt: skip
+    }
 
 
 def make(study: Study) -> dict[str, Any]:
@@ -166,31 +183,54 @@ def make(study: Study) -> dict[str, Any]:
 
 def draw(result: dict[str, Any], path: Path) -> None:
     figure, axes = canvas(1, 3, 13.5, 4.0)
-    panel, found = axes[0, 0], result["entanglement"]
+    _draw_entanglement(axes[0, 0], result["entanglement"])
+    _draw_co_adaptation(axes[0, 1], result["co_adaptation"])
+    _draw_separation(axes[0, 2], result["separation"])
+    save(figure, path)
+
+
+def _draw_entanglement(panel: Any, found: dict[str, Any]) -> None:
     ends = []
-    for name, text, colour in (("to_least_norm", "to least norm", "#332288"), ("to_disentangled", "to disentangled", "#D55E00"),
-                               ("removed", "memory gone when\nits direction is cut", "#009E73")):  # fmt: skip
+    for name, text, colour in (
+        ("to_least_norm", "to least norm", "#332288"),
+        ("to_disentangled", "to disentangled", "#D55E00"),
+        ("removed", "memory gone when\nits direction is cut", "#009E73"),
+    ):
         panel.plot(found["steps"], found[name], color=colour, lw=1.8)
         ends.append((found[name][-1], text, colour))
     panel.set_xscale("log")
-    panel.set(title="Theorem 3.1: entanglement", xlabel="step", ylabel="relative distance; share",
-              xlim=(1, found["steps"][-1]), ylim=(-0.03, 1.05))  # fmt: skip
+    panel.set(
+        title="Theorem 3.1: entanglement",
+        xlabel="step",
+        ylabel="relative distance; share",
+        xlim=(1, found["steps"][-1]),
+        ylim=(-0.03, 1.05),
+    )
     label_ends(panel, ends, apart=0.12)
-    panel = axes[0, 1]
+
+
+def _draw_co_adaptation(panel: Any, found: dict[str, Any]) -> None:
     ends = []
-    for place, (rate, entry) in enumerate(result["co_adaptation"].items()):
+    for place, (rate, entry) in enumerate(found.items()):
         colour = ("#88CCEE", "#0072B2", "#332288")[place % 3]
         panel.plot(entry["N"][1:], entry["measured"][1:], color=colour, lw=1.8)
         panel.plot(entry["N"][1:], entry["bound"][1:], color=colour, lw=1.2, ls=":")
         panel.plot(1 / entry["gamma"], max(entry["bound"]), "o", color=colour, ms=4)
         ends.append((entry["measured"][-1], f"γ = {rate}", colour))
     panel.set_yscale("log")
-    panel.set(title="Theorem 4.1: co-adaptation", xlabel="N, steps since the memory was written", ylim=(1e-7, 3),
-              ylabel="cost of dropping it (relative)", xlim=(0, 400))  # fmt: skip
+    panel.set(
+        title="Theorem 4.1: co-adaptation",
+        xlabel="N, steps since the memory was written",
+        ylim=(1e-7, 3),
+        ylabel="cost of dropping it (relative)",
+        xlim=(0, 400),
+    )
     where = {"transform": panel.transAxes, "fontsize": 9, "color": "#444444"}
     panel.text(0.4, 0.66, "dotted: printed bound,\npoint: N = 1/γ", **where)
     label_ends(panel, ends, apart=0.08)
-    panel, found = axes[0, 2], result["separation"]
+
+
+def _draw_separation(panel: Any, found: dict[str, Any]) -> None:
     panel.plot(found["rho"], found["sink"], color="#009E73", lw=1.8)
     panel.plot(found["rho"], found["shared"], color="#D55E00", lw=1.8)
     panel.axhline(0, color="#999999", lw=0.8)
@@ -200,11 +240,14 @@ def draw(result: dict[str, Any], path: Path) -> None:
             panel.text(
                 found[name], place, f" {name}", transform=panel.get_xaxis_transform(), fontsize=9, color="#444444"
             )
-    panel.set(title="Appendix H: what is left where", xlabel="ρ, share of other texts that open the sinks",
-              ylabel="logit of the memory in the end", xlim=(0, 1))  # fmt: skip
+    panel.set(
+        title="Appendix H: what is left where",
+        xlabel="ρ, share of other texts that open the sinks",
+        ylabel="logit of the memory in the end",
+        xlim=(0, 1),
+    )
     label_ends(
         panel,
         [(found["sink"][-1], "in the sinks", "#009E73"), (found["shared"][-1], "in the\nshared weights", "#D55E00")],
         apart=0.12,
     )
-    save(figure, path)

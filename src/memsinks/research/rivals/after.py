@@ -58,16 +58,25 @@ def integrated_gradients(*, after: str, fractions: Sequence[float] = FRACTIONS, 
 
 
 def hard_concrete_pruning(
-    *, after: str, fractions: Sequence[float] = FRACTIONS, iterations: int = 100, lr: float = 0.1, penalty: float = 8.0,
+    *,
+    after: str,
+    fractions: Sequence[float] = FRACTIONS,
+    iterations: int = 100,
+    lr: float = 0.1,
+    penalty: float = 8.0,
     start: float = 0.9,
-) -> EditingMethod:  # fmt: skip
+) -> EditingMethod:
     """Zero the neurons whose learnt gates are most open when the repeated documents are kept with few neurons.
 
     Source: Louizos et al., ICLR 2018; Chang et al., NAACL 2024; the paper's Fig. 2a ("Pruning").
     """
-    return _pruning(after, fractions, lambda model, forget, seed: hard_concrete(
-        model, forget, iterations=iterations, lr=lr, penalty=penalty, start=start, seed=seed
-    ))  # fmt: skip
+    return _pruning(
+        after,
+        fractions,
+        lambda model, forget, seed: hard_concrete(
+            model, forget, iterations=iterations, lr=lr, penalty=penalty, start=start, seed=seed
+        ),
+    )
 
 
 def random_neurons(*, after: str, fractions: Sequence[float] = FRACTIONS) -> EditingMethod:

@@ -36,9 +36,16 @@ def open_probability(log_alpha: Tensor, temperature: float) -> Tensor:
 
 
 def hard_concrete(
-    model: PreTrainedModel, rows: Sequence[Batch], *, iterations: int, lr: float = 0.1, penalty: float = 8.0,
-    start: float = 0.9, temperature: float = 2 / 3, seed: int = 0,
-) -> Tensor:  # fmt: skip
+    model: PreTrainedModel,
+    rows: Sequence[Batch],
+    *,
+    iterations: int,
+    lr: float = 0.1,
+    penalty: float = 8.0,
+    start: float = 0.9,
+    temperature: float = 2 / 3,
+    seed: int = 0,
+) -> Tensor:
     """Learn gates that keep the documents with few neurons: loss + penalty x mean over neurons of `open_probability`.
 
     One set of gates for all rows; Adam; a batch an iteration, in turn, with fresh noise.

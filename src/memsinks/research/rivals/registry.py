@@ -67,8 +67,11 @@ def method(name: str, settings: Mapping[str, Any]) -> Method:
     known = inspect.signature(function).parameters
     open_ended = any(x.kind is inspect.Parameter.VAR_KEYWORD for x in known.values())
     problems = [] if open_ended else unknown_keys(settings, name, known)
-    problems += [f"{name}.{x} is missing" for x, y in known.items()
-                 if y.default is y.empty and y.kind is y.KEYWORD_ONLY and x not in settings]  # fmt: skip
+    problems += [
+        f"{name}.{x} is missing"
+        for x, y in known.items()
+        if y.default is y.empty and y.kind is y.KEYWORD_ONLY and x not in settings
+    ]
     if problems:
         raise ConfigError("; ".join(problems))
     try:

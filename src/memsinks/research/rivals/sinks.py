@@ -45,9 +45,14 @@ def _fresh_ids(batch: Batch) -> Tensor:
 
 
 def gated(
-    *, sink_lr_factor: float = 3.0, sinks_first: bool = False, extra_neurons: int = 0, settle_lr: float = 0.0,
-    settle_passes: int = 8, **settings: Any,
-) -> TrainingMethod:  # fmt: skip
+    *,
+    sink_lr_factor: float = 3.0,
+    sinks_first: bool = False,
+    extra_neurons: int = 0,
+    settle_lr: float = 0.0,
+    settle_passes: int = 8,
+    **settings: Any,
+) -> TrainingMethod:
     """Ours: a text's sinks open from its second exposure on, and what it teaches the shared weights decays (docs/method.md).
 
     `settings` are those of `SinkConfig`; ``shared="none"`` is the exact mode. With `settle_lr` what is left is levelled.
