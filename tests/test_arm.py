@@ -162,7 +162,9 @@ def test_what_was_cut_off_is_not_continued_with_other_settings(tmp_path, monkeyp
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, "ours", training={"save_every": 2})
     monkeypatch.undo()
-    with pytest.raises(CheckpointError, match=r"started with other settings \(recipe.training.lr\)"):
+    with pytest.raises(
+        CheckpointError, match=r"ours\.part was made with other settings: recipe\.training\.lr 0\.005 \(now 0\.001\)"
+    ):
         run(tmp_path, "ours", training={"save_every": 2, "lr": 1e-3})
 
 

@@ -14,7 +14,7 @@ import memsinks as ms
 from memsinks.research.compare.comparison import read_comparison
 
 README = (ROOT / "README.md").read_text()
-SHARED = {"_version", "errors", "checks", "files", "batch"}
+SHARED = {"_version", "errors", "checks", "provenance", "files", "batch"}
 """What all rooms share; the tree has only rooms."""
 
 
