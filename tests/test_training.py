@@ -171,7 +171,9 @@ def test_the_first_logged_loss_is_the_stock_loss(tiny_llama, rows, tmp_path) -> 
 def test_a_stock_trainer_without_our_callback(tiny_llama, rows, tmp_path) -> None:
     model = build(tiny_llama)
     before = weights(model)
-    trainer = trainer_of(model, arguments(tmp_path, train_sampling_strategy="random"), rows)
+    with pytest.raises(DataError, match="of the training order is met after row"):
+        trainer_of(build(tiny_llama), arguments(tmp_path / "shuffled", train_sampling_strategy="random"), rows).train()
+    trainer = trainer_of(model, arguments(tmp_path), rows)
     trainer.train()
     assert all(np.isfinite(losses(trainer)))
     after = weights(model)
@@ -194,7 +196,8 @@ def test_evaluation_is_of_the_closed_model(tiny_llama, rows, tmp_path) -> None:
     plain = Trainer(exported, arguments(tmp_path / "plain"), eval_dataset=stock(evaluated))
     assert found == pytest.approx(plain.evaluate()["eval_loss"], rel=1e-6)
     model.train()
-    opened = model(**collate([evaluated[index] for index in range(8)])).loss.item()
+    batch = collate([evaluated[index] for index in range(8)])
+    opened = model(**{name: batch[name] for name in FIELDS}).loss.item()
     assert abs(found - opened) > 1e-3
 
 
@@ -247,15 +250,15 @@ def test_resuming_gives_the_identical_curve_and_weights(tiny_llama, rows, tmp_pa
 
 def test_resuming_refuses_sinks_of_other_settings(tiny_llama, rows, tmp_path) -> None:
     trainer_of(build(tiny_llama), arguments(tmp_path, max_steps=2), rows, SinkCallback()).train()
-    other = build(tiny_llama, SinkConfig(neurons=64, active=16, block_size=8, open_from=3))
+    other = build(tiny_llama, SinkConfig(neurons=64, active=16, block_size=8, seed=3))
     trainer = trainer_of(other, arguments(tmp_path), rows, SinkCallback())
-    with pytest.raises(CheckpointError, match="open_from is 2 there and 3 here"):
+    with pytest.raises(CheckpointError, match="seed is 0 there and 3 here"):
         trainer.train(resume_from_checkpoint=True)
 
 
 def test_resuming_without_the_sinks_is_refused(tiny_llama, rows, tmp_path) -> None:
     trainer_of(build(tiny_llama), arguments(tmp_path, max_steps=2), rows, SinkCallback()).train()
-    with pytest.raises(CheckpointError, match="without sinks was loaded.*SinkCallback"):
+    with pytest.raises(CheckpointError, match="without sinks was loaded.*SinkTrainer"):
         trainer_of(build(tiny_llama), arguments(tmp_path), rows).train(resume_from_checkpoint=True)
     shutil.rmtree(tmp_path / "checkpoint-2" / "sinks")
     with pytest.raises(CheckpointError, match="in none of .*checkpoint-2"):
@@ -332,7 +335,8 @@ def test_the_best_model_comes_with_its_sinks(tiny_llama, rows, tmp_path) -> None
     for name, value in saved[2].items():
         assert not torch.equal(value, saved[6][name]), name
     model.train()
-    assert torch.isfinite(model(**collate([rows[0]])).loss)
+    batch = collate([rows[0]])
+    assert torch.isfinite(model(**{name: batch[name] for name in FIELDS}).loss)
 
 
 def test_exact_mode_trains_on_the_trainer(tiny_llama, tmp_path) -> None:
