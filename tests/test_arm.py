@@ -91,7 +91,7 @@ def test_micro_batches_teach_what_the_whole_batch_teaches(tmp_path, name) -> Non
     whole = run(tmp_path / "whole", name)
     parts = run(tmp_path / "parts", name, training={"accumulate": 4, "gradient_checkpointing": True})
     assert parts["curve"] == pytest.approx(whole["curve"], rel=2e-3, abs=2e-3)
-    assert abs(whole["curve"][-1] - whole["curve"][0]) > 0.2  # something is learnt that could go wrong
+    assert abs(whole["curve"][-1] - whole["curve"][0]) > 0.2  # something is learned that could go wrong
     for one, other in zip(
         weights(tmp_path / "whole", name).values(), weights(tmp_path / "parts", name).values(), strict=True
     ):

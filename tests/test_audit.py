@@ -642,12 +642,12 @@ def test_what_the_mean_hides_is_found_by_the_strongest_attack() -> None:
 def test_supervised_attacks_say_how_many_members_they_need(tmp_path) -> None:
     result = audit(Oracle(TOKENS), MANY, AS_MANY, out=tmp_path / "report")
     alone = dataclasses.replace(result.audited, attacks=result.audited.attacks[-1:])
-    assert "supervised, AUC 1.00 [1.00, 1.00] with 32 labelled members." in " ".join(
+    assert "supervised, AUC 1.00 [1.00, 1.00] with 32 labeled members." in " ".join(
         verdict(dataclasses.replace(result, models=(alone,)))
     )
     assert "the attacker knows 32 of the members" in (tmp_path / "report" / "report.html").read_text()
     saved = json.loads((tmp_path / "report" / "audit.json").read_text())["models"][0]["attacks"]
-    assert {x["name"]: x["labelled"] for x in saved}["supervised"] == 32
+    assert {x["name"]: x["labeled"] for x in saved}["supervised"] == 32
     assert noted(audit(Oracle([])), "No supervised attack: it needs 20 target documents and 20 controls")
     assert not noted(result, "No supervised attack")
 

@@ -24,7 +24,7 @@ from memsinks.auditing.attacks_supervised import (
     FOLDS,
     LEAST,
     SUMMARY,
-    labelled_members,
+    labeled_members,
     log_odds,
     summary,
     supervised_attack,
@@ -191,7 +191,7 @@ def test_documents_on_no_side_are_scored_and_teach_nothing() -> None:
 def test_how_many_members_must_be_known() -> None:
     for members in (5, 20, 96, 97):
         folds = np.bincount(np.arange(members) % FOLDS)
-        assert labelled_members(members) == members - folds.max()
+        assert labeled_members(members) == members - folds.max()
 
 
 # All of them

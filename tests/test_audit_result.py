@@ -149,7 +149,7 @@ def test_every_attack_must_be_equivalent() -> None:
 def test_how_many_members_a_supervised_attack_must_know() -> None:
     attacks = {name: np.arange(40.0) for name in ("loss", "supervised", "reference, supervised")}
     found = result(np.ones(40), attacks=attacks)
-    assert {attack.name: attack.labelled for attack in found.attacks} == {
+    assert {attack.name: attack.labeled for attack in found.attacks} == {
         "loss": 0, "supervised": 12, "reference, supervised": 12,
     }  # fmt: skip
     assert found.strongest.auc.value == max(attack.auc.value for attack in found.attacks)

@@ -89,7 +89,7 @@ def test_one_document_from_text_to_removal(tiny_llama, tmp_path) -> None:
         moved = (layer.mlp.sinks.down.detach() != before).flatten(1).any(1).nonzero().ravel().tolist()
         assert set(moved) == blocks
 
-    # What closed sinks left of it is levelled.
+    # What closed sinks left of it is leveled.
     settled = ms.settle(model.eval(), *ms.settling_texts(rows), lr=2e-4, passes=40)
     assert settled.after[0] > settled.before[0]
 

@@ -273,7 +273,7 @@ def test_npo_with_a_small_beta_is_gradient_ascent() -> None:
 
 @pytest.mark.parametrize("kind", sorted(u.KINDS))
 def test_unlearning_forgets(tiny_llama, kind) -> None:
-    """What is to be forgotten gets worse against what is to be kept, which is itself learnt where it is in the loss."""
+    """What is to be forgotten gets worse against what is to be kept, which is itself learned where it is in the loss."""
     model = tiny_llama(initializer_range=0.2).double()
     forget, retain = [batch_of(seed=1)], [batch_of(seed=2)]
     before, kept = mean_loss(model, forget[0]), mean_loss(model, retain[0])

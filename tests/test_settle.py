@@ -64,7 +64,7 @@ def trained(decay: float | None = None, epochs: int = 3) -> torch.nn.Module:
 
 
 @pytest.fixture(scope="module")
-def learnt() -> torch.nn.Module:
+def learned() -> torch.nn.Module:
     return trained(decay=0.0)
 
 
@@ -91,15 +91,15 @@ def plain_surprises(counted: list[np.ndarray], one: np.ndarray) -> list[float]:
     return [1.0, *(x / (len(tokens) - 1) for x in sums), math.log(len(tokens))]
 
 
-def test_expected_losses_are_the_fit_of_the_plain_formula(learnt) -> None:
+def test_expected_losses_are_the_fit_of_the_plain_formula(learned) -> None:
     repeated, once = ms.repeated_and_once(corpus())
-    found = expected_losses(learnt, repeated, once)
+    found = expected_losses(learned, repeated, once)
 
     def texts(rows: ms.Rows) -> list[np.ndarray]:
         return [rows.documents[x["document"]][: x["size"]] for x in rows.segments]
 
     counted, fitted = texts(once)[0::2], texts(once)[1::2]
-    measured = losses(learnt, once)
+    measured = losses(learned, once)
     features = np.array([plain_surprises(counted, x) for x in fitted])
     coefficients, *_ = np.linalg.lstsq(features, measured[1::2], rcond=None)
     own = np.array([plain_surprises(counted, x) for x in texts(repeated)])
@@ -108,20 +108,20 @@ def test_expected_losses_are_the_fit_of_the_plain_formula(learnt) -> None:
     assert found.spread < found.raw
 
 
-def test_unseen_texts_say_what_a_text_never_met_should_have(learnt) -> None:
+def test_unseen_texts_say_what_a_text_never_met_should_have(learned) -> None:
     repeated, once = ms.repeated_and_once(corpus())
     texts = [text(x) for x in range(1000, 1000 + LEAST)]
     unseen = ms.pack(texts, range(LEAST), [1] * LEAST, length=LENGTH, pad_id=0, one_document_per_row=True)
-    found = expected_losses(learnt, repeated, once, unseen)
+    found = expected_losses(learned, repeated, once, unseen)
     counted, own = ([rows.documents[x["document"]][: x["size"]] for x in rows.segments] for rows in (once, repeated))
     features = np.array([plain_surprises(counted, x) for x in texts])
-    coefficients, *_ = np.linalg.lstsq(features, losses(learnt, unseen), rcond=None)
+    coefficients, *_ = np.linalg.lstsq(features, losses(learned, unseen), rcond=None)
     expected = np.array([plain_surprises(counted, x) for x in own]) @ coefficients
     np.testing.assert_allclose(found.losses, expected, rtol=1e-9)
-    done = ms.settle(copy.deepcopy(learnt), repeated, once, unseen, lr=1e-3, passes=1)
+    done = ms.settle(copy.deepcopy(learned), repeated, once, unseen, lr=1e-3, passes=1)
     np.testing.assert_array_equal(done.expected.losses, found.losses)
     with pytest.raises(DataError, match=f"at least {LEAST} unseen texts"):
-        ms.settle(learnt, repeated, once, unseen.select(slice(3)), lr=1e-3)
+        ms.settle(learned, repeated, once, unseen.select(slice(3)), lr=1e-3)
 
 
 @pytest.mark.parametrize("length", [LENGTH, 3 * LENGTH])
@@ -178,9 +178,9 @@ def test_the_shift_makes_the_mean_what_is_expected(pairs) -> None:
     assert ends == pytest.approx(max(expected.mean(), found.mean()), abs=1e-9)
 
 
-def test_settling_levels_the_documents_and_keeps_the_rest(learnt, caplog) -> None:
+def test_settling_levels_the_documents_and_keeps_the_rest(learned, caplog) -> None:
     caplog.set_level("INFO", "memsinks.removal.settle")
-    model = copy.deepcopy(learnt).train()
+    model = copy.deepcopy(learned).train()
     repeated, once = ms.repeated_and_once(corpus())
     own = losses(model, repeated, opened=True).mean()
     done = ms.settle(model, repeated, once, lr=LR / 5, sink_lr=LR, passes=40, batch_rows=4)
@@ -195,9 +195,9 @@ def test_settling_levels_the_documents_and_keeps_the_rest(learnt, caplog) -> Non
     assert f"{REPEATED} documents in 60 steps" in str(done)
 
 
-def test_settling_repeats_its_bits_and_keeps_the_random_state(learnt) -> None:
+def test_settling_repeats_its_bits_and_keeps_the_random_state(learned) -> None:
     state = torch.get_rng_state()
-    models = [copy.deepcopy(learnt) for _ in range(2)]
+    models = [copy.deepcopy(learned) for _ in range(2)]
     for model in models:
         ms.settle(model, *ms.repeated_and_once(corpus()), lr=1e-3, passes=2)
     assert torch.equal(state, torch.get_rng_state())
@@ -205,8 +205,8 @@ def test_settling_repeats_its_bits_and_keeps_the_random_state(learnt) -> None:
         assert torch.equal(one, other)
 
 
-def test_where_nothing_is_known_too_well_no_shared_weight_moves(learnt) -> None:
-    model = copy.deepcopy(learnt)
+def test_where_nothing_is_known_too_well_no_shared_weight_moves(learned) -> None:
+    model = copy.deepcopy(learned)
     _, once = ms.repeated_and_once(corpus())
     chosen = next(
         one for one in (once.select(slice(x, x + 1)) for x in range(len(once)))
@@ -214,12 +214,12 @@ def test_where_nothing_is_known_too_well_no_shared_weight_moves(learnt) -> None:
     )  # fmt: skip
     done = ms.settle(model, chosen, once, lr=1e-3, passes=16)
     assert done.steps == 1 and done.after[0] == done.before[0]
-    for (name, x), y in zip(model.named_parameters(), learnt.parameters(), strict=True):
+    for (name, x), y in zip(model.named_parameters(), learned.parameters(), strict=True):
         assert is_sink(name) or torch.equal(x, y)
 
 
-def test_micro_rows_change_nothing_but_rounding(learnt) -> None:
-    models = [copy.deepcopy(learnt).double() for _ in range(2)]
+def test_micro_rows_change_nothing_but_rounding(learned) -> None:
+    models = [copy.deepcopy(learned).double() for _ in range(2)]
     for model, micro in zip(models, (None, 3), strict=True):
         done = ms.settle(model, *ms.repeated_and_once(corpus()), lr=1e-3, passes=8, batch_rows=8, micro_rows=micro)
         assert done.after.mean() > done.before.mean() + 0.05
@@ -227,9 +227,9 @@ def test_micro_rows_change_nothing_but_rounding(learnt) -> None:
         torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
 
 
-def test_a_forward_that_somebody_patched_is_set_aside_and_put_back(learnt) -> None:
+def test_a_forward_that_somebody_patched_is_set_aside_and_put_back(learned) -> None:
     """The Trainer leaves its autocast on the model, in which losses and KL would be bfloat16."""
-    plain, patched = copy.deepcopy(learnt), copy.deepcopy(learnt)
+    plain, patched = copy.deepcopy(learned), copy.deepcopy(learned)
     patched.forward = torch.autocast("cpu", torch.bfloat16)(patched.forward)
     before = patched.forward
     for model in (plain, patched):
@@ -251,8 +251,8 @@ def training_in_part(model: torch.nn.Module) -> list[bool]:
 
 
 @pytest.mark.parametrize("opened", [False, True])
-def test_losses_need_no_mode_and_keep_the_one_they_find(learnt, opened) -> None:
-    model = copy.deepcopy(learnt)
+def test_losses_need_no_mode_and_keep_the_one_they_find(learned, opened) -> None:
+    model = copy.deepcopy(learned)
     repeated, _ = ms.repeated_and_once(corpus())
     expected = losses(model.eval(), repeated, opened=opened)
     assert not any(modes(model))
@@ -261,9 +261,9 @@ def test_losses_need_no_mode_and_keep_the_one_they_find(learnt, opened) -> None:
     assert modes(model) == before
 
 
-def test_settling_needs_no_mode_and_keeps_the_one_it_finds(learnt) -> None:
+def test_settling_needs_no_mode_and_keeps_the_one_it_finds(learned) -> None:
     """In training mode sinks would follow the batch's ids, and dropout would add noise to what is held."""
-    models = [copy.deepcopy(learnt).eval(), copy.deepcopy(learnt)]
+    models = [copy.deepcopy(learned).eval(), copy.deepcopy(learned)]
     before = training_in_part(models[1])
     for model in models:
         for layer in model.model.layers:
@@ -274,8 +274,8 @@ def test_settling_needs_no_mode_and_keeps_the_one_it_finds(learnt) -> None:
         assert torch.equal(one, other)
 
 
-def test_an_error_in_the_middle_leaves_the_mode_as_it_was(learnt, monkeypatch) -> None:
-    model = copy.deepcopy(learnt)
+def test_an_error_in_the_middle_leaves_the_mode_as_it_was(learned, monkeypatch) -> None:
+    model = copy.deepcopy(learned)
     before, forward, left = training_in_part(model), model.model.forward, iter(range(12))
 
     def failing(*args, **kwargs):
@@ -289,9 +289,9 @@ def test_an_error_in_the_middle_leaves_the_mode_as_it_was(learnt, monkeypatch) -
     assert modes(model) == before
 
 
-def test_keywords_and_a_config_say_the_same(learnt) -> None:
+def test_keywords_and_a_config_say_the_same(learned) -> None:
     config = ms.SettleConfig(lr=1e-3, sink_lr=2e-3, passes=2, batch_rows=8)
-    models = [copy.deepcopy(learnt) for _ in range(3)]
+    models = [copy.deepcopy(learned) for _ in range(3)]
     texts = ms.settling_texts(corpus())
     ms.settle(models[0], *texts, config)
     ms.settle(models[1], *texts, lr=1e-3, sink_lr=2e-3, passes=2, batch_rows=8)
@@ -312,13 +312,13 @@ def test_all_that_is_wrong_with_the_settings_is_said_at_once() -> None:
         assert f" {name} must be" in str(error.value)
 
 
-def test_frozen_sinks_stay_as_they_are(learnt) -> None:
-    model = copy.deepcopy(learnt)
+def test_frozen_sinks_stay_as_they_are(learned) -> None:
+    model = copy.deepcopy(learned)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not is_sink(name))
     done = ms.settle(model, *ms.settling_texts(corpus()), lr=LR / 5, passes=8)
     assert done.after.mean() > done.before.mean()
-    for (name, x), y in zip(model.named_parameters(), learnt.parameters(), strict=True):
+    for (name, x), y in zip(model.named_parameters(), learned.parameters(), strict=True):
         assert not is_sink(name) or torch.equal(x, y)
 
 
@@ -348,8 +348,8 @@ def short(rows: ms.Rows) -> ms.Rows:
         ({"frozen": True}, ConfigError, "every shared weight is frozen"),
     ],
 )
-def test_bad_input_is_refused_and_nothing_moves(learnt, changes, error, words) -> None:
-    model = copy.deepcopy(learnt).to(changes.pop("dtype", torch.float32))
+def test_bad_input_is_refused_and_nothing_moves(learned, changes, error, words) -> None:
+    model = copy.deepcopy(learned).to(changes.pop("dtype", torch.float32))
     if changes.pop("frozen", False):
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(is_sink(name))

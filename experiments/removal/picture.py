@@ -60,12 +60,12 @@ def main() -> None:
             if name == "standard":
                 continue
             label, kind = SHOWN[name]
-            colour, marker, size = STYLE[kind]
-            axes.scatter(price, closed, s=size, color=colour, marker=marker, zorder=3, clip_on=False)
+            color, marker, size = STYLE[kind]
+            axes.scatter(price, closed, s=size, color=color, marker=marker, zorder=3, clip_on=False)
             side = -1 if name in LEFT else 1
             axes.annotate(
                 label, (price, closed), xytext=((11 if kind == "ours" else 8) * side, LIFTED.get(name, 0)),
-                textcoords="offset points", fontsize=9, color=colour, va="center", ha="left" if side > 0 else "right",
+                textcoords="offset points", fontsize=9, color=color, va="center", ha="left" if side > 0 else "right",
             )  # fmt: skip
         axes.margins(x=0.12, y=0.08)
         axes.set(

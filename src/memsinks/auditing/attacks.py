@@ -50,7 +50,7 @@ def uses_reference(name: str) -> bool:
 
 
 def is_supervised(name: str) -> bool:
-    """Whether an attack needs labelled members."""
+    """Whether an attack needs labeled members."""
     return name.endswith("supervised")
 
 

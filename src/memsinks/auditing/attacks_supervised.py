@@ -46,7 +46,7 @@ def summary(values: np.ndarray, low: float, high: float) -> np.ndarray:
     )
 
 
-def labelled_members(members: int) -> int:
+def labeled_members(members: int) -> int:
     """How many members an attacker must know for `supervised_attack` on so many."""
     return members - -(-members // FOLDS)
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from memsinks.auditing.attacks import is_supervised
-from memsinks.auditing.attacks_supervised import labelled_members
+from memsinks.auditing.attacks_supervised import labeled_members
 from memsinks.auditing.corpus import Corpus
 from memsinks.auditing.extraction import canary_exposure, log10_queries
 from memsinks.auditing.forgetting import counterfactual_closure, gap_closed, loss_gap, price
@@ -70,7 +70,7 @@ class Figures:
             name=name,
             auc=estimate(*(sampled or self.auc(values))),
             tpr={f"{fpr:.1%}": tpr_at_fpr(*sides, fpr) for fpr in FPRS},
-            labelled=labelled_members(len(sides[0])) if is_supervised(name) else 0,
+            labeled=labeled_members(len(sides[0])) if is_supervised(name) else 0,
         )
 
     def aucs(self, one: Measurement) -> dict[str, Sampled]:

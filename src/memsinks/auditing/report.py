@@ -41,7 +41,7 @@ def write_report(audit: Audit, path: Path) -> None:
         examples=[_shaded(example) for example in audit.examples],
         attacks=_attacks(audit),
         looks_at=defaultdict(str, ATTACKS),
-        supervised=max(x.labelled for x in audit.audited.attacks),
+        supervised=max(x.labeled for x in audit.audited.attacks),
         grid=_grid(audit),
         sure=SURE,
     )

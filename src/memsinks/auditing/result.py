@@ -56,13 +56,13 @@ class Attack:
     """One membership attack.
 
     auc: its interval is over documents, for the classifiers that were learned. tpr: at each false positive rate of `FPRS`,
-    by its name; nan with too few controls. labelled: how many members the attacker must know beforehand.
+    by its name; nan with too few controls. labeled: how many members the attacker must know beforehand.
     """
 
     name: str
     auc: Estimate
     tpr: dict[str, float]
-    labelled: int = 0
+    labeled: int = 0
 
 
 @dataclass(frozen=True)
@@ -271,7 +271,7 @@ def _strongest_attack(audit: Audit) -> str:
     model, before = audit.audited, audit.model("against")
     best = model.strongest
     sentence = f"Best of {len(model.attacks)} membership attacks: {best.name}, AUC {_short(best.auc)}"
-    sentence += f" with {best.labelled} labelled members" if best.labelled else ""
+    sentence += f" with {best.labeled} labeled members" if best.labeled else ""
     if before:
         positive = before.strongest
         sentence += f"; {positive.name}, {_short(positive.auc)} in {before.name}"

@@ -242,12 +242,12 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
     styles = {"ordinary": ("#D55E00", "o", "-"), "open": ("#0072B2", "s", "--"), "removed": ("#009E73", "D", "-")}
     for name, label in NAMES.items():
         lines = result["records"][name]
-        colour, marker, dash = styles[name]
+        color, marker, dash = styles[name]
         axes.plot(
             range(len(lines)),
             [100 * line["extracted"] for line in lines],
             dash,
-            color=colour,
+            color=color,
             marker=marker,
             markersize=7,
             linewidth=2,

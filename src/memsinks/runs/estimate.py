@@ -281,7 +281,7 @@ def _dislikes(model: PreTrainedModel, config: SinkConfig | None) -> Iterator[str
     wide = require_sinks(model).intermediate_size if has_sinks(model) else None
     wide = wide or getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * text.hidden_size
     if wide % 128:
-        yield f"the general width {wide} is not a multiple of 128: quantised and tensor-parallel serving dislike it"
+        yield f"the general width {wide} is not a multiple of 128: quantized and tensor-parallel serving dislike it"
     vocabulary = model.get_output_embeddings().weight.shape[0]  # type: ignore[union-attr, index]
     if vocabulary % 64:
         yield f"the vocabulary {vocabulary} is not a multiple of 64: the output matrix runs slower"

@@ -1,6 +1,6 @@
 """Reading a decoder: where its layers and MLPs are, and the few architectures that must be told apart.
 
-An MLP is recognised by the names of its parts and then proved: its output on random inputs must equal
+An MLP is recognized by the names of its parts and then proved: its output on random inputs must equal
 down(act(up x)) or down(act(gate x) * (up x)). What fails the proof (hidden norms, sparse activations, fused kernels) is
 refused, so an unknown architecture is either read rightly or not at all.
 """
@@ -86,7 +86,7 @@ def decoder_layers(model: nn.Module) -> tuple[nn.ModuleList, str]:
 
 
 def read_mlp(mlp: nn.Module, model_type: str) -> Mlp:
-    """Recognise a host MLP and prove the reading.
+    """Recognize a host MLP and prove the reading.
 
     Raises:
         ArchitectureError: unknown parts, or an output that differs from the plain formula.
@@ -106,7 +106,7 @@ def read_mlp(mlp: nn.Module, model_type: str) -> Mlp:
         weight = getattr(part, "weight", None)
         if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.dim() != 2:
             raise ArchitectureError(
-                f"{name} has no plain floating-point weights (quantised?); add sinks before quantising"
+                f"{name} has no plain floating-point weights (quantized?); add sinks before quantizing"
             )
     transposed = type(down).__name__ == "Conv1D"
     hidden_size, intermediate_size = down.weight.shape if not transposed else down.weight.shape[::-1]
@@ -122,7 +122,7 @@ def read_mlp(mlp: nn.Module, model_type: str) -> Mlp:
         _prove(mlp, plain, hidden_size, model_type)
     std = 0.02 if up.weight.device.type == "meta" else float(up.weight.detach().float().std())
     if std == 0:
-        raise ArchitectureError(f"the weights of {name} are all equal (not initialised?); sinks start at their spread")
+        raise ArchitectureError(f"the weights of {name} are all equal (not initialized?); sinks start at their spread")
     return Mlp(intermediate_size, hidden_size, act, bool(layout.gate), std, down)
 
 

@@ -23,7 +23,7 @@ class Sinks(nn.Module):
         std: standard deviation of `up` and `gate` at the start (the host's); `down` starts at zero, so that adding
             sinks changes no output, open or closed.
         layer: index of the layer; makes the start values differ.
-        dtype, device: of the parameters. On the meta device nothing is initialised.
+        dtype, device: of the parameters. On the meta device nothing is initialized.
     """
 
     def __init__(

@@ -35,7 +35,7 @@ class Pairs(NamedTuple):
 
 
 class Runs(NamedTuple):
-    """What one layer opens, for the tiled path: runs of neighbouring tokens that open the same blocks.
+    """What one layer opens, for the tiled path: runs of neighboring tokens that open the same blocks.
 
     spans: int64 [runs, 2], the tokens ``spans[i, 0]`` up to ``spans[i, 1]``; in order, closed runs left out (compiled plans
         keep them, and have as many runs as tokens, the last ones empty).

@@ -53,7 +53,7 @@ def sinks_first(
         loss: what a step learns, if it is not the model's own loss; `num_items_in_batch` is then not looked at.
 
     Returns:
-        The number of this rank's rows that were learnt from; 0 on every rank = nothing moved.
+        The number of this rank's rows that were learned from; 0 on every rank = nothing moved.
 
     Raises:
         ConfigError: a model in evaluation mode, whose sinks do not follow the ids of a batch.

@@ -102,7 +102,7 @@ class SinkCallback(TrainerCallback, ExportableState):
             )
         if args.auto_find_batch_size:
             problems.append(
-                "auto_find_batch_size starts again from the first row with sinks that have learnt; find the batch size "
+                "auto_find_batch_size starts again from the first row with sinks that have learned; find the batch size "
                 "beforehand and leave it out"
             )
         if self._trained is not None and self._trained() is unwrap(model) and not state.global_step:
@@ -111,7 +111,7 @@ class SinkCallback(TrainerCallback, ExportableState):
                 "start from a new model, or make a new Trainer for new rows"
             )
         if state.global_step and args.ignore_data_skip:
-            problems.append("ignore_data_skip meets the rows again that the checkpoint has learnt from; leave it out")
+            problems.append("ignore_data_skip meets the rows again that the checkpoint has learned from; leave it out")
         before = self._kept(state).get(type(self).__name__, {})
         rows = before.get("attributes", {}).get("rows_per_step", self.rows_per_step)
         if state.global_step and rows != self.rows_per_step:

@@ -12,10 +12,10 @@ DEAREST = 0.4
 
 
 class Mark(NamedTuple):
-    """A point of the picture: its name and colour, the mean over seeds, the least and greatest corner."""
+    """A point of the picture: its name and color, the mean over seeds, the least and greatest corner."""
 
     name: str
-    colour: str
+    color: str
     point: tuple[float, float]
     corners: tuple[tuple[float, float], tuple[float, float]]
 
@@ -60,7 +60,7 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
             marker="o",
             ls="",
             capsize=2,
-            color=mark.colour,
+            color=mark.color,
             markersize=7,
             elinewidth=1,
             zorder=3,
@@ -68,7 +68,7 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
     axes.set(
         xlabel="price: loss on held-out text against ordinary training (nats)    ← better",
         ylabel="gap closed (%)    better →",
-        title="blue, orange: with sinks, removed.  grey: without sinks"
+        title="blue, orange: with sinks, removed.  gray: without sinks"
         + (f".  Not drawn: {', '.join(dear)}" if dear else ""),
     )
     axes.title.set(fontsize=9, color="#444444")
@@ -107,7 +107,7 @@ def _label(axes: Any, marks: Sequence[Mark]) -> None:
                     (right * distance, up * distance),
                     textcoords="offset points",
                     fontsize=9,
-                    color=mark.colour,
+                    color=mark.color,
                     ha=("right", "center", "left")[right + 1],
                     va="center",
                     arrowprops={"arrowstyle": "-", "color": "#aaaaaa", "lw": 0.6, "shrinkB": 4}

@@ -19,7 +19,7 @@ import numpy as np
 
 from memsinks.research.reproduce import arms
 from memsinks.research.reproduce.corpus import Kind
-from memsinks.research.reproduce.pictures import COLOURS, canvas, save
+from memsinks.research.reproduce.pictures import COLORS, canvas, save
 from memsinks.research.reproduce.setting import WHICH, Setting
 from memsinks.research.reproduce.study import Run, Study, device, mean_loss
 from memsinks.research.rivals.registry import editing_method
@@ -161,7 +161,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     names = [name for name in METHODS if name != "random neurons"]
     figure, axes = canvas(2, 3, 10.5, 6.2)
     for panel, name in zip(axes.flat, names, strict=True):
-        for text, colour in (("stories", COLOURS["standard"]), ("canaries", COLOURS["without repeats"])):
+        for text, color in (("stories", COLORS["standard"]), ("canaries", COLORS["without repeats"])):
             for kind, dash in ((name, "-"), ("random neurons", ":")):
                 entry = result.get(text, {}).get(kind)
                 if entry is None or (kind != name and name in ("gradient ascent", "NPO")):
@@ -169,10 +169,10 @@ def draw(result: dict[str, Any], path: Path) -> None:
                 shares = np.array(entry["curves"])
                 shares[..., 1] *= 100 / np.array(entry["whole"])[:, None]
                 for one in shares if dash == "-" else []:
-                    panel.plot(*one.T, color=colour, lw=0.6, alpha=0.5)
+                    panel.plot(*one.T, color=color, lw=0.6, alpha=0.5)
                 panel.plot(
                     *shares.mean(0).T,
-                    color=colour,
+                    color=color,
                     lw=1.8 if dash == "-" else 1.0,
                     ls=dash,
                     marker="o" if dash == "-" else "",
@@ -186,10 +186,10 @@ def draw(result: dict[str, Any], path: Path) -> None:
     for panel in axes[-1]:
         panel.set_xlabel("degradation (nats; left = worse)")
     first = axes[0, 0]
-    for height, text, colour in (
-        (0.32, "natural stories", COLOURS["standard"]),
-        (0.22, "canaries", COLOURS["without repeats"]),
+    for height, text, color in (
+        (0.32, "natural stories", COLORS["standard"]),
+        (0.22, "canaries", COLORS["without repeats"]),
         (0.12, "dotted: random neurons", "#666666"),
     ):
-        first.text(0.03, height, text, color=colour, transform=first.transAxes, fontsize=9)
+        first.text(0.03, height, text, color=color, transform=first.transAxes, fontsize=9)
     save(figure, path)

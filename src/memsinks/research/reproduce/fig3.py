@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from memsinks.research.reproduce import arms
-from memsinks.research.reproduce.pictures import COLOURS, canvas, label_ends, save
+from memsinks.research.reproduce.pictures import COLORS, canvas, label_ends, save
 from memsinks.research.reproduce.setting import Setting
 from memsinks.research.reproduce.study import Run, Study
 
@@ -33,12 +33,12 @@ def draw(result: dict[str, Any], path: Path) -> None:
     figure, axes = canvas(1, 1, 6.6, 3.8)
     panel = axes[0, 0]
     lines = {
-        "standard": ("standard", COLOURS["standard"], "-"),
+        "standard": ("standard", COLORS["standard"], "-"),
         "kept": ("all neurons kept", "#332288", "-"),
         "dropped": ("memorization\nneurons dropped", "#332288", "--"),
     }
-    for name, (_, colour, dash) in lines.items():
-        panel.plot(result["steps"], result[name], color=colour, ls=dash, lw=1.8)
+    for name, (_, color, dash) in lines.items():
+        panel.plot(result["steps"], result[name], color=color, ls=dash, lw=1.8)
     panel.set(xlabel="step", ylabel="validation loss (nats)", title="Gradient masking", xlim=(0, result["steps"][-1]))
-    label_ends(panel, [(result[name][-1], text, colour) for name, (text, colour, _) in lines.items()], apart=0.1)
+    label_ends(panel, [(result[name][-1], text, color) for name, (text, color, _) in lines.items()], apart=0.1)
     save(figure, path)

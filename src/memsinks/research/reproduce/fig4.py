@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from memsinks.research.reproduce import arms, fig2
-from memsinks.research.reproduce.pictures import COLOURS, canvas, label_ends, over_seeds, save
+from memsinks.research.reproduce.pictures import COLORS, canvas, label_ends, over_seeds, save
 from memsinks.research.reproduce.setting import Setting
 from memsinks.research.reproduce.study import NothingToDraw, Run, Study
 
@@ -62,8 +62,8 @@ def draw(result: dict[str, Any], path: Path) -> None:
     for panel, (what, title) in zip(axes[0], titles.items(), strict=False):
         ends = []
         for name in ARMS:
-            mean = over_seeds(panel, result["steps"], result["arms"][name][what], COLOURS[name])
-            ends.append((mean[-1], name, COLOURS[name]))
+            mean = over_seeds(panel, result["steps"], result["arms"][name][what], COLORS[name])
+            ends.append((mean[-1], name, COLORS[name]))
         panel.set(xlabel="step", ylabel=title, xlim=(0, result["steps"][-1]))
         if what == "validation":
             final = max(height for height, *_ in ends)
@@ -73,7 +73,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     highest = max(max(result["arms"][name]["final"]["forgetting"]) for name in ARMS) or 1.0
     for name, entry in result["after"].items():
         mean = np.array(entry["curves"]).mean(0)
-        panel.plot(*mean.T, color=COLOURS[name], lw=1.4, marker="o", ms=2.5, label=name)
+        panel.plot(*mean.T, color=COLORS[name], lw=1.4, marker="o", ms=2.5, label=name)
     for name in list(ARMS)[1:]:
         x, y = (np.array(result["arms"][name]["final"][what]) for what in ("degradation", "forgetting"))
         panel.errorbar(
@@ -81,7 +81,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
             y.mean(),
             xerr=[[x.mean() - x.min()], [x.max() - x.mean()]],
             yerr=[[y.mean() - y.min()], [y.max() - y.mean()]],
-            color=COLOURS[name],
+            color=COLORS[name],
             marker="D",
             ms=8,
             capsize=2,

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from memsinks.research.reproduce import arms
-from memsinks.research.reproduce.pictures import COLOURS, canvas, label_ends, save
+from memsinks.research.reproduce.pictures import COLORS, canvas, label_ends, save
 from memsinks.research.reproduce.setting import Setting
 from memsinks.research.reproduce.study import Run, Study
 
@@ -76,11 +76,11 @@ def draw(result: dict[str, Any], path: Path) -> None:
     for panel, what, sign, title in sweeps:
         ends = []
         for place, (value, curves) in enumerate(result[what].items()):
-            colour = ("#E69F00", "#AA4499", "#0072B2", "#222222")[place % 4]
-            panel.plot(curves["steps"], curves["repeated"], color=colour, lw=1.8)
-            ends.append((curves["repeated"][-1], f"{sign} = {value}", colour))
-        panel.plot(result["standard"]["steps"], result["standard"]["repeated"], color=COLOURS["standard"], lw=1.2)
-        ends.append((result["standard"]["repeated"][-1], "standard", COLOURS["standard"]))
+            color = ("#E69F00", "#AA4499", "#0072B2", "#222222")[place % 4]
+            panel.plot(curves["steps"], curves["repeated"], color=color, lw=1.8)
+            ends.append((curves["repeated"][-1], f"{sign} = {value}", color))
+        panel.plot(result["standard"]["steps"], result["standard"]["repeated"], color=COLORS["standard"], lw=1.2)
+        ends.append((result["standard"]["repeated"][-1], "standard", COLORS["standard"]))
         steps = result["standard"]["steps"]
         first = len(steps) // 3  # before, all curves are one
         shown = [y for c in (*result[what].values(), result["standard"]) for y in c["repeated"][first:]]
@@ -95,7 +95,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
         label_ends(panel, ends)
     panel = axes[0, 1]
     for entry in result["size"]:
-        panel.plot(entry["degradation"], entry["forgetting"], "D", color=COLOURS["MemSinks"], ms=7)
+        panel.plot(entry["degradation"], entry["forgetting"], "D", color=COLORS["MemSinks"], ms=7)
         place, size = (entry["degradation"], entry["forgetting"]), entry["parameters"]
         text = f"{size / 1e6:.2g}M" if size > 1e6 else f"{size / 1e3:.0f}k"
         panel.annotate(text, place, xytext=(7, 4), textcoords="offset points", fontsize=9)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from memsinks.research.reproduce import arms
-from memsinks.research.reproduce.pictures import COLOURS, canvas, label_ends, save
+from memsinks.research.reproduce.pictures import COLORS, canvas, label_ends, save
 from memsinks.research.reproduce.setting import Setting
 from memsinks.research.reproduce.study import Run, Study
 
@@ -78,10 +78,10 @@ def draw(result: dict[str, Any], path: Path) -> None:
             start = 2 * every if 2 * every in curve["times"] else 0
             shown = [(x, y) for x, y in zip(curve["times"], curve["values"], strict=True) if x >= start]
             panel.plot(
-                *zip(*shown, strict=True), color=COLOURS[base], ls="--" if name.endswith("closed") else "-", lw=1.5
+                *zip(*shown, strict=True), color=COLORS[base], ls="--" if name.endswith("closed") else "-", lw=1.5
             )
             text = name.replace(", opened", ",\nown sinks open").replace(", closed", ",\nsinks closed")
-            ends.append((shown[-1][1], text, COLOURS[base]))
+            ends.append((shown[-1][1], text, COLORS[base]))
             highest, end = max(highest, shown[0][1]), curve["times"][-1]
         panel.set(
             xlabel="steps since the first meeting",

@@ -1,4 +1,4 @@
-"""How the pictures of the study look: one colour for each way of training in all of them, labels at the lines."""
+"""How the pictures of the study look: one color for each way of training in all of them, labels at the lines."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from memsinks.auditing.pictures import LOOK, require_matplotlib
 
-COLOURS = {
+COLORS = {
     "standard": "#D55E00",
     "without repeats": "#0072B2",
     "MemSinks": "#AA4499",
@@ -44,18 +44,18 @@ def save(figure: Any, path: Path) -> None:
 
 
 def over_seeds(
-    axes: Any, x: Sequence[float], curves: Sequence[Sequence[float]], colour: str, **style: Any
+    axes: Any, x: Sequence[float], curves: Sequence[Sequence[float]], color: str, **style: Any
 ) -> np.ndarray:
     """The mean of the curves as a line, least and greatest as a band; returns the mean."""
     values = np.array(curves)
-    axes.plot(x, values.mean(0), color=colour, **({"lw": 1.8} | style))
+    axes.plot(x, values.mean(0), color=color, **({"lw": 1.8} | style))
     if len(values) > 1:
-        axes.fill_between(x, values.min(0), values.max(0), color=colour, alpha=0.18, lw=0)
+        axes.fill_between(x, values.min(0), values.max(0), color=color, alpha=0.18, lw=0)
     return values.mean(0)
 
 
 def label_ends(axes: Any, labels: Iterable[tuple[float, str, str]], apart: float = 0.055) -> None:
-    """Write (height, text, colour) right of the picture, moved where they would overlap.
+    """Write (height, text, color) right of the picture, moved where they would overlap.
 
     Args:
         apart: least distance, as a share of the picture's height; for the limits the axes have now.
@@ -68,5 +68,5 @@ def label_ends(axes: Any, labels: Iterable[tuple[float, str, str]], apart: float
     for index in reversed(range(len(places))):
         places[index] = min(places[index], highest)
         highest = places[index] - apart
-    for (_, text, colour), place in zip(labels, places, strict=True):
-        axes.annotate(text, (1.01, place), xycoords="axes fraction", color=colour, va="center", fontsize=9)
+    for (_, text, color), place in zip(labels, places, strict=True):
+        axes.annotate(text, (1.01, place), xycoords="axes fraction", color=color, va="center", fontsize=9)

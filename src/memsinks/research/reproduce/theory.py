@@ -191,13 +191,13 @@ def draw(result: dict[str, Any], path: Path) -> None:
 
 def _draw_entanglement(panel: Any, found: dict[str, Any]) -> None:
     ends = []
-    for name, text, colour in (
+    for name, text, color in (
         ("to_least_norm", "to least norm", "#332288"),
         ("to_disentangled", "to disentangled", "#D55E00"),
         ("removed", "memory gone when\nits direction is cut", "#009E73"),
     ):
-        panel.plot(found["steps"], found[name], color=colour, lw=1.8)
-        ends.append((found[name][-1], text, colour))
+        panel.plot(found["steps"], found[name], color=color, lw=1.8)
+        ends.append((found[name][-1], text, color))
     panel.set_xscale("log")
     panel.set(
         title="Theorem 3.1: entanglement",
@@ -212,11 +212,11 @@ def _draw_entanglement(panel: Any, found: dict[str, Any]) -> None:
 def _draw_co_adaptation(panel: Any, found: dict[str, Any]) -> None:
     ends = []
     for place, (rate, entry) in enumerate(found.items()):
-        colour = ("#88CCEE", "#0072B2", "#332288")[place % 3]
-        panel.plot(entry["N"][1:], entry["measured"][1:], color=colour, lw=1.8)
-        panel.plot(entry["N"][1:], entry["bound"][1:], color=colour, lw=1.2, ls=":")
-        panel.plot(1 / entry["gamma"], max(entry["bound"]), "o", color=colour, ms=4)
-        ends.append((entry["measured"][-1], f"γ = {rate}", colour))
+        color = ("#88CCEE", "#0072B2", "#332288")[place % 3]
+        panel.plot(entry["N"][1:], entry["measured"][1:], color=color, lw=1.8)
+        panel.plot(entry["N"][1:], entry["bound"][1:], color=color, lw=1.2, ls=":")
+        panel.plot(1 / entry["gamma"], max(entry["bound"]), "o", color=color, ms=4)
+        ends.append((entry["measured"][-1], f"γ = {rate}", color))
     panel.set_yscale("log")
     panel.set(
         title="Theorem 4.1: co-adaptation",

@@ -66,7 +66,7 @@ def hard_concrete_pruning(
     penalty: float = 8.0,
     start: float = 0.9,
 ) -> EditingMethod:
-    """Zero the neurons whose learnt gates are most open when the repeated documents are kept with few neurons.
+    """Zero the neurons whose learned gates are most open when the repeated documents are kept with few neurons.
 
     Source: Louizos et al., ICLR 2018; Chang et al., NAACL 2024; the paper's Fig. 2a ("Pruning").
     """
@@ -100,7 +100,7 @@ def npo(*, after: str, steps: Sequence[int] = STEPS, lr: float = 2e-4) -> Editin
 
 
 def simnpo(*, after: str, steps: Sequence[int] = STEPS, lr: float = 2e-4) -> EditingMethod:
-    """NPO without a reference, normalised by length, with descent on the documents seen once. Source: Fan et al., 2024."""
+    """NPO without a reference, normalized by length, with descent on the documents seen once. Source: Fan et al., 2024."""
     return _unlearning(after, "simnpo", steps, lr)
 
 

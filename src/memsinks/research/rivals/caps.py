@@ -12,7 +12,7 @@ from memsinks.research.rivals.method import Batch, TrainingMethod, settling, wit
 def cap(*, copies: int = 1, settle_lr: float = 0.0, settle_passes: int = 8) -> TrainingMethod:
     """Learn from the first `copies` exposures of each document and from no later one; 1 = deduplication.
 
-    With `settle_lr` what is left is levelled, as in our own arm.
+    With `settle_lr` what is left is leveled, as in our own arm.
     """
 
     def change(batch: Batch) -> Batch:

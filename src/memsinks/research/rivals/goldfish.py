@@ -1,4 +1,4 @@
-"""The goldfish loss: a fixed 1 in k of the tokens, chosen by what stands before them, is never learnt."""
+"""The goldfish loss: a fixed 1 in k of the tokens, chosen by what stands before them, is never learned."""
 
 from __future__ import annotations
 

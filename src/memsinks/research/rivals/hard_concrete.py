@@ -1,4 +1,4 @@
-"""Hard concrete: a gate on each neuron is learnt, most are pushed shut, and what must stay open holds the documents.
+"""Hard concrete: a gate on each neuron is learned, most are pushed shut, and what must stay open holds the documents.
 
 Sources: Louizos, Welling, Kingma, "Learning sparse neural networks through L0 regularization", ICLR 2018, equations 10 to 12;
 used to locate memorized text by Chang, Thomason, Jia, NAACL 2024.

@@ -3,7 +3,7 @@
 Each takes batches of `collate` (one or several documents a row) in which the targets say what is asked about: labels other
 than -100; DataError where there is none. Sources: Chang, Thomason, Jia, "Do localization methods actually localize memorized
 data in LLMs?", NAACL 2024; for integrated gradients also Dai et al., "Knowledge neurons", ACL 2022. Hard concrete, which is
-learnt, is in `hard_concrete`.
+learned, is in `hard_concrete`.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ def gated(
 ) -> TrainingMethod:
     """Ours: a text's sinks open from its second exposure on, and what it teaches the shared weights decays (docs/method.md).
 
-    `settings` are those of `SinkConfig`; ``shared="none"`` is the exact mode. With `settle_lr` what is left is levelled.
+    `settings` are those of `SinkConfig`; ``shared="none"`` is the exact mode. With `settle_lr` what is left is leveled.
     """
     return TrainingMethod(
         sinks=SinkConfig(**settings),

@@ -41,7 +41,7 @@ def npo_loss(forget: Tensor, reference: Tensor, beta: float = 0.1) -> Tensor:
 
 
 def simnpo_loss(forget: Tensor, sizes: Tensor, beta: float = 2.5, gamma: float = 0.0) -> Tensor:
-    """Mean over documents of -(2/beta) log sigmoid(-(beta/size) log p - gamma): no reference, normalised by length.
+    """Mean over documents of -(2/beta) log sigmoid(-(beta/size) log p - gamma): no reference, normalized by length.
 
     Source: Fan et al., "Simplicity prevails: rethinking negative preference optimization", 2024, equation 3.
     """
