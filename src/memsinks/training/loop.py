@@ -99,10 +99,7 @@ class Training:
     def __post_init__(self) -> None:
         self.optimizer, self.schedule = optimizer_and_schedule(self.model, self.config, self.total)
         self._attributes = _training_attributes(self.model, self.config)
-        self._called: nn.Module = self.model
-        if process_count() > 1:  # unused parameters: experts that no token chose
-            unused = not self.config.gradient_checkpointing
-            self._called = DistributedDataParallel(self.model, find_unused_parameters=unused)
+        self._exchanging: DistributedDataParallel | None = None
 
     def update(self, parts: Sequence[Batch]) -> float:
         """One optimizer step on this process's micro-batches; returns its loss, see `Done`."""
@@ -111,6 +108,9 @@ class Training:
         parts = [self.change({name: x.to(device, non_blocking=True) for name, x in part.items()}) for part in parts]
         divisor = targets if processes == 1 else targets / processes  # DDP takes the mean over processes
         self.model.train()
+        if processes > 1 and self._exchanging is None:  # unused parameters: experts that no token chose
+            unused = not self.config.gradient_checkpointing
+            self._exchanging = DistributedDataParallel(self.model, find_unused_parameters=unused)
         with self.as_in_training():
             if self.config.sinks_first and has_sinks(self.model):
                 norm = self.config.max_grad_norm
@@ -118,7 +118,7 @@ class Training:
             loss = 0.0
             for place, part in enumerate(parts):
                 with self._alone(place + 1 < len(parts)):
-                    loss += self.learn(self._called, part, divisor)
+                    loss += self.learn(self._exchanging or self.model, part, divisor)
         clip_gradients(self.model, self.config.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -132,9 +132,11 @@ class Training:
 
     def _alone(self, alone: bool) -> AbstractContextManager[None]:
         """Without the exchange of gradients between processes."""
-        if alone and isinstance(self._called, DistributedDataParallel):
-            return self._called.no_sync()
-        return nullcontext()
+        return self._exchanging.no_sync() if alone and self._exchanging is not None else nullcontext()
+
+    def release(self) -> None:
+        """Let go of the other processes: their group must not be left while the exchange of gradients holds it."""
+        self._exchanging = None
 
     def save(self, folder: Path, facts: Mapping[str, Any] | None = None) -> None:
         """Write a checkpoint into `folder`; every process must call this, the first one writes.
@@ -193,16 +195,19 @@ def steps(
     last = training.total if until is None else min(until, training.total)
     every = training.config.save_every
     with finishing_the_step(checkpoints is not None and process_count() == 1) as interrupted:
-        while training.step < last:
-            start = time.perf_counter()
-            rate = float(training.schedule.get_last_lr()[0])
-            loss = training.update(batches(training.step))
-            yield Done(training.step, loss, rate, time.perf_counter() - start)
-            due = every > 0 and training.step % every == 0 and training.step < training.total
-            if checkpoints is not None and (due or interrupted()):
-                training.save(checkpoints, facts)
-            if interrupted():
-                raise KeyboardInterrupt
+        try:
+            while training.step < last:
+                start = time.perf_counter()
+                rate = float(training.schedule.get_last_lr()[0])
+                loss = training.update(batches(training.step))
+                yield Done(training.step, loss, rate, time.perf_counter() - start)
+                due = every > 0 and training.step % every == 0 and training.step < training.total
+                if checkpoints is not None and (due or interrupted()):
+                    training.save(checkpoints, facts)
+                if interrupted():
+                    raise KeyboardInterrupt
+        finally:
+            training.release()
 
 
 def _training_attributes(model: PreTrainedModel, config: TrainingConfig) -> dict[str, Any]:
