@@ -14,8 +14,10 @@ from tiny import tokens as some_tokens
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from transformers import TrainingArguments
 
 import memsinks as ms
+from memsinks.sinks.state import sink_parameters
 
 STEPS, ROWS, LENGTH = 3, 4, 12
 
@@ -70,3 +72,40 @@ def test_two_processes_equal_one(kind: str, tmp_path: Path) -> None:
     assert set(two) == set(one)
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, rtol=0, atol=2e-5, msg=name)
+
+
+def gradients_of_a_trainer(rank: int, averaged: bool, folder: str) -> None:
+    """The sinks' gradients in sinks_first and in the step, which the optimizer leaves as they are, both open in every row."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29512", "RANK": str(rank), "LOCAL_RANK": str(rank),
+                   "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "1"}  # fmt: skip
+    torch.set_num_threads(1)
+    taken = []
+
+    class Keeping(torch.optim.SGD):
+        def step(self, closure=None) -> None:
+            taken.append([x.grad.clone() for x in sink_parameters(model)])
+
+    model = sink_llama(torch.float32, shared_decay=0.0)
+    rows = []
+    for row in range(4):  # the ranks have different numbers of targets
+        ids = some_tokens(1, LENGTH, row)[0]
+        wide = {"document_ids": torch.full_like(ids, 10 + row), "exposures": torch.full_like(ids, 2)}
+        labels = ids.masked_fill(torch.arange(LENGTH) > 3 + 2 * row, -100)
+        rows.append({"input_ids": ids, "labels": labels, "position_ids": torch.arange(LENGTH), **wide})
+    args = TrainingArguments(
+        folder, max_steps=1, per_device_train_batch_size=2, max_grad_norm=0.0, use_cpu=True, report_to=[],
+        save_strategy="no", average_tokens_across_devices=averaged, ddp_find_unused_parameters=False,
+    )  # fmt: skip
+    optimizer = Keeping(ms.param_groups(model, 1e-2))
+    ms.SinkTrainer(model, args, train_dataset=rows, optimizers=(optimizer, None)).train()
+    first, step = taken
+    for one, other in zip(first, step, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-7)
+    dist.destroy_process_group()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("averaged", [True, False])
+def test_sinks_learn_first_what_the_step_of_a_trainer_learns(averaged: bool, tmp_path: Path) -> None:
+    """Over all ranks: the divisor is that of the Trainer, whether it counts the targets of all ranks or of each."""
+    mp.spawn(gradients_of_a_trainer, (averaged, str(tmp_path)), nprocs=2)

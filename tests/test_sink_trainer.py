@@ -230,6 +230,14 @@ def test_a_stream_past_its_end_is_refused(make, rows, tmp_path) -> None:
     make(arguments(tmp_path, max_steps=2, save_strategy="no"), Stream()).train()
 
 
+def test_rows_that_were_shuffled_before_are_refused_where_they_are_met(make, rows, tmp_path) -> None:
+    """A sampler looks right then; the places of the rows in their order do not."""
+    backwards = [rows[index] for index in range(len(rows) - 1, -1, -1)]
+    refused(
+        make(arguments(tmp_path, save_strategy="no"), backwards), r"row \d+ of the training order is met after row \d+"
+    )
+
+
 def test_several_problems_are_said_at_once(make, tmp_path) -> None:
     refused(make(arguments(tmp_path, max_steps=7, auto_find_batch_size=True)), "2 epochs.*; auto_find_batch_size")
 
@@ -244,6 +252,34 @@ def test_evaluation_between_steps_changes_nothing(tiny_llama, rows, tmp_path) ->
         trainer.train()
         curves.append(losses(trainer))
     assert curves[0] == curves[1]
+
+
+def test_a_compiled_model_is_saved_whole_under_its_own_names(tiny_llama, rows, tmp_path) -> None:
+    model = build(tiny_llama)
+    with torch.compiler.set_stance("force_eager"):
+        SinkTrainer(torch.compile(model), arguments(tmp_path, max_steps=1), train_dataset=rows).train()
+    assert equal(weights(ms.load(tmp_path / "checkpoint-1")), weights(model))
+
+
+def test_an_adapter_is_trained_with_its_sinks(tiny_llama, rows, tmp_path) -> None:
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(
+        build(tiny_llama), peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["sinks"])
+    )
+    before = {name: x.detach().clone() for name, x in model.named_parameters()}
+    SinkTrainer(model, shuffled(tmp_path), train_dataset=rows).train()
+    moved = {name for name, x in model.named_parameters() if not torch.equal(x, before[name])}
+    assert any("lora_" in name for name in moved) and any("sinks.modules_to_save" in name for name in moved)
+    assert all("lora_" in name or "sinks.modules_to_save" in name for name in moved)
+
+
+def test_label_smoothing_in_the_exact_mode(tiny_llama, tmp_path) -> None:
+    """The Trainer takes the labels out of the batch, so padding has to be told from text without them."""
+    exact = dataclasses.replace(CONFIG, shared="none")
+    trainer = SinkTrainer(build(tiny_llama, exact), shuffled(tmp_path, label_smoothing_factor=0.1, max_steps=5),
+                          train_dataset=some_rows(apart_from=2).select(slice(0, 20)))  # fmt: skip
+    trainer.train()
+    assert len(losses(trainer)) == 5
 
 
 class Count(TrainerCallback):

@@ -23,13 +23,13 @@ CONFIG = SinkConfig(neurons=64, active=16, block_size=8)
 LR = 1e-2
 
 
-def some_rows() -> Rows:
+def some_rows(apart_from: int | None = None) -> Rows:
     """12 documents, some of them met up to six times, packed; 6 steps of 4 rows."""
     rng = np.random.default_rng(0)
     documents = [rng.integers(1, 64, int(rng.integers(5, 12))) for _ in range(12)]
     order = rng.permutation(np.repeat(np.arange(12), np.tile([1, 2, 6], 4)))
     ids = np.arange(100, 112)[order]
-    packed = pack([documents[i] for i in order], ids, exposures(ids), length=LENGTH, pad_id=0)
+    packed = pack([documents[i] for i in order], ids, exposures(ids), length=LENGTH, pad_id=0, apart_from=apart_from)
     assert len(packed) >= 6 * BATCH
     return packed.select(slice(0, 6 * BATCH))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -17,6 +18,8 @@ from typing import Any
 from safetensors import SafetensorError
 
 from memsinks.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
 
 try:
     import fcntl
@@ -46,7 +49,7 @@ def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
     part = path.with_name(f".{path.name}.part-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(path)
+        remove_leftovers(path.parent, path.name)
         part.write_text(json.dumps(value, indent=indent) + "\n", encoding="utf-8")
         part.replace(path)
     except OSError as error:
@@ -71,7 +74,7 @@ def written_beside(target: Path) -> Iterator[Path]:
         )
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(target)
+        remove_leftovers(target.parent, target.name)
         part = Path(tempfile.mkdtemp(prefix=f".{target.name}.part-", dir=target.parent))
         part.chmod(0o755)
     except OSError as error:
@@ -116,20 +119,29 @@ def _lock(path: Path) -> int:
     return descriptor
 
 
-def _remove_leftovers(target: Path) -> None:
-    """Remove what killed writes of `target` left beside it: nobody holds its lock, and it is not just being made."""
-    for path in target.parent.glob(f".{glob.escape(target.name)}.*-*"):
-        if not path.name.startswith((f".{target.name}.part-", f".{target.name}.old-")):
-            continue
+def remove_leftovers(folder: Path, name: str | None = None, age: float | None = None) -> None:
+    """Remove what killed writes left in `folder`: nobody holds its lock, and it has not changed for `age` seconds.
+
+    Args:
+        name: of the target that was written; None = of any.
+        age: None = `JUST_MADE`; 0 where no other process writes here.
+    """
+    age = JUST_MADE if age is None else age
+    targets = "*" if name is None else glob.escape(name)
+    for path in (path for kind in ("part", "old") for path in folder.glob(f".{targets}.{kind}-*")):
+        target = folder / path.name[1:].rpartition(".")[0]
         try:
             facts = path.stat()
-            if time.time() - max(facts.st_mtime, facts.st_ctime) < JUST_MADE:
+            if time.time() - max(facts.st_mtime, facts.st_ctime) < age:
                 continue
             os.close(_lock(path))
-            if path.is_file():
+            if ".old-" in path.name and not target.exists():  # killed between two renames
+                path.rename(target)
+            elif path.is_file():
                 path.unlink()
             else:
                 shutil.rmtree(path)
+            logger.info("removed %s, which a write that was cut off had left", path)
         except OSError:  # in use, or gone by now
             continue
 

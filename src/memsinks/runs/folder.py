@@ -24,9 +24,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from memsinks.data.documents import Document, write_documents
 from memsinks.errors import CheckpointError
+from memsinks.files import remove_leftovers, write_json
 from memsinks.provenance import refuse_other_settings
 from memsinks.runs.recipe import Recipe
-from memsinks.training.checkpoint import remove_leftovers
 
 RECIPE, FACTS = "recipe.yaml", "run.json"
 WRITTEN = ("data", "model", RECIPE, FACTS)
@@ -89,7 +89,7 @@ class RunFolder:
 
     def _clean(self) -> None:
         for name in WRITTEN:
-            remove_leftovers(self.path, name)
+            remove_leftovers(self.path, name, age=0)
 
     def start(
         self, recipe: Recipe, facts: Mapping[str, Any], members: Sequence[Document], controls: Sequence[Document]
@@ -113,7 +113,7 @@ class RunFolder:
             raise CheckpointError(f"{path} is damaged ({error}); restore it, or start a new run") from error
 
     def write_facts(self, facts: Mapping[str, Any]) -> None:
-        _write(self.path / FACTS, json.dumps(dict(facts), indent=2) + "\n")
+        write_json(self.path / FACTS, dict(facts))
 
     def require_corpus(self, digest: str) -> None:
         """CheckpointError if the run was started on another corpus (SHA-256)."""

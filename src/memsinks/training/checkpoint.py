@@ -9,7 +9,6 @@ a file that the disk has lost or cut is found.
 
 from __future__ import annotations
 
-import glob
 import json
 import logging
 import os
@@ -22,7 +21,7 @@ from typing import Any
 import torch
 
 from memsinks.errors import CheckpointError
-from memsinks.files import file_hash, written_beside
+from memsinks.files import file_hash, remove_leftovers, written_beside
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +77,7 @@ def last_checkpoint(folder: Path) -> Checkpoint | None:
     Raises:
         CheckpointError: there are only checkpoints of a memsinks that trained on the Trainer of transformers.
     """
-    remove_leftovers(folder)
+    remove_leftovers(folder, age=0)
     passed_over = []
     for step, path in _folders(folder):
         problem, facts = _read(path)
@@ -95,24 +94,6 @@ def last_checkpoint(folder: Path) -> Checkpoint | None:
     if passed_over:
         logger.warning("no checkpoint is whole: %s", "; ".join(passed_over))
     return None
-
-
-def remove_leftovers(folder: Path, name: str | None = None) -> None:
-    """Remove what saves that were killed left beside their targets in `folder`, see `written_beside`.
-
-    Args:
-        name: of one target; None = of all, which no other process may be writing then.
-    """
-    targets = "*" if name is None else glob.escape(name)
-    for path in folder.glob(f".{targets}.part-*"):
-        logger.info("removed %s, which a save that was cut off had left", path)
-        path.unlink() if path.is_file() else shutil.rmtree(path, ignore_errors=True)
-    for path in folder.glob(f".{targets}.old-*"):
-        target = folder / path.name[1:].rpartition(".old-")[0]
-        if target.exists():
-            shutil.rmtree(path, ignore_errors=True)
-        else:  # killed between two renames
-            path.rename(target)
 
 
 def _folders(folder: Path) -> list[tuple[int, Path]]:

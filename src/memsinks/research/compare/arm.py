@@ -28,7 +28,7 @@ from memsinks.data.documents import write_documents
 from memsinks.data.identity import identify
 from memsinks.data.packing import Rows
 from memsinks.errors import ConfigError
-from memsinks.files import written_beside
+from memsinks.files import remove_leftovers, written_beside
 from memsinks.provenance import refuse_other_settings
 from memsinks.removal.export import export
 from memsinks.removal.settle import require_settleable, settle, settling_texts
@@ -41,7 +41,7 @@ from memsinks.runs.recipe import Recipe
 from memsinks.runs.run import micro_batches
 from memsinks.sinks.attach import add_sinks
 from memsinks.sinks.state import has_sinks, require_sinks, shared_parameters, sink_parameters
-from memsinks.training.checkpoint import Checkpoint, last_checkpoint, remove_leftovers
+from memsinks.training.checkpoint import Checkpoint, last_checkpoint
 from memsinks.training.loop import Batch, Batches, Training
 from memsinks.training.loop import steps as training_steps
 
@@ -115,7 +115,7 @@ def train(recipe: Recipe, arm: Arm, seed: int, folder: Path, steps: int | None =
         require_settleable(training.model)
     part = folder.with_name(f"{folder.name}.part")
     if steps is None:
-        remove_leftovers(folder.parent, folder.name)
+        remove_leftovers(folder.parent, folder.name, age=0)
         checkpoint = last_checkpoint(part)
         if checkpoint is not None:
             _resume(training, checkpoint, settings)
