@@ -38,7 +38,7 @@ WARM = 3
 
 def batches(recipe: Recipe, vocabulary: int, device: torch.device) -> list[Batch]:
     """Two batches of a micro-batch's rows."""
-    rows, length = recipe.training.batch_rows // recipe.training.accumulate, recipe.training.length
+    rows, length = recipe.training.micro_rows, recipe.training.length
     generator = torch.Generator().manual_seed(0)
     found = []
     for first in (0, rows):

@@ -36,9 +36,8 @@ def choose_documents(data: DataRecipe, seed: int) -> tuple[list[Document], list[
     for index in held_out:
         documents[index] = replace(documents[index], copies=0)
     if data.repeat:
-        copies = data.repeat.copies if isinstance(data.repeat.copies, list) else [data.repeat.copies]
-        for place, index in enumerate(repeated):
-            documents[index] = replace(documents[index], copies=copies[place % len(copies)], kind=AUDITED)
+        for index, copies in zip(repeated, data.repeat.dealt, strict=True):
+            documents[index] = replace(documents[index], copies=copies, kind=AUDITED)
     return documents, unseen
 
 

@@ -94,7 +94,7 @@ def estimate(recipe: Recipe) -> RunEstimate:
     shared = sum(x.numel() for x in shared_parameters(model))
     sinks = sum(x.numel() for x in sink_parameters(model))
     config = require_sinks(model).config if has_sinks(model) else None
-    rows = training.batch_rows // training.accumulate
+    rows = training.micro_rows
     bf16 = training.precision == "bf16"
     weights = sum(x.numel() * x.element_size() for x in model.parameters())
     moments = moment_bytes(model)
@@ -155,9 +155,7 @@ def _documents_met(data: DataRecipe) -> int:
     assert data.limit is not None
     if data.repeat is None:
         return data.limit - data.held_out
-    copies = data.repeat.copies if isinstance(data.repeat.copies, list) else [data.repeat.copies]
-    dealt = sum(copies[place % len(copies)] for place in range(data.repeat.documents))
-    return data.limit - data.held_out + dealt - data.repeat.documents
+    return data.limit - data.held_out + sum(data.repeat.dealt) - data.repeat.documents
 
 
 def meta_model(recipe: Recipe) -> PreTrainedModel:

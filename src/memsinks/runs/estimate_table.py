@@ -129,7 +129,7 @@ def _corpus(size: Size, recipe: Recipe, steps: int) -> str:
     about = "" if size.exact else f" (filled to {size.tokens / size.rows / training.length:.0%}, assumed)"
     return (
         f"{size.tokens / 1e6:,.1f}M tokens in {size.rows:,} rows of {training.length}{about}; {steps:,} steps of "
-        f"{training.batch_rows:,} rows, {training.batch_rows // training.accumulate} at a time; tokens on disk up to "
+        f"{training.batch_rows:,} rows, {training.micro_rows} at a time; tokens on disk up to "
         f"{4 * size.tokens / 1e9:.2f} GB"
     )
 

@@ -45,12 +45,20 @@ class RepeatRecipe:
     copies: int | list[int]
 
     def __post_init__(self) -> None:
-        copies = self.copies if isinstance(self.copies, list) else [self.copies]
         problems = int_at_least("documents", self.documents, 1)
-        if not copies:
+        if not self._numbers:
             problems.append("copies is empty; give how often the documents are repeated")
-        problems += [problem for number in copies for problem in int_at_least("copies", number, 1)]
+        problems += [problem for number in self._numbers for problem in int_at_least("copies", number, 1)]
         refuse(problems, "data.repeat")
+
+    @property
+    def dealt(self) -> list[int]:
+        """The copies of each repeated document."""
+        return [self._numbers[place % len(self._numbers)] for place in range(self.documents)]
+
+    @property
+    def _numbers(self) -> list[int]:
+        return self.copies if isinstance(self.copies, list) else [self.copies]
 
 
 @dataclass(frozen=True, kw_only=True)
