@@ -34,8 +34,9 @@ from memsinks.research.compare.arm import with_method
 from memsinks.research.compare.comparison import read_comparison
 from memsinks.research.rivals.method import without
 from memsinks.research.rivals.registry import method
+from memsinks.runs.corpus import AUDITED
 from memsinks.runs.model import build_model
-from memsinks.runs.prepare import AUDITED, Prepared, prepare
+from memsinks.runs.prepare import PreparedCorpus, prepare
 from memsinks.runs.run import micro_batches
 from memsinks.sinks import host_classes as hosts
 from memsinks.sinks.routing import splitmix64
@@ -249,7 +250,7 @@ def settled(screen: Screen, name: str, text: str, seed: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def rows_of(documents: list[ms.Document], prepared: Prepared, length: int) -> ms.Rows:
+def rows_of(documents: list[ms.Document], prepared: PreparedCorpus, length: int) -> ms.Rows:
     """One document a row, cut to a row."""
     return pack(
         ms.encode(prepared.tokenizer, [x.text for x in documents]), ms.identify(documents)[0], [1] * len(documents),
@@ -257,7 +258,7 @@ def rows_of(documents: list[ms.Document], prepared: Prepared, length: int) -> ms
     )  # fmt: skip
 
 
-def prepared_of(screen: Screen, text: str, seed: int) -> tuple[Any, Any, Prepared]:
+def prepared_of(screen: Screen, text: str, seed: int) -> tuple[Any, Any, PreparedCorpus]:
     """Recipe, method and data of a run."""
     comparison = read_comparison(HERE.parent.parent / "recipes" / f"compare-{text}.yaml")
     made = method(screen.rival, screen.settings)
@@ -315,7 +316,7 @@ def train(screen: Screen, name: str, text: str, seed: int) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def evaluate(model: Any, prepared: Prepared, length: int, screen: Screen, own: bool = True) -> dict[str, Any]:
+def evaluate(model: Any, prepared: PreparedCorpus, length: int, screen: Screen, own: bool = True) -> dict[str, Any]:
     """Loss of each document and control with sinks closed, and of each document with its own sinks; what is recited."""
     audited = [x for x in prepared.members if x.kind == AUDITED]
     documents = [*audited, *prepared.controls]
@@ -337,7 +338,7 @@ def evaluate(model: Any, prepared: Prepared, length: int, screen: Screen, own: b
     return found
 
 
-def _by_copies(model: Any, prepared: Prepared, length: int, screen: Screen) -> list[float]:
+def _by_copies(model: Any, prepared: PreparedCorpus, length: int, screen: Screen) -> list[float]:
     """Closed loss of controls (the first 200) and of the documents with 1, 4, 16, 64 copies."""
     few = dataclasses.replace(prepared, controls=prepared.controls[:200])
     model.eval()

@@ -12,11 +12,11 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from memsinks.data.tokens import load_tokenizer
-from memsinks.errors import CheckpointError, ConfigError
-from memsinks.sinks.checkpoint import load_any
+from memsinks.errors import ConfigError
+from memsinks.sinks.checkpoint import load_any, load_config
 from memsinks.sinks.state import has_sinks, require_sinks, shared_parameters, sink_parameters, unwrap
 from memsinks.sinks.storage import TABLE, fingerprint, has_saved_sinks
 from memsinks.training.evaluate import unpatched
@@ -60,10 +60,7 @@ class Subject:
         """The model's configuration, read without loading weights; CheckpointError if there is none."""
         if self.path is None:
             return self.live().config
-        try:
-            return AutoConfig.from_pretrained(self.path)
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"cannot load a model from {self.path}: {error}") from error
+        return load_config(self.path)
 
     def live(self) -> PreTrainedModel:
         """The live model that is given, out of what it is wrapped in; ConfigError where a wrapper changes what it reads."""

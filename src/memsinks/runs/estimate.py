@@ -16,10 +16,11 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from memsinks.errors import CheckpointError, ConfigError
+from memsinks.errors import ConfigError
 from memsinks.runs.prepare import load_tokenizer_of, prepare
 from memsinks.runs.recipe import DataRecipe, Recipe
 from memsinks.sinks.attach import add_sinks
+from memsinks.sinks.checkpoint import load_config
 from memsinks.sinks.config import SinkConfig
 from memsinks.sinks.gradient import shared_weight
 from memsinks.sinks.kernels import choose_path
@@ -133,7 +134,7 @@ def size_of(recipe: Recipe, one_document_per_row: bool = False) -> Size:
         ConfigError: fewer rows than one step takes.
     """
     data, training = recipe.data, recipe.training
-    alone = one_document_per_row if data.one_document_per_row is None else data.one_document_per_row
+    alone = data.alone(one_document_per_row)
     read_by_number = data.path is not None and data.limit is not None and data.copies_field is None
     exact = True
     if data.background is not None and not alone:
@@ -161,10 +162,7 @@ def _documents_met(data: DataRecipe) -> int:
 def meta_model(recipe: Recipe) -> PreTrainedModel:
     """The model of a recipe on the meta device, with its sinks: shapes without memory."""
     if recipe.model.pretrained is not None:
-        try:
-            config = AutoConfig.from_pretrained(recipe.model.pretrained)
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"cannot load a model from {recipe.model.pretrained}: {error}") from error
+        config = load_config(recipe.model.pretrained)
     else:
         settings = {"max_position_embeddings": recipe.training.length, **recipe.model.config}
         vocabulary = settings.get("vocab_size") or recipe.tokenizer.vocab_size or len(load_tokenizer_of(recipe, []))

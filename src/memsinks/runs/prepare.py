@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 from tqdm import tqdm
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from memsinks.data.documents import Document, load_documents, write_documents
 from memsinks.data.identity import document_id, equal_repetition, identify
@@ -38,9 +38,9 @@ from memsinks.data.tokens import encode, load_tokenizer, pad_token, train_tokeni
 from memsinks.errors import CheckpointError, ConfigError, DataError
 from memsinks.files import file_hash, written_beside
 from memsinks.provenance import refuse_other_settings
-from memsinks.runs.corpus import AUDITED as AUDITED
 from memsinks.runs.corpus import background_documents, choose_documents, expanded, source_hashes
 from memsinks.runs.recipe import BackgroundRecipe, DataRecipe, Recipe
+from memsinks.sinks.checkpoint import load_config
 from memsinks.sinks.families import ISOLATES_PACKED
 
 logger = logging.getLogger(__name__)
@@ -89,9 +89,6 @@ class PreparedCorpus:
     tokenizer: PreTrainedTokenizerBase
 
 
-Prepared = PreparedCorpus
-
-
 def prepare(recipe: Recipe, one_document_per_row: bool = False, folder: Path | None = None) -> PreparedCorpus:
     """Documents -> identity -> tokens -> training order -> exposures -> rows.
 
@@ -107,7 +104,6 @@ def prepare(recipe: Recipe, one_document_per_row: bool = False, folder: Path | N
     data, training = recipe.data, recipe.training
     corpus = _tokenize(recipe) if folder is None else _stored(recipe, folder)
     _warn_of_equal_repetition(recipe, corpus.documents)
-    own = one_document_per_row if data.one_document_per_row is None else data.one_document_per_row
     rows = rows_of(
         corpus.documents,
         seed=training.seed,
@@ -115,7 +111,7 @@ def prepare(recipe: Recipe, one_document_per_row: bool = False, folder: Path | N
         length=training.length,
         pad_id=pad_token(corpus.tokenizer),
         apart_from=recipe.sinks.open_from if recipe.sinks and recipe.sinks.shared == "none" else None,
-        one_document_per_row=own or _model_type(recipe) not in ISOLATES_PACKED,
+        one_document_per_row=data.alone(one_document_per_row) or _model_type(recipe) not in ISOLATES_PACKED,
         long=data.long,
     )
     if len(rows) < training.batch_rows:
@@ -151,10 +147,7 @@ def _unseen_rows(corpus: TokenizedCorpus, recipe: Recipe) -> Rows | None:
 def _model_type(recipe: Recipe) -> str:
     if recipe.model.pretrained is None:
         return str(recipe.model.config["model_type"])
-    try:
-        return str(AutoConfig.from_pretrained(recipe.model.pretrained).model_type)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot load a model from {recipe.model.pretrained}: {error}") from error
+    return str(load_config(recipe.model.pretrained).model_type)
 
 
 # Documents -> tokens

@@ -145,6 +145,10 @@ class DataRecipe:
         """The section as some version wrote it, under today's names."""
         return with_new_names(values, RENAMED["data"])
 
+    def alone(self, default: bool) -> bool:
+        """Whether each document has rows of its own; `default` where the recipe leaves it open."""
+        return default if self.one_document_per_row is None else self.one_document_per_row
+
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerRecipe:

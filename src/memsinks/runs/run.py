@@ -19,7 +19,7 @@ from memsinks.data.packing import Rows
 from memsinks.removal.settle import require_settleable, settle, settling_texts
 from memsinks.runs.folder import RunFolder
 from memsinks.runs.model import build_model
-from memsinks.runs.prepare import Prepared, prepare
+from memsinks.runs.prepare import PreparedCorpus, prepare
 from memsinks.runs.recipe import Recipe
 from memsinks.training.checkpoint import last_checkpoint
 from memsinks.training.config import TrainingConfig
@@ -86,7 +86,9 @@ def rows_per_step(config: TrainingConfig) -> int:
     return config.batch_rows * process_count()
 
 
-def _start_or_resume(training: Training, recipe: Recipe, prepared: Prepared, folder: RunFolder, resume: bool) -> None:
+def _start_or_resume(
+    training: Training, recipe: Recipe, prepared: PreparedCorpus, folder: RunFolder, resume: bool
+) -> None:
     """Load the last whole checkpoint of a run that goes on; write the folder of one that begins."""
     checkpoint = None
     if resume:
@@ -104,7 +106,7 @@ def _start_or_resume(training: Training, recipe: Recipe, prepared: Prepared, fol
         folder.cut_metrics(training.step)
 
 
-def _facts(recipe: Recipe, prepared: Prepared) -> dict[str, Any]:
+def _facts(recipe: Recipe, prepared: PreparedCorpus) -> dict[str, Any]:
     rows = prepared.rows
     packages = ("torch", "transformers", "accelerate", "tokenizers", "numpy", "safetensors")
     return {

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from memsinks.errors import CheckpointError
 from memsinks.sinks.attach import add_sinks
@@ -74,6 +74,14 @@ def load_stock(directory: str | os.PathLike[str], **arguments: Any) -> PreTraine
     try:
         return AutoModelForCausalLM.from_pretrained(directory, **arguments)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"cannot load a model from {directory}: {error}") from error
+
+
+def load_config(directory: str | os.PathLike[str]) -> PretrainedConfig:
+    """The configuration of any checkpoint, read without its weights; CheckpointError if it cannot be loaded."""
+    try:
+        return AutoConfig.from_pretrained(directory)
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"cannot load a model from {directory}: {error}") from error
 
 

@@ -34,9 +34,10 @@ from memsinks.removal.export import export
 from memsinks.removal.settle import require_settleable, settle, settling_texts
 from memsinks.research.rivals.method import EditingMethod, TrainingMethod
 from memsinks.research.rivals.registry import SETTINGS_OF_A_RUN, method
+from memsinks.runs.corpus import AUDITED
 from memsinks.runs.estimate import meta_model
 from memsinks.runs.model import build_model
-from memsinks.runs.prepare import AUDITED, Prepared, prepare
+from memsinks.runs.prepare import PreparedCorpus, prepare
 from memsinks.runs.recipe import Recipe
 from memsinks.runs.run import micro_batches
 from memsinks.sinks.attach import add_sinks
@@ -135,7 +136,7 @@ def train(recipe: Recipe, arm: Arm, seed: int, folder: Path, steps: int | None =
     return facts
 
 
-def _training(recipe: Recipe, made: TrainingMethod, seed: int, prepared: Prepared) -> Training:
+def _training(recipe: Recipe, made: TrainingMethod, seed: int, prepared: PreparedCorpus) -> Training:
     """A new model of an arm, and how it learns."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model: Any = _build(recipe, made, seed, prepared.tokenizer)
@@ -171,7 +172,7 @@ def _make_steps(
             )
 
 
-def _facts(arm: Arm, seed: int, training: Training, prepared: Prepared) -> dict[str, Any]:
+def _facts(arm: Arm, seed: int, training: Training, prepared: PreparedCorpus) -> dict[str, Any]:
     model, config, seconds = training.model, training.config, training.notes["seconds"]
     each, in_training = statistics.median(seconds), sum(x.numel() for x in model.parameters())
     cuda = model.device.type == "cuda"
@@ -279,7 +280,7 @@ def _build(recipe: Recipe, made: TrainingMethod, seed: int, tokenizer: PreTraine
     return model
 
 
-def _batches(prepared: Prepared, recipe: Recipe) -> Batches:
+def _batches(prepared: PreparedCorpus, recipe: Recipe) -> Batches:
     """Micro-batches with the masks of `rivals.method.Batch`."""
     audited = [x for x in prepared.members if x.kind == AUDITED]
     sides = {"audited": audited, "repeated": [x for x in audited if x.copies > 1]}
@@ -305,7 +306,7 @@ def _save(
     folder: Path,
     model: PreTrainedModel,
     made: TrainingMethod,
-    prepared: Prepared,
+    prepared: PreparedCorpus,
     settings: dict[str, Any],
     facts: dict[str, Any],
 ) -> None:

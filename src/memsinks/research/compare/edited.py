@@ -20,7 +20,8 @@ from memsinks.files import write_json, written_beside
 from memsinks.research.compare.arm import RUN, SETTINGS, Arm, with_method
 from memsinks.research.compare.comparison import Comparison
 from memsinks.research.rivals.method import EditingMethod
-from memsinks.runs.prepare import AUDITED, Prepared, prepare
+from memsinks.runs.corpus import AUDITED
+from memsinks.runs.prepare import PreparedCorpus, prepare
 from memsinks.sinks.checkpoint import load_stock
 from memsinks.training.evaluate import batches
 
@@ -83,13 +84,13 @@ def edit_arm(comparison: Comparison, arm: Arm, editing: EditingMethod, seed: int
     return facts
 
 
-def _sides(prepared: Prepared) -> tuple[list[Document], list[Document]]:
+def _sides(prepared: PreparedCorpus) -> tuple[list[Document], list[Document]]:
     """The documents to be forgotten, the audited ones with 2 copies or more, and as many of the others."""
     forget = [x for x in prepared.members if x.kind == AUDITED and x.copies > 1]
     return forget, [x for x in prepared.members if x.kind != AUDITED][: len(forget)]
 
 
-def _rows(documents: Sequence[Document], prepared: Prepared, length: int) -> Rows:
+def _rows(documents: Sequence[Document], prepared: PreparedCorpus, length: int) -> Rows:
     """One document a row, cut to a row, once each."""
     tokens = [x[:length] for x in encode(prepared.tokenizer, [document.text for document in documents])]
     return pack(
