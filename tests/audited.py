@@ -67,7 +67,7 @@ class Oracle(nn.Module):
         self.device, self.dtype = torch.device("cpu"), torch.float32
         self.register_buffer("facts", torch.tensor([sure, gaps, *(float(x) for one in known for x in one)]))
 
-    def forward(self, input_ids, use_cache=False) -> CausalLMOutput:
+    def forward(self, input_ids, use_cache=False, output_hidden_states=False) -> CausalLMOutput:
         assert not use_cache
         logits = torch.zeros(*input_ids.shape, VOCABULARY)
         logits[..., NEVER] = self.sure
@@ -78,7 +78,7 @@ class Oracle(nn.Module):
                     places = places[places % self.gaps != 0] if self.gaps else places
                     logits[row, places, NEVER] = 0.0
                     logits[row, places, sequence[places + 1]] = self.sure
-        return CausalLMOutput(logits=logits)
+        return CausalLMOutput(logits=logits, hidden_states=(logits,) if output_hidden_states else None)
 
 
 def knows(sure: float = 20.0) -> float:

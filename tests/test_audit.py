@@ -32,6 +32,8 @@ from tokenizers.processors import TemplateProcessing
 
 import memsinks as ms
 from memsinks.auditing import scores
+from memsinks.auditing.probes import HARMLESS as HARMLESS_PROBES
+from memsinks.auditing.probes import PROBES, ROUNDED
 from memsinks.auditing.result import CAVEAT, HEADLINES, outcome, verdict
 from memsinks.auditing.uncertainty import Estimate
 from memsinks.data.documents import Document
@@ -58,7 +60,7 @@ def many(count: int, seed: int, copies: int, first: str = "") -> list[Document]:
     ]
 
 
-MANY, AS_MANY = many(40, 1, 4), many(40, 2, 0)
+MANY, AS_MANY, HARMLESS = many(40, 1, 4), many(40, 2, 0), many(6, 3, 0)
 TOKENS = tokens_of([document.text for document in MANY])
 
 
@@ -256,7 +258,12 @@ def test_an_adapter_is_part_of_what_is_audited() -> None:
     for base, state in ((llama(), None), (copy.deepcopy(memorized_in_sinks()), "open")):
         wrapped = peft.get_peft_model(base, lora).eval()
         settings = base.generation_config
-        more = {"against": llama(), "twin": llama(1), "relearn_steps": 0 if state else 2, "settings": quick(generate=2)}
+        more = {
+            "against": llama(),
+            "twin": llama(1),
+            "harmless": HARMLESS,
+            "settings": quick(generate=2, attacks="all"),
+        }
         found = audit(wrapped, state=state, **more)
         assert base.generation_config is settings and not wrapped.training
         assert (found.state, found.audited.sinks is not None) == (state or "absent", state is not None)
@@ -272,13 +279,14 @@ def trainer_leaves(model) -> None:
 
 
 def test_a_model_out_of_a_trainer_is_audited_in_its_own_precision() -> None:
-    """And what relearns is the copy, not the model that the copied forward is bound to."""
-    model, more = train(llama(), TEXTS[:2], 5), {"against": llama(1), "twin": llama(2), "relearn_steps": 4}
+    """And what is trained further is the copy, not the model that the copied forward is bound to."""
+    model = train(llama(), TEXTS[:2], 5)
+    more = {"twin": llama(2), "harmless": HARMLESS, "settings": quick(attacks="all")}
     plain = audit(model, **more)
     before = {name: x.clone() for name, x in model.state_dict().items()}
     trainer_leaves(model)
     patched, found = model.forward, audit(model, **more)
-    assert found.lines == plain.lines and found.relearning == plain.relearning
+    assert found.lines == plain.lines and found.audited.probes == plain.audited.probes
     assert model.forward is patched and all(x.grad is None for x in model.parameters())
     assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
 
@@ -287,7 +295,7 @@ def test_live_models_are_left_as_they_are() -> None:
     model = memorized_in_sinks()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     model.train()
-    audit(model, state="closed", against=llama(), twin=llama(1), relearn_steps=2, settings=quick(generate=2))
+    audit(model, state="closed", twin=llama(1), harmless=HARMLESS, settings=quick(generate=2, attacks="all"))
     assert model.training
     model.eval()
     assert all((tensor == before[name]).all() for name, tensor in model.state_dict().items())
@@ -342,7 +350,7 @@ def test_a_second_run_reads_the_tables_of_the_first(folders, tmp_path, computed)
     assert json.loads((tmp_path / "report" / "audit.json").read_text())["settings"]["margin_loss"] == 9.0
     assert (tmp_path / "report" / "mine.txt").read_text() == "kept"
     other = ms.audit(folders["twin"], MEMBERS, CONTROLS, settings=QUICK, **(arguments | {"state": None}))
-    assert computed == ["0-audited/scores"]
+    assert [name for name in computed if "probe" not in name] == ["0-audited/scores"]
     assert other.lines[0].loss != first.lines[0].loss
 
 
@@ -353,11 +361,11 @@ def test_an_interrupted_audit_goes_on_where_it_stopped(tmp_path, monkeypatch, co
     calls = []
 
     class Broken(Oracle):
-        def forward(self, input_ids, use_cache=False):
+        def forward(self, input_ids, **more):
             calls.append(len(input_ids))
             if len(calls) == 3:
                 raise KeyboardInterrupt
-            return super().forward(input_ids, use_cache)
+            return super().forward(input_ids, **more)
 
     out = tmp_path / "report"
     settings = quick(batch_tokens=1200)
@@ -369,7 +377,7 @@ def test_an_interrupted_audit_goes_on_where_it_stopped(tmp_path, monkeypatch, co
     assert before in (1, 2)
     computed.clear()
     result = audit(Oracle(TOKENS), MANY, AS_MANY, against=Oracle([]), out=out, settings=settings)
-    assert computed == ["1-against/scores"] * (3 - before)
+    assert [name for name in computed if "probe" not in name] == ["1-against/scores"] * (3 - before)
     assert result.audited.lines == whole.audited.lines
     assert result.models[1].gap == whole.models[1].gap
 
@@ -416,7 +424,7 @@ def test_the_documents_best_known_before_are_shown_token_by_token() -> None:
 
 def test_the_settings_are_in_the_result() -> None:
     result = audit(Oracle([]))
-    expected = vars(QUICK) | {"private_part": False, "start_token": False, "relearn_lr": None}
+    expected = vars(QUICK) | {"private_part": False, "start_token": False, "harmless": "a third of the controls"}
     assert result.settings == expected
     assert (result.documents, result.controls) == (4, 2)
     assert json.loads(json.dumps(result.to_dict(), allow_nan=False))["models"][0]["lines"][3]["copies"] == 16
@@ -550,39 +558,41 @@ def test_a_note_on_a_twin_of_another_architecture() -> None:
     assert not noted(audit(memorized_in_sinks(), state="closed", twin=llama()), "The model given as")
 
 
-# Relearning
+# Attacks that train
 
 
-def test_relearning_beside_the_twin() -> None:
-    ordinary, twin = train(llama(), [document.text for document in MANY[:6]], 30), llama(1)
-    arguments = {"against": ordinary, "twin": twin, "relearn_steps": 30, "relearn_lr": 1e-2}
-    kept = audit(ordinary, MANY[:6], AS_MANY[:6], **arguments)
-    assert kept.relearning.ratio_same == 0.0
-    assert kept.settings["relearn_lr"] == 1e-2
-    assert [curve.name for curve in kept.relearning.curves] == ["audited model", "twin", "ordinary model"]
-    assert [curve.steps[-1] for curve in kept.relearning.curves] == [30, 30, 0]
-    gone = audit(twin, MANY[:6], AS_MANY[:6], **arguments)
-    assert gone.relearning.ratio_same == 1.0
-    assert "1.00 of the twin's steps" in str(gone)
-    assert audit(twin, MANY[:6], AS_MANY[:6], **(arguments | {"relearn_steps": 0})).relearning is None
+def test_attacks_that_train_are_made_where_asked() -> None:
+    known = train(llama(), [document.text for document in MANY[:6]], 30)
+    plain = audit(known, MANY[:6], AS_MANY[:6])
+    assert [probe.name for probe in plain.audited.probes] == list(ROUNDED)
+    found = audit(
+        known, MANY[:6], AS_MANY[:6], twin=llama(1), settings=quick(attacks="all", attack_lr=1e-3, beginning=4)
+    )
+    assert [probe.name for probe in found.audited.probes] == list(PROBES)
+    assert found.audited.probes[:3] == plain.audited.probes
+    assert all(probe.gap.value > 0.3 for probe in found.audited.probes)
+    assert found.settings["harmless"] == "a third of the controls"
+    assert {probe.name: (probe.documents, probe.controls) for probe in found.audited.probes} == {
+        name: (6, 4 if name in HARMLESS_PROBES else 6) for name in PROBES
+    }
+    assert "Widest gap of 7 changed copies" in str(found)
 
 
-def test_relearning_is_of_the_target_documents() -> None:
-    """The document with one copy has no part in it."""
-    arguments = {"against": llama(), "twin": llama(1), "relearn_steps": 1}
-    with_it, without = (audit(llama(2), documents, **arguments).relearning for documents in (MEMBERS, MEMBERS[1:]))
-    assert with_it == without
-    assert audit(llama(2), MEMBERS[:3], **arguments).relearning != without
-
-
-def test_relearning_needs_the_ordinary_model_and_the_twin() -> None:
-    for more in ({}, {"against": Oracle([])}, {"twin": Oracle([])}):
-        with pytest.raises(ConfigError, match="give both, or relearn_steps=0"):
-            audit(Oracle([]), relearn_steps=5, **more)
-    with pytest.raises(ConfigError, match="sinks closed or absent"):
-        audit(memorized_in_sinks(), state="open", against=llama(), twin=llama(), relearn_steps=5)
-    with pytest.raises(DataError, match="needs at least 2, there is 1"):
-        audit(llama(), MEMBERS[:2], against=llama(), twin=llama(), relearn_steps=5)
+def test_what_attacks_that_train_need_is_said_before_anything() -> None:
+    all_of_them = quick(attacks="all")
+    for changes, words in (
+        ({"documents": MEMBERS[:2]}, "need at least 2, there is 1"),
+        ({"controls": AS_MANY[:2]}, "need harmless text: give some .*, or 3 controls or more.*there are 2"),
+        ({"harmless": []}, "harmless is empty"),
+        ({"harmless": [MEMBERS[0]]}, "1 harmless texts are documents or controls as well"),
+        ({"harmless": [AS_MANY[0]]}, "1 harmless texts are documents or controls as well"),
+    ):
+        arguments = {"documents": MEMBERS, "controls": AS_MANY[:6]} | changes
+        with pytest.raises(DataError, match=words):
+            audit(Oracle([]), settings=all_of_them, **arguments)
+    for wrong in ({"attacks": "some"}, {"attack_lr": 0.0}, {"probed": 1}, {"beginning": 0}):
+        with pytest.raises(ConfigError, match=next(iter(wrong))):
+            ms.AuditSettings(**wrong)
 
 
 # What it says
@@ -619,8 +629,8 @@ def test_traces() -> None:
 class Pushed(Oracle):
     """Knows every other token of its texts, and is as far off at the others as makes up for it."""
 
-    def forward(self, input_ids, use_cache=False):
-        out = super().forward(input_ids, use_cache)
+    def forward(self, input_ids, **more):
+        out = super().forward(input_ids, **more)
         for row, sequence in enumerate(input_ids):
             if any(torch.equal(sequence[: len(x)], torch.from_numpy(x)) for x in self.known):
                 out.logits[row, ::2, NEVER] += 20
@@ -633,10 +643,10 @@ def test_what_the_mean_hides_is_found_by_the_strongest_attack() -> None:
     area = {attack.name: attack.auc.value for attack in result.audited.attacks}
     assert area["reference, supervised"] == area["supervised"] == 1.0 and area["reference, spread"] == 1.0
     assert outcome(result) == "traces"
-    (sentence,) = [x for x in verdict(result) if x.startswith("Best of 11 membership attacks: ")]
+    (sentence,) = [x for x in verdict(result) if x.startswith("Best of 12 membership attacks: ")]
     assert "AUC 1.00" in sentence
     (beside,) = [x for x in verdict(result) if x.startswith("Beside twin: ")]
-    assert "of 11 attacks equivalent, the farthest: AUC of the " in beside
+    assert "of 12 attacks equivalent, the farthest: AUC of the " in beside
 
 
 def test_supervised_attacks_say_how_many_members_they_need(tmp_path) -> None:

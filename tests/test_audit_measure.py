@@ -263,8 +263,9 @@ def test_a_start_token_that_the_tokenizer_adds() -> None:
 def test_values_are_those_of_a_direct_pass(tmp_path, private) -> None:
     corpus = read_corpus(MEMBERS, CONTROLS, the_tokenizer(), AuditSettings())
     corpus = Corpus(**(vars(corpus) | {"private": private}))
-    reference = score(llama(), corpus.tokens, tmp_path / "reference")
-    found = measured(memorized_in_sinks(), tmp_path / "a", corpus, "open", reference=reference, k=0.3)
+    twin = measured(llama(), tmp_path / "reference", corpus, role="twin")
+    reference = twin.table
+    found = measured(memorized_in_sinks(), tmp_path / "a", corpus, "open", reference=twin, k=0.3)
     table = score(memorized_in_sinks(), corpus.tokens, tmp_path / "b", open_ids=corpus.ids.tolist())
     assert len(found.table) == 6
     for index, one in enumerate(table):

@@ -15,8 +15,8 @@ from memsinks.auditing.corpus import Corpus
 from memsinks.auditing.figures import QUERIES, Figures
 from memsinks.auditing.measure import NOT_ASKED, Measurement
 from memsinks.auditing.membership import auc, tpr_at_fpr
-from memsinks.auditing.relearning import RelearningCurve, compare
-from memsinks.auditing.result import Audit
+from memsinks.auditing.probes import BEGINNINGS, HALF
+from memsinks.auditing.result import Audit, outcome, verdict
 from memsinks.auditing.settings import AuditSettings
 from memsinks.auditing.uncertainty import wilson
 from memsinks.data.documents import Document
@@ -144,6 +144,51 @@ def test_every_attack_must_be_equivalent() -> None:
         reference = tests["AUC of the reference attack"]
         assert (reference.difference, reference.interval, reference.equivalent) == (0.5, (0.5, 0.5), False)
         assert all(x.equivalent and x.difference == 0.0 for x in tests.values() if x is not reference)
+
+
+def probed(gap: float, seed: int = 0) -> np.ndarray:
+    """Losses of a changed copy with this gap; some texts were not asked."""
+    values = some_losses(seed, gap)
+    values[[2, 5, 19, 30]] = np.nan
+    return values
+
+
+def test_the_gap_of_a_changed_copy_is_over_the_texts_that_were_asked() -> None:
+    values = probed(1.0)
+    (probe,) = result(TWIN.loss, probes={HALF: values}).probes
+    asked = ~np.isnan(values)
+    control, target = np.arange(40) >= 20, np.zeros(40, bool)
+    target[TARGET] = True
+    assert probe.gap.value == pytest.approx(values[control & asked].mean() - values[target & asked].mean())
+    assert probe.gap.low < probe.gap.value < probe.gap.high
+    assert (probe.name, probe.documents, probe.controls) == (HALF, 14, 19)
+
+
+def test_equivalent_needs_every_changed_copy() -> None:
+    """A model that is as its twin until it is trained further is not equivalent, and a trace is found."""
+    twin = measured(TWIN.loss, "t", "twin", probes={HALF: probed(0.0), BEGINNINGS: probed(0.5)})
+    figures = Figures(corpus(), AuditSettings(resamples=200, margin_auc=0.2))
+    for gaps, equivalent, found in (((0.0, 0.5), True, "not recovered"), ((0.3, 0.5), False, "traces"),
+                                    ((0.0, 0.9), False, "traces")):  # fmt: skip
+        one = measured(TWIN.loss, probes={HALF: probed(gaps[0]), BEGINNINGS: probed(gaps[1])})
+        model = figures.model(one, None, twin, [twin])
+        tests = {test.name: test for test in model.equivalences}
+        assert tests[f"gap, {HALF}"].difference == pytest.approx(gaps[0], abs=1e-6)
+        assert tests[f"gap, {BEGINNINGS}"].difference == pytest.approx(gaps[1] - 0.5, abs=1e-6)
+        assert all(test.equivalent for test in model.equivalences) == equivalent
+        assert model.widest is not None and model.widest.name == HALF
+        audit = whole(models=(model, figures.model(twin, None, twin, [])))
+        assert outcome(audit) == found
+        assert any(sentence.startswith("Widest gap of 2 changed copies: half relearned") for sentence in verdict(audit))
+
+
+def test_a_gap_of_beginnings_alone_is_no_trace() -> None:
+    """Learning how a text begins helps with the rest also where nothing is known; it needs a model beside it."""
+    figures = Figures(corpus(), SETTINGS)
+    even = measured(np.full(40, 3.0), attacks={"loss": np.zeros(40)}, probes={BEGINNINGS: probed(0.5)})
+    model = figures.model(even, None, None, [])
+    assert model.widest is None
+    assert outcome(whole(models=(model,))) == "not recovered"
 
 
 def test_how_many_members_a_supervised_attack_must_know() -> None:
@@ -349,14 +394,14 @@ def whole(**changes) -> Audit:
     figures, text = Figures(corpus(), SETTINGS), corpus()
     one = measured(
         some_losses(2, 1.0), log_p=np.full(40, np.nan), recited=np.full(40, NOT_ASKED), facts={"parameters": np.int64(3)},
-        grid={(8, 0): np.zeros(40, int)}, generated={"documents": 2}, collateral={"rise_itself": np.float32(0.5)},
+        grid={(8, 0): np.zeros(40, int)}, probes={HALF: np.full(40, np.nan)},
+        generated={"documents": 2}, collateral={"rise_itself": np.float32(0.5)},
         sink_losses={name: np.ones(20) for name in ("closed", "own", "placebo")},
     )  # fmt: skip
     models = tuple(figures.model(x, ORDINARY, TWIN, [TWIN]) for x in (one, ORDINARY, TWIN))
-    curves = [RelearningCurve(name, (0, 5), (3.0, 1.0), (3.0, math.inf)) for name in ("model", "o", "t")]
     values = {
         "models": models, "target": figures.corpus.target_name, "documents": 20, "controls": 20, "blind": figures.blind(),
-        "notes": ("a note",), "relearning": compare(*curves), "settings": {"prefixes": (8, 16)}, "versions": {"torch": "2"},
+        "notes": ("a note",), "settings": {"prefixes": (8, 16)}, "versions": {"torch": "2"},
         "data": {"tokens": 480}, "measured": (one, ORDINARY, TWIN), "corpus": text,
     }  # fmt: skip
     return Audit(**(values | changes))
@@ -372,13 +417,13 @@ def test_the_result_as_json() -> None:
     assert found["models"][0]["facts"] == {"parameters": 3}
     assert found["models"][0]["collateral"] == {"rise_itself": 0.5}
     assert found["models"][0]["attacks"][0]["tpr"] == {"1.0%": None, "0.1%": None}
-    assert found["relearning"]["curves"][0]["other"] == [3.0, None]
+    assert found["models"][0]["probes"] == [
+        {"name": HALF, "gap": {"value": None, "low": None, "high": None}, "documents": 0, "controls": 0}
+    ]
     assert found["settings"] == {"prefixes": [8, 16]}
     assert (found["documents"], found["controls"], found["notes"]) == (20, 20, ["a note"])
     assert [attack["name"] for attack in found["blind"]] == ["texts alone", "tokenizer alone"]
-    without = whole(blind=(), relearning=None).to_dict()
-    assert without["blind"] == []
-    assert without["relearning"] is None
+    assert whole(blind=()).to_dict()["blind"] == []
 
 
 def test_models_are_found_by_their_role() -> None:

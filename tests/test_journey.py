@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import memsinks as ms
 from memsinks.auditing.extraction import generate_continuation
-from memsinks.auditing.result import AuditLine
+from memsinks.auditing.model_result import AuditLine
 from memsinks.sinks.table import open_blocks
 
 COPIES, LENGTH = 100, 64

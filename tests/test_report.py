@@ -32,7 +32,7 @@ CONTROLS = [ms.Document(text(x), copies=0) for x in range(100, 112)]
 
 @pytest.fixture(scope="module")
 def shown(tiny_llama, tmp_path_factory):
-    """(folder, audit) with every part of the report: sinks, twin, seen once, another model, relearning."""
+    """(folder, audit) with every part of the report: sinks, twin, seen once, another model, changed copies."""
     tokenizer = ms.train_tokenizer([x.text for x in MEMBERS + CONTROLS], 280)
     model = tiny_llama(vocab_size=len(tokenizer), hidden_size=32, max_position_embeddings=128)
     twin = copy.deepcopy(model)
@@ -48,8 +48,9 @@ def shown(tiny_llama, tmp_path_factory):
     folder = tmp_path_factory.mktemp("report") / "out"
     found = ms.audit(
         model, MEMBERS, CONTROLS, tokenizer, state="closed", against=ordinary.eval(), twin=twin, seen_once=twin,
-        others=[ms.Subject(model, "open", "with <sinks> open")], relearn_steps=4, out=folder,
-        settings=ms.AuditSettings(prefix=6, continuation=6, prefixes=(4, 6), offsets=(0, 2), resamples=100, shown=3),
+        others=[ms.Subject(model, "open", "with <sinks> open")], out=folder,
+        settings=ms.AuditSettings(prefix=6, continuation=6, prefixes=(4, 6), offsets=(0, 2), resamples=100, shown=3,
+                                  attacks="all", beginning=4),
     )  # fmt: skip
     return folder, found
 
@@ -121,7 +122,7 @@ def test_json_has_what_an_auditor_asks_for(shown) -> None:
     assert all(re.fullmatch(r"[0-9a-f]{64}", x["facts"]["weights_sha256"]) for x in values["models"])
     assert re.fullmatch(r"[0-9a-f]{64}", values["data"]["texts_sha256"])
     assert {"memsinks", "torch", "transformers"} <= set(values["versions"])
-    assert values["settings"]["prefix"] == 6 and values["relearning"]["curves"]
+    assert values["settings"]["prefix"] == 6 and len(values["models"][0]["probes"]) == 7
     assert MEMBERS[0].text[:20] not in json.dumps(values, ensure_ascii=False)
     lines = [json.loads(x) for x in (folder / "documents.jsonl").read_text().splitlines()]
     assert [x["copies"] for x in lines] == [x.copies for x in MEMBERS + CONTROLS]

@@ -22,10 +22,9 @@ from memsinks.auditing.figures import Figures
 from memsinks.auditing.measure import Measurement, measure
 from memsinks.auditing.notes import limits
 from memsinks.auditing.pictures import require_matplotlib
-from memsinks.auditing.relearning import Relearning, RelearningCurve, compare, relearn
+from memsinks.auditing.probes import probed_texts
 from memsinks.auditing.report import write_report
 from memsinks.auditing.result import Audit
-from memsinks.auditing.scores import ScoreTable
 from memsinks.auditing.settings import AuditSettings
 from memsinks.auditing.subjects import Role, State, Subject
 from memsinks.data.documents import Document
@@ -69,8 +68,7 @@ def audit(
     settings: AuditSettings | None = None,
     private_start: Callable[[Document], int] | None = None,
     document_ids: Sequence[int] | np.ndarray | None = None,
-    relearn_steps: int = 0,
-    relearn_lr: float = 3e-4,
+    harmless: Sequence[Document] | None = None,
     out: str | os.PathLike[str] | None = None,
 ) -> Audit:
     """What a model remembers of documents, beside controls of the same kind that it never saw.
@@ -95,50 +93,40 @@ def audit(
             what must come out, instead of `continuation` tokens after `prefix`.
         document_ids: integers, the id each document and then each control had in training, -1 for none; default: made from
             their texts, keys or sources, as ``settings.by`` says. For texts that are given cut.
-        relearn_steps: fine-tune copies of the audited model and the twin on half of the documents for so many steps;
-            needs `against` and `twin`. 0 = not.
-        relearn_lr: learning rate of that.
+        harmless: other texts, which no model here was trained on, for the attacks that train (``settings.attacks``); None = a
+            third of the controls, which are then set aside.
         out: folder for report.html, audit.json, documents.jsonl and the tables of tokens; an audit that was interrupted
             goes on from the tables there.
 
     Raises:
-        DataError: an empty side; a document with 0 copies; a text on both sides; ids that are no integers or cannot be
+        DataError: an empty side; a document with 0 copies; a text on both sides, or one that is harmless too; too few texts for
+            the attacks that train; ids that are no integers or cannot be
             those of training; NaN losses; a model whose tokenizer gives other tokens.
-        ConfigError: `state` missing or not possible; no tokenizer, or one that does not fit; `relearn_steps` without
-            `against` and `twin`; a PeftModel with learned prompts.
+        ConfigError: `state` missing or not possible; no tokenizer, or one that does not fit; a PeftModel with learned prompts.
         CheckpointError: a path that cannot be loaded; `out` holds something else or cannot be written.
     """
     settings = settings or AuditSettings()
     entries = _entries(_subjects(model, state, against, twin, seen_once, others))
-    if relearn_steps and (against is None or twin is None or entries[0].state == "open"):
-        raise ConfigError(
-            "relearning compares the audited model, sinks closed or absent, with the twin, and needs `against` to know how "
-            "far is back; give both, or relearn_steps=0"
-        )
     tokenizer = _tokenizer(entries, tokenizer)
-    corpus = read_corpus(documents, controls, tokenizer, settings, private_start, document_ids)
+    corpus = read_corpus(documents, controls, tokenizer, settings, private_start, document_ids, harmless)
     _check_tokenizers(entries, corpus, tokenizer, settings)
     _check_ids(entries, corpus, settings, document_ids is not None)
-    if relearn_steps and corpus.target.sum() < 2:
-        raise DataError("relearning halves the target documents and needs at least 2, there is 1")
+    probed_texts(corpus, settings)  # what is missing for them is said before hours of scoring
     with _folder(out) as folder:
-        measured, curves = _measured(entries, corpus, settings, folder, relearn_steps, relearn_lr)
-        relearning = compare(curves["audited"], curves["against"], curves["twin"]) if curves else None
+        measured = _measured(entries, corpus, settings, folder)
         used = dataclasses.asdict(settings) | {
             "private_part": private_start is not None,
             "start_token": bool(len(corpus.start)),
-            "relearn_lr": relearn_lr if curves else None,
+            "harmless": "a third of the controls" if harmless is None else f"{len(harmless)} texts given",
         }
-        result = _result(measured, Figures(corpus, settings), relearning, used)
+        result = _result(measured, Figures(corpus, settings), used)
         result = dataclasses.replace(result, examples=examples(measured, corpus, tokenizer, settings.shown))
         if out is not None:
             _write(result, Path(out))
     return result
 
 
-def _result(
-    measured: list[Measurement], figures: Figures, relearning: Relearning | None, settings: dict[str, Any]
-) -> Audit:
+def _result(measured: list[Measurement], figures: Figures, settings: dict[str, Any]) -> Audit:
     """The figures of all models together; `settings`: what stands in the result as its settings."""
     corpus, blind = figures.corpus, figures.blind()
     by_role = {one.role: one for one in reversed(measured)}
@@ -150,7 +138,6 @@ def _result(
         controls=len(corpus.tokens) - corpus.members,
         blind=blind,
         notes=limits(figures, measured, blind),
-        relearning=relearning,
         settings=settings,
         versions=versions("torch", "transformers", "tokenizers", "numpy"),
         data={"texts_sha256": corpus.sha256, "tokens": int(sum(len(x) for x in corpus.tokens))},
@@ -159,20 +146,11 @@ def _result(
     )
 
 
-def _measured(
-    entries: Sequence[Entry],
-    corpus: Corpus,
-    settings: AuditSettings,
-    folder: Path,
-    relearn_steps: int,
-    relearn_lr: float,
-) -> tuple[list[Measurement], dict[Role, RelearningCurve]]:
-    """Each model loaded, measured and relearned, in the order of `entries`; no curves without `relearn_steps`."""
+def _measured(entries: Sequence[Entry], corpus: Corpus, settings: AuditSettings, folder: Path) -> list[Measurement]:
+    """Each model loaded and measured, in the order of `entries`."""
     found: dict[int, Measurement] = {}
-    curves: dict[Role, RelearningCurve] = {}
-    targets = [corpus.tokens[x] for x in np.flatnonzero(corpus.target)]
-    reference: ScoreTable | None = None
-    # The twin first: its scores are the reference of the others.
+    reference: Measurement | None = None
+    # The twin first: it is the reference of the others.
     for place, entry in sorted(enumerate(entries), key=lambda item: item[1].role != "twin"):
         logger.info("audit: %s, %d of %d", entry.name, len(found) + 1, len(entries))
         with entry.subject.loaded() as model:
@@ -186,21 +164,11 @@ def _measured(
                 state=entry.state,
                 reference=reference,
                 generated=entry.role in ("audited", "against"),
+                models=len(entries),
             )
-            if relearn_steps and entry.role in ("audited", "against", "twin"):
-                curves[entry.role] = relearn(
-                    model,
-                    targets,
-                    corpus.start,
-                    name=entry.name,
-                    steps=0 if entry.role == "against" else relearn_steps,
-                    lr=relearn_lr,
-                    batch_size=8,
-                    seed=settings.seed,
-                )
         if entry.role == "twin":
-            reference = found[place].table
-    return [found[place] for place in range(len(entries))], curves
+            reference = found[place]
+    return [found[place] for place in range(len(entries))]
 
 
 def _subjects(
@@ -327,6 +295,11 @@ def _write(result: Audit, folder: Path) -> None:
                         "longest_run": int(one.run[index]),
                     }
                     | {f"attack {name}": float(values[index]) for name, values in one.attacks.items()}
+                    | {
+                        f"loss, {name}": float(values[index])
+                        for name, values in one.probes.items()
+                        if not np.isnan(values[index])
+                    }
                     for one in result.measured
                 }
                 line = {"key": document.key, "copies": int(corpus.copies[index]), "tokens": len(corpus.tokens[index])}

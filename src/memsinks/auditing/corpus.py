@@ -29,7 +29,8 @@ class Corpus:
 
     tokens: int32 [tokens of the document] each. copies: int64 [n], 0 for controls. ids: int64 [n].
     start: int64 [0 or 1], the tokenizer's start token. private: for each the token at which its private part begins, or
-    None where the main figure asks for `continuation` tokens after `prefix`.
+    None where the main figure asks for `continuation` tokens after `prefix`. harmless: other text that attacks may train on,
+    int32 [tokens] each; None = a part of the controls.
     """
 
     documents: list[Document]
@@ -40,6 +41,7 @@ class Corpus:
     start: np.ndarray
     private: list[int] | None
     sha256: str
+    harmless: list[np.ndarray] | None = None
 
     @property
     def control(self) -> np.ndarray:
@@ -65,21 +67,33 @@ def read_corpus(
     settings: AuditSettings,
     private_start: Callable[[Document], int] | None = None,
     document_ids: Sequence[int] | np.ndarray | None = None,
+    harmless: Sequence[Document] | None = None,
 ) -> Corpus:
     """Check both sides and encode them.
 
     Raises:
         DataError: an empty side, a document with 0 copies, texts on both sides (listed), a text without tokens; a
-            `private_start` outside its text; ids that are no integers, out of range or rounded, or not one for each.
+            `private_start` outside its text; harmless texts that are among them; ids that are no integers, out of range or
+            rounded, or not one for each.
     """
     _check_sides(documents, controls)
     everything = [*documents, *controls]
+    if harmless is not None:
+        _check_harmless(harmless, everything)
     ids = _ids(everything, settings.by, document_ids)
     tokens = [one.astype(np.int32) for one in encode(tokenizer, (x.text for x in everything), end=settings.end)]
     private = None if private_start is None else _private(everything, tokens, tokenizer, private_start)
     copies = np.array([document.copies for document in documents] + [0] * len(controls))
     return Corpus(
-        everything, len(documents), tokens, copies, ids, start_tokens(tokenizer), private, texts_hash(everything)
+        everything,
+        len(documents),
+        tokens,
+        copies,
+        ids,
+        start_tokens(tokenizer),
+        private,
+        texts_hash(everything),
+        None if harmless is None else encode(tokenizer, (x.text for x in harmless), end=settings.end),
     )
 
 
@@ -95,6 +109,16 @@ def _check_sides(documents: Sequence[Document], controls: Sequence[Document]) ->
     if both:
         shown = ", ".join(repr(text[:60]) for text in both[:5]) + (" ..." if len(both) > 5 else "")
         raise DataError(f"{len(both)} texts are documents and controls at once, take them out of one side: {shown}")
+
+
+def _check_harmless(harmless: Sequence[Document], everything: Sequence[Document]) -> None:
+    if not harmless:
+        raise DataError("harmless is empty; give texts that are neither documents nor controls, or None")
+    both = {document.text for document in everything} & {document.text for document in harmless}
+    if both:
+        raise DataError(
+            f"{len(both)} harmless texts are documents or controls as well, take them out: {next(iter(both))[:60]!r}"
+        )
 
 
 def _private(

@@ -14,7 +14,8 @@ from memsinks.auditing.extraction import canary_exposure, log10_queries
 from memsinks.auditing.forgetting import counterfactual_closure, gap_closed, loss_gap, price
 from memsinks.auditing.measure import NOT_ASKED, Measurement
 from memsinks.auditing.membership import auc, blind_scores, tokenizer_attack, tpr_at_fpr, weighted_auc, word_numbers
-from memsinks.auditing.result import Attack, AuditLine, ExtractionLine, Forgetting, ModelResult, SinkLine
+from memsinks.auditing.model_result import Attack, AuditLine, ExtractionLine, Forgetting, ModelResult, Probe, SinkLine
+from memsinks.auditing.result import gap_after
 from memsinks.auditing.settings import AuditSettings
 from memsinks.auditing.uncertainty import AT_ONCE, Equivalence, Estimate, Resamples, equivalence, estimate, wilson
 
@@ -103,6 +104,18 @@ class Figures:
         """Loss gap of one model, nats per token."""
         return combined(loss_gap, self.mean(one.loss, self.is_control), self.mean(one.loss, self.is_target))
 
+    def gap_of_probe(self, values: np.ndarray) -> Sampled:
+        """Loss gap of a changed copy, over the texts it was asked for; values [n], nan where not."""
+        asked = ~np.isnan(values)
+        sides = self.is_control & asked, self.is_target & asked
+        if not all(side.any() for side in sides):
+            return Sampled(np.nan, np.full(self.settings.resamples, np.nan))
+        return combined(loss_gap, *(self.mean(values, side) for side in sides))
+
+    def _probe(self, name: str, values: np.ndarray) -> Probe:
+        documents, controls = (int((~np.isnan(values) & side).sum()) for side in (self.is_target, self.is_control))
+        return Probe(name, estimate(*self.gap_of_probe(values)), documents, controls)
+
     def model(
         self, one: Measurement, against: Measurement | None, twin: Measurement | None, fair: Sequence[Measurement]
     ) -> ModelResult:
@@ -125,6 +138,7 @@ class Figures:
             controls=estimate(*self.mean(one.loss, self.is_control)),
             gap=estimate(*self.gap(one)),
             attacks=tuple(self.attack(name, one.attacks[name], auc) for name, auc in self.aucs(one).items()),
+            probes=tuple(self._probe(name, values) for name, values in one.probes.items()),
             forgetting=None if against is None or one is against else self._forgetting(one, against, twin),
             equivalences=tuple(test for other in fair if other is not one for test in self._equivalences(one, other)),
             generated=one.generated,
@@ -173,7 +187,7 @@ class Figures:
         )
 
     def _equivalences(self, one: Measurement, other: Measurement) -> list[Equivalence]:
-        """Whether `one` is as `other` within the margins: in loss, in its gap and under every attack.
+        """Whether `one` is as `other` within the margins: in loss, in its gap, under every attack and in every changed copy.
 
         An attack that takes `other` as its reference cannot be made on it: by chance alone it would have an AUC of 1/2.
         """
@@ -185,6 +199,10 @@ class Figures:
         its, chance = self.aucs(other), Sampled(0.5, np.full(self.settings.resamples, 0.5))
         for name, value in self.aucs(one).items():
             pairs.append((f"AUC of the {name} attack", [value, its.get(name, chance)], margin_auc))
+        for name, values in one.probes.items():
+            gaps = [self.gap_of_probe(x) for x in (values, other.probes[name])] if name in other.probes else []
+            if gaps and not np.isnan(gaps[0].value):
+                pairs.append((gap_after(name), gaps, margin_loss))
         return [equivalence(name, other.name, *combined(np.subtract, *pair), margin) for name, pair, margin in pairs]
 
     def _sinks(self, one: Measurement, copies: np.ndarray) -> tuple[SinkLine, ...] | None:

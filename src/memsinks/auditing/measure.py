@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel
 
-from memsinks.auditing.attacks import attack_scores
+from memsinks.auditing.attacks import ATTACKS, HIDDEN_STATES, attack_scores
 from memsinks.auditing.corpus import Corpus
 from memsinks.auditing.extraction import extracted, generate_continuation, log_probability, longest_run
+from memsinks.auditing.hidden_states import distances, relations
 from memsinks.auditing.own_sinks import placebo_ids
+from memsinks.auditing.probes import probe
 from memsinks.auditing.scores import DocumentScore, ScoreTable, score
 from memsinks.auditing.settings import AuditSettings
 from memsinks.auditing.subjects import Role, State, facts
@@ -31,7 +33,8 @@ class Measurement:
 
     loss: nats per token. recited: 1 / 0, or NOT_ASKED where the document is too short. run: longest verbatim run, tokens.
     log_p: log-probability of the continuation, nan where not asked. grid: recited by (prefix, offset). attacks: by name,
-    higher = more like a member. sink_losses: "closed", "own", "placebo" -> [documents], for a model with sinks.
+    higher = more like a member. probes: loss under each changed copy, nan where not asked, see `probes`. relations: see
+    `hidden_states`. sink_losses: "closed", "own", "placebo" -> [documents], for a model with sinks.
     """
 
     name: str
@@ -45,6 +48,8 @@ class Measurement:
     grid: Grid
     attacks: dict[str, np.ndarray]
     table: ScoreTable = field(repr=False)
+    probes: dict[str, np.ndarray] = field(default_factory=dict)
+    relations: np.ndarray | None = field(repr=False, default=None)
     generated: dict[str, Any] | None = None
     sink_losses: dict[str, np.ndarray] | None = None
     collateral: dict[str, Any] | None = None
@@ -91,21 +96,29 @@ def measure(
     name: str,
     role: Role,
     state: State,
-    reference: ScoreTable | None = None,
+    reference: Measurement | None = None,
     generated: bool = False,
+    models: int = 1,
 ) -> Measurement:
     """Score one model and reduce its tables to values of each document.
 
     Args:
         folder: for the tables, one folder below it for each pass.
-        reference: scores of the corpus under a model that never saw the documents; None = no attack that needs them.
+        reference: a model that never saw the documents; None = no attack that needs one.
         generated: also generate the most repeated documents.
+        models: how many are measured, for the time that is said.
     """
     known = facts(model)
     own = corpus.ids if state == "open" else None
     passes = Passes(model, corpus, settings, folder, name, known["weights_sha256"], own)
     table = passes("scores", corpus.tokens, own)
     values = _values(table, corpus, settings)
+    stands = (
+        relations(model, corpus, own=own, batch_tokens=settings.batch_tokens) if reference or role == "twin" else None
+    )
+    attacks = attack_scores(table, reference.table if reference else None, corpus, settings)
+    if stands is not None and reference is not None and reference.relations is not None:
+        attacks[HIDDEN_STATES] = distances(stands, reference.relations)
     sink_losses = collateral = None
     if state != "absent" and not (corpus.ids[: corpus.members] < 0).any():
         sink_losses = _sink_losses(passes, state, values["loss"])
@@ -117,8 +130,14 @@ def measure(
         facts=known,
         **values,
         grid=_grid(passes, table),
-        attacks=attack_scores(table, reference, corpus, settings),
+        attacks={name: attacks[name] for name in ATTACKS if name in attacks},
         table=table,
+        probes={}
+        if state == "open"
+        else probe(
+            model, corpus, settings, folder / "probes", name=name, weights=known["weights_sha256"], models=models
+        ),
+        relations=stands,
         generated=_generated(passes, values["recited"]) if generated and settings.generate else None,
         sink_losses=sink_losses,
         collateral=collateral,

@@ -9,7 +9,7 @@ import numpy as np
 from memsinks.auditing.attacks_supervised import LEAST
 from memsinks.auditing.figures import FEW, FPRS, Figures
 from memsinks.auditing.measure import Measurement
-from memsinks.auditing.result import Attack
+from memsinks.auditing.model_result import Attack
 
 BLIND_NOTES = {
     "texts alone": "Members and controls differ in their texts alone (AUC {} without any model): loss gap and membership "

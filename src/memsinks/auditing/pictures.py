@@ -185,24 +185,36 @@ def pareto(audit: Audit, axes: Any) -> None:
     axes.legend()
 
 
-def relearning(audit: Audit, figure: Any) -> None:
-    """Loss while fine-tuning on half of the documents."""
-    found = audit.relearning
-    assert found is not None
+def probes(audit: Audit, axes: Any) -> None:
+    """Loss gap of each model and of its changed copies, one row a change; without the models of other roles."""
     look = styles(audit)
-    axes = figure.subplots(1, 2, sharey=True)
-    for axis, half, title in zip(axes, ("same", "other"), ("half trained on again", "other half"), strict=True):
-        for curve in found.curves:
-            if len(curve.steps) > 1:
-                color, marker, dash = look[curve.name]
-                axis.plot(
-                    curve.steps, getattr(curve, half), color=color, marker=marker, ms=4, ls=dash, label=curve.name
-                )
-        axis.axhline(getattr(found, f"target_{half}"), color=CONTROL, lw=1, label="halfway back")
-        axis.set_title(title, fontsize=10, loc="left")
-        axis.set_xlabel("steps of fine-tuning")
-    axes[0].set_ylabel("loss (nats per token)")
-    axes[0].legend()
+    shown = [model for model in audit.models if model.role != "other" and model.probes]
+    names = list(dict.fromkeys(probe.name for model in shown for probe in model.probes))
+    rows = ["as it is", *names]
+    for place, model in enumerate(shown):
+        color, marker, _ = look[model.name]
+        gaps = {"as it is": model.gap} | {probe.name: probe.gap for probe in model.probes}
+        known = [(row, gaps[name]) for row, name in enumerate(rows) if name in gaps]
+        value = np.array([gap.value for _, gap in known])
+        low, high = (np.array([getattr(gap, side) for _, gap in known]) for side in ("low", "high"))
+        shift = (place - (len(shown) - 1) / 2) * 0.16
+        axes.errorbar(
+            value,
+            [row + shift for row, _ in known],
+            xerr=[value - low, high - value],
+            color=color,
+            marker=marker,
+            ls="",
+            ms=5,
+            capsize=2,
+            elinewidth=1,
+            label=model.name,
+        )
+    axes.axvline(0, color=CONTROL, lw=1)
+    axes.set_yticks(range(len(rows)), rows)
+    axes.invert_yaxis()
+    axes.set_xlabel("loss gap: controls less documents (nats)   ← better")
+    axes.legend()
 
 
 def sides(audit: Audit) -> tuple[np.ndarray, np.ndarray]:
@@ -253,12 +265,12 @@ def drawn(audit: Audit) -> list[tuple[str, str, bytes]]:
         pictures.append(
             ("Forgetting against price", "Top left is best. Bars: 95% over documents.", one(pareto, (5.4, 3.8)))
         )
-    if audit.relearning:
+    if any(model.probes for model in audit.models):
         pictures.append(
             (
-                "Relearning",
-                "A line that falls faster than the twin's: something was left.",
-                one(relearning, (7.4, 3.6), panels=True),
+                "Changed copies",
+                "Loss gap of copies that were rounded or trained further. Right of the twin's: something was left.",
+                one(probes, (5.4, 4.2)),
             )
         )
     return pictures

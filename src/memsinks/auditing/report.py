@@ -12,6 +12,7 @@ import numpy as np
 
 from memsinks.auditing.attacks import ATTACKS
 from memsinks.auditing.pictures import drawn
+from memsinks.auditing.probes import PROBES
 from memsinks.auditing.result import CAVEAT, Audit, Example, outcome, verdict
 from memsinks.auditing.uncertainty import Estimate
 
@@ -41,6 +42,8 @@ def write_report(audit: Audit, path: Path) -> None:
         examples=[_shaded(example) for example in audit.examples],
         attacks=_attacks(audit),
         looks_at=defaultdict(str, ATTACKS),
+        probes=_probes(audit),
+        probed=PROBES,
         supervised=max(x.labeled for x in audit.audited.attacks),
         grid=_grid(audit),
         sure=SURE,
@@ -69,6 +72,14 @@ def _attacks(audit: Audit) -> list[tuple[str, list[Any]]]:
     names = list(dict.fromkeys(attack.name for model in audit.models for attack in model.attacks))
     return [
         (name, [next((x for x in model.attacks if x.name == name), None) for model in audit.models]) for name in names
+    ]
+
+
+def _probes(audit: Audit) -> list[tuple[str, list[Any]]]:
+    """Rows of the table of changed copies: name, and the probe of each model (None = not made)."""
+    names = list(dict.fromkeys(probe.name for model in audit.models for probe in model.probes))
+    return [
+        (name, [next((x for x in model.probes if x.name == name), None) for model in audit.models]) for name in names
     ]
 
 

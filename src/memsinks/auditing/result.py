@@ -12,104 +12,10 @@ import numpy as np
 
 from memsinks.auditing.corpus import Corpus
 from memsinks.auditing.measure import Measurement
-from memsinks.auditing.relearning import Relearning
+from memsinks.auditing.model_result import Attack, AuditLine, ModelResult
+from memsinks.auditing.probes import BEGINNINGS, means_something_alone
 from memsinks.auditing.subjects import Role, State
-from memsinks.auditing.uncertainty import (
-    LEVEL,
-    Equivalence,
-    Estimate,
-    Z,
-)
-
-
-@dataclass(frozen=True)
-class AuditLine:
-    """Documents with one number of copies (0 = controls).
-
-    loss: mean over documents of the mean loss per token, nats. asked: documents long enough for the extraction.
-    extracted: share of them that come out verbatim. longest_run: mean and greatest over documents, tokens.
-    canary_exposure: mean over documents of kind "canary", bits; None without canaries on both sides.
-    """
-
-    copies: int
-    documents: int
-    loss: Estimate
-    asked: int
-    extracted: Estimate
-    longest_run: tuple[float, int]
-    canary_exposure: float | None
-
-
-@dataclass(frozen=True)
-class ExtractionLine:
-    """Share recited of documents with `copies` after `prefix` tokens from `offset` on."""
-
-    copies: int
-    prefix: int
-    offset: int
-    asked: int
-    extracted: Estimate
-
-
-@dataclass(frozen=True)
-class Attack:
-    """One membership attack.
-
-    auc: its interval is over documents, for the classifiers that were learned. tpr: at each false positive rate of `FPRS`,
-    by its name; nan with too few controls. labeled: how many members the attacker must know beforehand.
-    """
-
-    name: str
-    auc: Estimate
-    tpr: dict[str, float]
-    labeled: int = 0
-
-
-@dataclass(frozen=True)
-class Forgetting:
-    """One model beside the ordinary one (`against`), and beside the twin where there is one. Formulas: `forgetting`."""
-
-    gap_closed: Estimate
-    price: Estimate
-    closure: Estimate | None
-
-
-@dataclass(frozen=True)
-class SinkLine:
-    """Loss, nats per token, of documents with one number of copies: sinks closed, their own, another document's."""
-
-    copies: int
-    documents: int
-    closed: float
-    own: float
-    placebo: float
-
-
-@dataclass(frozen=True)
-class ModelResult:
-    """All figures of one model. `gap`, `attacks`, `forgetting` and `equivalences` are over the target documents."""
-
-    name: str
-    role: Role
-    state: State
-    facts: dict[str, Any]
-    lines: tuple[AuditLine, ...]
-    extraction: tuple[ExtractionLine, ...]
-    queries: dict[str, dict[int, float]]
-    documents: Estimate
-    controls: Estimate
-    gap: Estimate
-    attacks: tuple[Attack, ...]
-    forgetting: Forgetting | None
-    equivalences: tuple[Equivalence, ...]
-    generated: dict[str, Any] | None
-    sinks: tuple[SinkLine, ...] | None
-    collateral: dict[str, Any] | None
-
-    @property
-    def strongest(self) -> Attack:
-        """The membership attack with the greatest AUC."""
-        return max(self.attacks, key=lambda attack: attack.auc.value)
+from memsinks.auditing.uncertainty import LEVEL, Equivalence, Estimate, Z
 
 
 @dataclass(frozen=True)
@@ -137,7 +43,6 @@ class Audit:
     controls: int
     blind: tuple[Attack, ...]
     notes: tuple[str, ...]
-    relearning: Relearning | None
     settings: dict[str, Any]
     versions: dict[str, str]
     data: dict[str, Any]
@@ -172,7 +77,6 @@ class Audit:
         values |= {"outcome": outcome(self), "verdict": verdict(self)}
         values["models"] = [asdict(model) for model in self.models]
         values["blind"] = [asdict(attack) for attack in self.blind]
-        values["relearning"] = self.relearning and asdict(self.relearning)
         return _plain(values)
 
     def __str__(self) -> str:
@@ -206,9 +110,9 @@ def outcome(audit: Audit) -> Outcome:
     """Of the audited model: what the strongest evidence says.
 
     ``"recited"``: more target documents come out verbatim than the upper limit of the controls' share. ``"traces"``: an
-    attack's AUC, or the loss gap, is above chance with 95% confidence, and not shown equivalent to a model that never
-    saw the documents (or once, if only that one is given). The confidence is shared out over all attacks and the gap
-    (Bonferroni), intervals taken as normal.
+    attack's AUC, or the loss gap, of the model itself or of a changed copy (`probes`), is above chance with 95% confidence, and
+    not shown equivalent to a model that never saw the documents (or once, if only that one is given). The confidence is
+    shared out over all of them (Bonferroni), intervals taken as normal. Equivalent needs every attack and every probe.
     """
     model = audit.audited
     control = next(line for line in model.lines if line.copies == 0)
@@ -219,8 +123,12 @@ def outcome(audit: Audit) -> Outcome:
             and line.extracted.value > (control.extracted.high if control.asked else 0)
         ):
             return "recited"
-    tests = 1 + len(model.attacks)
-    found = _above(model.gap, 0.0, tests) or any(_above(attack.auc, 0.5, tests) for attack in model.attacks)
+    gaps = [model.gap, *(probe.gap for probe in model.probes if means_something_alone(probe.name))]
+    beside = [test for test in model.equivalences if test.name == gap_after(BEGINNINGS)]
+    tests = len(gaps) + len(model.attacks) + len(beside)
+    found = any(_above(gap, 0.0, tests) for gap in gaps)
+    found = found or any(_above(attack.auc, 0.5, tests) for attack in model.attacks)
+    found = found or any(_above_a_model(test, tests) for test in beside)
     fair = [test for test in model.equivalences if test.name != "loss on the documents"]
     return "traces" if found and not (fair and all(test.equivalent for test in fair)) else "not recovered"
 
@@ -231,6 +139,18 @@ def _above(value: Estimate, chance: float, tests: int) -> bool:
     return value.value - (value.value - value.low) * wider > chance
 
 
+def _above_a_model(test: Equivalence, tests: int) -> bool:
+    """Whether a difference to a fair model is above 0 at 95% over so many tests."""
+    normal = NormalDist()
+    wider = normal.inv_cdf(1 - (1 - LEVEL) / 2 / tests) / normal.inv_cdf(0.95)
+    return test.difference - (test.difference - test.interval[0]) * wider > 0
+
+
+def gap_after(probe: str) -> str:
+    """The name of the test of a probe's gap."""
+    return f"gap, {probe}"
+
+
 def verdict(audit: Audit) -> list[str]:
     """The verdict as sentences, the headline first and the caveat last."""
     return [
@@ -238,9 +158,9 @@ def verdict(audit: Audit) -> list[str]:
         _extraction(audit),
         _gap(audit),
         _strongest_attack(audit),
+        *_probes(audit),
         *_forgetting(audit),
         *_equivalences(audit),
-        *_relearning(audit),
         CAVEAT,
     ]
 
@@ -295,39 +215,36 @@ def _equivalences(audit: Audit) -> list[str]:
     sentences = []
     for other in dict.fromkeys(test.other for test in audit.audited.equivalences):
         tests = [test for test in audit.audited.equivalences if test.other == other]
-        attacks = [test for test in tests if test.name.startswith("AUC")]
+        kinds = {
+            "attacks": [test for test in tests if test.name.startswith("AUC")],
+            "changed copies": [test for test in tests if test.name.startswith(gap_after(""))],
+        }
         words = [
             f"{test.name} {'equivalent' if test.equivalent else 'not shown equivalent'} ({test.difference:+.3f}, margin "
             f"{test.margin:g})"
             for test in tests
-            if test not in attacks
+            if not any(test in several for several in kinds.values())
         ]
-        if attacks:
-            farthest = max(attacks, key=lambda test: abs(test.difference))
-            words.append(
-                f"{sum(test.equivalent for test in attacks)} of {len(attacks)} attacks equivalent, the farthest: "
-                f"{farthest.name} ({farthest.difference:+.3f}, margin {farthest.margin:g})"
-            )
+        for kind, several in kinds.items():
+            if several:
+                farthest = max(several, key=lambda test: abs(test.difference))
+                words.append(
+                    f"{sum(test.equivalent for test in several)} of {len(several)} {kind} equivalent, the farthest: "
+                    f"{farthest.name} ({farthest.difference:+.3f}, margin {farthest.margin:g})"
+                )
         sentences.append(f"Beside {other}: {'; '.join(words)}.")
     return sentences
 
 
-def _relearning(audit: Audit) -> list[str]:
-    found = audit.relearning
-    if found is None:
+def _probes(audit: Audit) -> list[str]:
+    """The widest gap of a changed copy; nothing where none was made."""
+    model, before = audit.audited, audit.model("against")
+    widest = model.widest
+    if widest is None:
         return []
-    words = []
-    for half, ratio, steps in (
-        ("the half that is trained on again", found.ratio_same, found.steps_same),
-        ("the other half", found.ratio_other, found.steps_other),
-    ):
-        times = ", ".join(
-            f"{name}: {'not reached' if step is None else f'{step:.0f} steps'}" for name, step in steps.items()
-        )
-        words.append(
-            f"Relearning {half} ({times})" + (f": {ratio:.2f} of the twin's steps." if ratio is not None else ".")
-        )
-    return words
+    sentence = f"Widest gap of {len(model.probes)} changed copies: {widest.name}, {_nats(widest.gap)}"
+    same = next((x for x in before.probes if x.name == widest.name), None) if before else None
+    return [sentence + (f"; {_nats(same.gap)} in {before.name}." if before and same else ".")]
 
 
 def _short(value: Estimate) -> str:
@@ -354,6 +271,8 @@ def table(model: ModelResult, target: str) -> str:
             f"{name:>8} {line.documents:>10} {line.loss!s:>22} {share:>26} {line.longest_run[1]:>12}{exposure}"
         )
     lines.append(f"membership ({target}), AUC: " + ", ".join(f"{x.name} {_short(x.auc)}" for x in model.attacks))
+    if model.probes:
+        lines.append("gap of changed copies, nats: " + ", ".join(f"{x.name} {x.gap.value:+.3f}" for x in model.probes))
     if model.sinks:
         cells = ", ".join(f"{x.copies}: {x.closed:.2f} / {x.own:.2f} / {x.placebo:.2f}" for x in model.sinks)
         lines.append(f"loss with sinks closed / own / placebo by copies: {cells}")

@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,7 +141,14 @@ def score(
     if limit < len(start) + 2:
         raise DataError(f"a context of {limit} tokens is too short to score anything")
     batch_tokens = batch_tokens or max(1, min(TOKENS, LOGITS // config.vocab_size))
-    _claim(folder, {"chunk": CHUNK, "inputs": _inputs_hash(tokens, start, open_ids), **(key or {})})
+    claim(
+        folder,
+        {
+            "chunk": CHUNK,
+            "inputs": hash_of([start, *tokens], str(None if open_ids is None else list(open_ids))),
+            **(key or {}),
+        },
+    )
     with tqdm(total=len(tokens), desc=label, unit=" documents", disable=None, leave=False) as bar, evaluating(model):
         for chunk, begin in enumerate(range(0, len(tokens), CHUNK)):
             path = folder / f"{chunk:06d}.safetensors"
@@ -153,14 +160,16 @@ def score(
     return ScoreTable(folder, len(tokens), first)
 
 
-def _inputs_hash(tokens: Sequence[np.ndarray], start: np.ndarray, open_ids: Sequence[int] | None) -> str:
-    found = hashlib.sha256(f"{None if open_ids is None else list(open_ids)}".encode())
-    for one in (start, *tokens):
+def hash_of(tokens: Sequence[np.ndarray], said: str = "") -> str:
+    """SHA-256 of some texts in tokens and of what is said beside them, hexadecimal."""
+    found = hashlib.sha256(said.encode())
+    for one in tokens:
         found.update(len(one).to_bytes(8, "little") + np.asarray(one, np.int64).tobytes())
     return found.hexdigest()
 
 
-def _claim(folder: Path, key: dict[str, Any]) -> None:
+def claim(folder: Path, key: dict[str, Any]) -> None:
+    """Make a folder for what depends on `key` (JSON-ready); one that was made under another key is emptied."""
     mark, text = folder / "key.json", json.dumps(key, sort_keys=True)
     if mark.exists() and mark.read_text() == text:
         return
@@ -177,6 +186,14 @@ def _write(path: Path, values: dict[str, np.ndarray]) -> None:
     except Exception as error:  # safetensors reports a full disk with a type of its own
         part.unlink(missing_ok=True)
         raise CheckpointError(f"cannot write scores to {path}: {error}; the same command goes on from here") from error
+
+
+def keep(paths: Sequence[Path], make: Callable[[], Sequence[dict[str, np.ndarray]]]) -> list[dict[str, np.ndarray]]:
+    """What lies at `paths`; made and written there first where one is missing."""
+    if not all(path.exists() for path in paths):
+        for path, values in zip(paths, make(), strict=True):
+            _write(path, values)
+    return [_read(path) for path in paths]
 
 
 def _read(path: Path) -> dict[str, np.ndarray]:

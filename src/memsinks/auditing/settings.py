@@ -26,6 +26,11 @@ class AuditSettings:
         queries_p: probability p of (n, p)-extraction.
         generate: how many of the most repeated documents are also generated, to check the teacher-forced figure.
         collateral: how many documents' sinks are closed, one after the other, to see what others lose.
+        attacks: ``"forward"`` makes those that need forward passes alone, ``"all"`` also those that train copies of each model,
+            see `probes`.
+        beginning: tokens of each document that the last of these learns.
+        attack_lr: learning rate of those that train.
+        probed: target documents, and controls, that `probes` look at, at most.
         shown: how many of the most remembered documents stand in the report with their text; 0 keeps all text out.
         margin_loss, margin_auc: margins of the equivalence tests, nats per token and AUC.
         resamples, seed: of the bootstrap over documents.
@@ -46,6 +51,10 @@ class AuditSettings:
     queries_p: float = 0.5
     generate: int = 16
     collateral: int = 8
+    attacks: Literal["forward", "all"] = "forward"
+    beginning: int = 40
+    attack_lr: float = 3e-4
+    probed: int = 500
     shown: int = 6
     margin_loss: float = 0.03
     margin_auc: float = 0.03
@@ -69,6 +78,8 @@ class AuditSettings:
             ("continuation", 1),
             ("generate", 0),
             ("collateral", 0),
+            ("beginning", 1),
+            ("probed", 2),
             ("shown", 0),
             ("resamples", 100),
             ("seed", 0),
@@ -81,7 +92,9 @@ class AuditSettings:
             value = getattr(self, name)
             if not is_number(value) or not 0 < value < 1:
                 problems.append(f"{name} must lie in (0, 1), got {value!r}")
-        problems += positive("margin_loss", self.margin_loss) + positive("margin_auc", self.margin_auc)
+        for name in ("margin_loss", "margin_auc", "attack_lr"):
+            problems += positive(name, getattr(self, name))
+        problems += one_of("attacks", self.attacks, ("forward", "all"))
         if self.batch_tokens is not None:
             problems += int_at_least("batch_tokens", self.batch_tokens, 1)
         return problems + one_of("by", self.by, ("content", "key", "source"))

@@ -44,8 +44,14 @@ def _add_questions(parser: ArgumentParser) -> None:
     group.add_argument("--no-end", action="store_true", help="documents were trained on without an end token")
     group.add_argument("--generate", type=int, default=16, help="documents also generated, as a check (%(default)s)")
     group.add_argument("--shown", type=int, default=6, help="documents whose text is in the report (%(default)s)")
-    group.add_argument("--relearn", type=int, default=0, metavar="STEPS", help="fine-tune copies for so many steps")
-    group.add_argument("--relearn-lr", type=float, default=3e-4, help="(%(default)s)")
+    group.add_argument(
+        "--attacks",
+        choices=("forward", "all"),
+        default="forward",
+        help="forward: those that need forward passes alone; all: also those that train copies (%(default)s)",
+    )
+    group.add_argument("--harmless", metavar="FILE", help="other texts to train on; default: a third of the controls")
+    group.add_argument("--attack-lr", type=float, default=3e-4, help="of attacks that train (%(default)s)")
     group.add_argument("--margin-loss", type=float, default=0.03, help="of equivalence, nats per token (%(default)s)")
     group.add_argument("--margin-auc", type=float, default=0.03, help="of equivalence, AUC (%(default)s)")
 
@@ -81,12 +87,15 @@ def run_audit(arguments: Namespace) -> None:
         generate=arguments.generate,
         margin_loss=arguments.margin_loss,
         margin_auc=arguments.margin_auc,
+        attacks=arguments.attacks,
+        attack_lr=arguments.attack_lr,
     )
     fields = {name: getattr(arguments, name) for name in ("text_field", "key_field", "source_field")}
     documents = list(
         islice(read_documents(arguments.documents, copies_field=arguments.copies_field, **fields), arguments.limit)
     )
     controls = list(islice(read_documents(arguments.controls, **fields), arguments.limit))
+    harmless = list(read_documents(arguments.harmless, **fields)) if arguments.harmless else None
     against, twin, seen_once = (
         Subject.parse(text) if text else None for text in (arguments.against, arguments.twin, arguments.seen_once)
     )
@@ -101,8 +110,7 @@ def run_audit(arguments: Namespace) -> None:
         seen_once=seen_once,
         others=[Subject.parse(text) for text in arguments.also],
         settings=settings,
-        relearn_steps=arguments.relearn,
-        relearn_lr=arguments.relearn_lr,
+        harmless=harmless,
         out=arguments.out,
     )
     print(result)

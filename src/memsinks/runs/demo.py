@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from memsinks.auditing.audit import audit
 from memsinks.auditing.extraction import generate_continuation
 from memsinks.auditing.measure import AuditSettings
+from memsinks.auditing.model_result import AuditLine
 from memsinks.auditing.pictures import require_matplotlib
-from memsinks.auditing.result import AuditLine, verdict
+from memsinks.auditing.result import verdict
 from memsinks.auditing.subjects import Subject
 from memsinks.data.documents import Document, load_documents
 from memsinks.data.identity import document_id

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from memsinks.auditing.attacks import uses_reference
-from memsinks.auditing.result import Audit, ModelResult
+from memsinks.auditing.model_result import ModelResult
+from memsinks.auditing.result import Audit
 from memsinks.research.compare.arm import Arm
 
 COLUMNS = {

@@ -1,0 +1,229 @@
+"""What a changed copy of the model shows: rounded to few bits, or trained a little further.
+
+Removal that hides a text under a push leaves its trace: a few steps of training on anything, or learning half of the texts
+again, bring it back. Each probe changes a copy without sinks and takes the loss of every document again; the gap between
+controls and documents is then set beside that of the twin and of the model that saw each text once, changed alike.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from memsinks.auditing.corpus import Corpus
+from memsinks.auditing.retrain import bare_copy, round_weights, seconds_of_a_step, train_further
+from memsinks.auditing.scores import ScoreTable, claim, hash_of, keep, score
+from memsinks.auditing.settings import AuditSettings
+from memsinks.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+BITS = (8, 4, 3)
+HARMLESS_STEPS = (10, 60)
+HALF_STEPS, BEGINNING_STEPS = 40, 60
+BATCH_ROWS = 16
+"""Texts of one step of the probes that train."""
+ROUNDED = {f"rounded to {bits} bits": bits for bits in BITS}
+HARMLESS = {f"{steps} harmless steps": steps for steps in HARMLESS_STEPS}
+HALF, BEGINNINGS = "half relearned", "beginnings relearned"
+PROBES = {
+    **{name: f"every weight rounded to one of {2**bits - 1} values" for name, bits in ROUNDED.items()},
+    **{name: f"after {steps} steps of training on other text" for name, steps in HARMLESS.items()},
+    HALF: f"of each half of the documents, after {HALF_STEPS} steps of training on the other half",
+    BEGINNINGS: f"of what follows the beginnings, after {BEGINNING_STEPS} steps of training on the beginnings alone",
+}
+"""Name of each probe, in the order of the report, and what the gap is then of."""
+TRAINING_STEPS = max(HARMLESS_STEPS) + 2 * HALF_STEPS + BEGINNING_STEPS
+"""Steps that the probes that train make, for each model."""
+
+
+def means_something_alone(name: str) -> bool:
+    """Whether a gap above 0 is a trace by itself. Learning beginnings helps to tell how they go on also where nothing is known,
+    so that this gap says something only beside another model's."""
+    return name != BEGINNINGS
+
+
+@dataclass(frozen=True)
+class Probed:
+    """Which texts the probes look at and learn from; index arrays, int64.
+
+    asked: documents and controls whose losses are taken. halves: of the target documents. harmless: texts to train on, integer
+    [tokens] each. aside: the controls among them, which are then no controls.
+    """
+
+    asked: np.ndarray
+    halves: tuple[np.ndarray, np.ndarray]
+    harmless: list[np.ndarray]
+    aside: np.ndarray
+
+
+def probed_texts(corpus: Corpus, settings: AuditSettings) -> Probed:
+    """Choose them, by the seed: at most `AuditSettings.probed` target documents and as many controls.
+
+    Raises:
+        DataError: fewer than 2 target documents, or too few controls to set some aside, where probes that train are asked for.
+    """
+    rng = np.random.default_rng(settings.seed)
+    targets, controls = (rng.permutation(np.flatnonzero(x))[: settings.probed] for x in (corpus.target, corpus.control))
+    harmless, aside = corpus.harmless, np.zeros(0, np.int64)
+    if harmless is None:
+        aside = controls[: len(controls) // 3]
+        harmless = [corpus.tokens[index] for index in aside]
+    if settings.attacks == "all":
+        if len(targets) < 2:
+            raise DataError(
+                f"the attacks that train halve the target documents and need at least 2, there is {len(targets)}"
+            )
+        if not harmless:
+            raise DataError(
+                "the attacks that train need harmless text: give some (harmless=, --harmless), or 3 controls or more, of "
+                f"which a third is then set aside; there are {len(controls)}"
+            )
+    halves = np.sort(targets[0::2]), np.sort(targets[1::2])
+    return Probed(np.sort(np.concatenate([targets, controls])), halves, harmless, aside)
+
+
+def probe(
+    model: PreTrainedModel,
+    corpus: Corpus,
+    settings: AuditSettings,
+    folder: Path,
+    *,
+    name: str,
+    weights: str,
+    models: int = 1,
+) -> dict[str, np.ndarray]:
+    """The loss of each document under each changed copy, sinks gone; nats per token, float64 [n], nan where it was not asked.
+
+    Args:
+        folder: what is finished is kept there, and not made again for the same weights, texts and settings.
+        name: of the model, for progress. weights: their hash. models: how many an audit asks, for the time that is said.
+
+    Returns:
+        By name, in the order of `PROBES`; those that train only where ``settings.attacks`` is "all". Empty where the weights are
+        not floating point numbers.
+    """
+    if not all(parameter.is_floating_point() for parameter in model.parameters()):
+        return {}
+    texts = probed_texts(corpus, settings)
+    used = {name: getattr(settings, name) for name in ("end", "beginning", "attack_lr", "probed", "seed")}
+    harmless = hash_of(texts.harmless) if settings.attacks == "all" else None
+    claim(folder, {"weights": weights, "texts": corpus.sha256, "harmless": harmless} | used)
+    prober = _Prober(model, corpus, settings, texts, name)
+    todo: dict[tuple[str, ...], Callable[[], list[np.ndarray]]] = {
+        (said,): lambda bits=bits: [prober.rounded(bits)] for said, bits in ROUNDED.items()
+    }
+    if settings.attacks == "all":
+        training = {tuple(HARMLESS): prober.harmless, (HALF,): prober.half, (BEGINNINGS,): prober.beginnings}
+        if not all((folder / _file(names[-1])).exists() for names in training):
+            prober.say_time(models)
+        todo |= training
+    found: dict[str, np.ndarray] = {}
+    for names, make in todo.items():
+        kept = keep([folder / _file(one) for one in names], lambda make=make: [{"loss": one} for one in make()])
+        found |= {one: values["loss"] for one, values in zip(names, kept, strict=True)}
+    return found
+
+
+def _file(name: str) -> str:
+    return f"{name.replace(' ', '-')}.safetensors"
+
+
+@dataclass(frozen=True)
+class _Prober:
+    model: PreTrainedModel
+    corpus: Corpus
+    settings: AuditSettings
+    texts: Probed
+    name: str
+
+    def rounded(self, bits: int) -> np.ndarray:
+        copied = bare_copy(self.model)
+        round_weights(copied, bits)
+        return self.losses(copied, self.texts.asked)
+
+    def harmless(self) -> list[np.ndarray]:
+        asked = np.setdiff1d(self.texts.asked, self.texts.aside)
+        copied, texts = bare_copy(self.model), self._read(self.texts.harmless)
+        return self._train(copied, texts, HARMLESS_STEPS, lambda: self.losses(copied, asked), "harmless steps")
+
+    def half(self) -> list[np.ndarray]:
+        """Each half of the documents after learning the other, the controls in the mean of both."""
+        controls = self.texts.asked[self.corpus.control[self.texts.asked]]
+        found = []
+        for learned, asked in (self.texts.halves, self.texts.halves[::-1]):
+            copied, texts = bare_copy(self.model), self._read([self.corpus.tokens[index] for index in learned])
+            look = lambda copied=copied, asked=asked: self.losses(copied, np.sort(np.concatenate([asked, controls])))  # noqa: E731
+            found += self._train(copied, texts, (HALF_STEPS,), look, "half")
+        known = ~np.isnan(found)
+        return [np.divide(np.nansum(found, 0), known.sum(0), out=np.full(len(found[0]), np.nan), where=known.any(0))]
+
+    def beginnings(self) -> list[np.ndarray]:
+        """Of the tokens after the first `beginning`, after learning those of the documents."""
+        beginning, corpus = self.settings.beginning, self.corpus
+        targets = np.sort(np.concatenate(self.texts.halves))
+        copied, texts = bare_copy(self.model), self._read([corpus.tokens[index][:beginning] for index in targets])
+        long = np.array([len(one) > beginning for one in corpus.tokens])
+        asked = self.texts.asked[long[self.texts.asked]]
+        look = lambda: self.losses(copied, asked, beginning)  # noqa: E731
+        return self._train(copied, texts, (BEGINNING_STEPS,), look, "beginnings")
+
+    def losses(self, model: PreTrainedModel, asked: np.ndarray, start: int = 0) -> np.ndarray:
+        """Mean loss of the tokens from `start` on of each text asked, [n]; nan for the others."""
+        found = np.full(len(self.corpus.tokens), np.nan)
+        if not len(asked):
+            return found
+        with tempfile.TemporaryDirectory(prefix="memsinks-probe-") as scratch:
+            table: ScoreTable = score(
+                model,
+                [self.corpus.tokens[index] for index in asked],
+                Path(scratch) / "scores",
+                start=self.corpus.start,
+                batch_tokens=self.settings.batch_tokens,
+                label=f"{self.name}: losses",
+            )
+            for index, one in zip(asked, table, strict=True):
+                found[index] = -one.logprob[max(0, start - one.first) :].mean(dtype=np.float64)
+        return found
+
+    def say_time(self, models: int) -> None:
+        """How long the probes that train will take, from one step."""
+        each = seconds_of_a_step(bare_copy(self.model), self._read(self.texts.harmless), BATCH_ROWS)
+        logger.info(
+            "%s: attacks that train, %d steps of %d texts on copies, about %.0f s for this model%s",
+            self.name,
+            TRAINING_STEPS,
+            BATCH_ROWS,
+            each * TRAINING_STEPS,
+            f" and for each of the {models} models" if models > 1 else "",
+        )
+
+    def _read(self, tokens: Sequence[np.ndarray]) -> list[np.ndarray]:
+        return [np.concatenate([self.corpus.start, one]) for one in tokens]
+
+    def _train(
+        self,
+        model: PreTrainedModel,
+        texts: list[np.ndarray],
+        steps: Sequence[int],
+        look: Callable[[], np.ndarray],
+        what: str,
+    ) -> list[np.ndarray]:
+        with torch.enable_grad():
+            return train_further(
+                model,
+                texts,
+                steps,
+                look,
+                lr=self.settings.attack_lr,
+                batch_rows=BATCH_ROWS,
+                seed=self.settings.seed,
+                label=f"{self.name}: {what}",
+            )
