@@ -157,6 +157,92 @@ def test_an_arm_interrupted_while_it_settles_continues_there(tmp_path, monkeypat
     assert same(weights(tmp_path / "whole", "ours"), weights(tmp_path / "cut", "ours"))
 
 
+LAST = {"rival": "gated", "neurons": 64, "active": 16, "block_size": 8, "shared": "none", "sinks_last": 20}
+STORIES = "".join(
+    json.dumps({"text": f"One day the number {n} met {n * 7 % 13} of its {n * n} friends."}) + "\n" for n in range(90)
+)
+
+
+def with_stories(folder: Path, **more) -> dict:
+    """Sections with a file of stories of which ten may stand in for copies."""
+    folder.mkdir(exist_ok=True)
+    (folder / "stories.jsonl").write_text(STORIES)
+    repeat = {"documents": 4, "copies": [1, 3]}
+    data = {
+        "path": str(folder / "stories.jsonl"),
+        "limit": 60,
+        "held_out": 8,
+        "unseen": 10,
+        "fresh": 10,
+        "repeat": repeat,
+    }
+    return {"data": data | {"synthetic": {}, "long": "truncate"}, "arms": SMALL["arms"] | more}
+
+
+def test_sinks_last_and_an_arm_that_was_cut_off_there(tmp_path, monkeypatch) -> None:
+    """Shared weights are those of the exact mode alone, which are those of deduplication; interrupted, it goes on there."""
+    more = with_stories(tmp_path, last=LAST, exact=LAST | {"sinks_last": 0}, dedup={"rival": "cap"})
+    facts = run(tmp_path / "whole", "last", **more)
+    assert "documents in" in facts["sinks_last"]
+    for name in ("exact", "dedup"):
+        run(tmp_path / "whole", name, **more)
+    last, exact, dedup = (weights(tmp_path / "whole", name) for name in ("last", "exact", "dedup"))
+    for name, tensor in dedup.items():
+        assert torch.equal(last[name], exact[name])
+        torch.testing.assert_close(exact[name], tensor, rtol=1e-4, atol=1e-6)
+    assert not same(last, exact)
+
+    def interrupted(*_, **__) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "sinks_last", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut", "last", **more)
+    monkeypatch.undo()
+    monkeypatch.setattr(Training, "update", interrupted)  # nothing is trained again
+    run(tmp_path / "cut", "last", **more)
+    assert same(last, weights(tmp_path / "cut", "last"))
+
+
+def test_fresh_text_stands_in_the_rows_of_copies(tmp_path) -> None:
+    sections = with_stories(tmp_path, fresh={"rival": "cap", "fresh": True})
+    comparison = read_comparison(written(tmp_path, **sections))
+    prepared = module.prepare(module.with_method(comparison.recipe, module.TrainingMethod(), 0, tmp_path), True)
+    assert prepared.fresh is not None
+    rows = module.with_fresh_text(prepared.rows, prepared.fresh)
+    taken = 0
+    assert len(rows) == len(prepared.rows)
+    for index, row in enumerate(prepared.rows):
+        found = rows[index]
+        assert found["places"] == row["places"]
+        if int(row["exposures"][0]) == 1:
+            assert all(torch.equal(found[name], row[name]) for name in row)
+        else:
+            assert torch.equal(found["input_ids"], prepared.fresh[taken]["input_ids"])
+            assert set(found["exposures"].tolist()) == {1}
+            taken += 1
+    assert taken == 4
+    run(tmp_path, "fresh", **sections)
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [({"arms": SMALL["arms"] | {"x": {"rival": "cap", "fresh": True}}}, "data.fresh sets none aside"),
+     ({"arms": SMALL["arms"] | {"x": {"rival": "cap", "copies": 2, "fresh": True}}}, "so copies must be 1, got 2"),
+     ({"training": {"sinks_last": 3}}, "training.sinks_last belongs to an arm")],
+)  # fmt: skip
+def test_what_cannot_be_asked_of_fresh_text_and_sinks_last(tmp_path, changes, part) -> None:
+    with pytest.raises(ConfigError, match=part):
+        read_comparison(written(tmp_path, **changes))
+
+
+def test_too_little_fresh_text_is_said_before_training(tmp_path) -> None:
+    sections = with_stories(tmp_path, fresh={"rival": "cap", "fresh": True})
+    sections["data"]["fresh"] = 3
+    with pytest.raises(ConfigError, match="4 rows hold copies, but data.fresh gives 3 texts to stand in"):
+        run(tmp_path, "fresh", **sections)
+
+
 def test_what_was_cut_off_is_not_continued_with_other_settings(tmp_path, monkeypatch) -> None:
     interrupt(monkeypatch, 3)
     with pytest.raises(KeyboardInterrupt):

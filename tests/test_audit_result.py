@@ -378,11 +378,15 @@ def test_the_tokenizer_alone_is_judged_by_tokens_per_character() -> None:
 
 def test_losses_of_sinks_by_number_of_copies() -> None:
     values = {"closed": np.arange(20.0), "own": np.arange(20.0) / 10, "placebo": np.arange(20.0) * 2}
-    found = result(np.ones(40), sink_losses=values, collateral={"rise_itself": 1.5}, generated={"documents": 3})
+    found = result(
+        np.ones(40), sink_losses=values, own_recited=np.array([0] * 4 + [1, NOT_ASKED] * 3 + [1] * 5 + [0] * 5),
+        collateral={"rise_itself": 1.5}, generated={"documents": 3},
+    )  # fmt: skip
     assert [(x.copies, x.documents) for x in found.sinks] == [(1, 4), (2, 6), (16, 10)]
     assert [x.closed for x in found.sinks] == [1.5, 6.5, 14.5]
     assert [x.own for x in found.sinks] == pytest.approx([0.15, 0.65, 1.45])
     assert [x.placebo for x in found.sinks] == [3.0, 13.0, 29.0]
+    assert [x.recited for x in found.sinks] == [wilson(0, 4), wilson(3, 3), wilson(5, 10)]
     assert (found.collateral, found.generated) == ({"rise_itself": 1.5}, {"documents": 3})
     assert result(np.ones(40)).sinks is None
 
@@ -396,7 +400,7 @@ def whole(**changes) -> Audit:
         some_losses(2, 1.0), log_p=np.full(40, np.nan), recited=np.full(40, NOT_ASKED), facts={"parameters": np.int64(3)},
         grid={(8, 0): np.zeros(40, int)}, probes={HALF: np.full(40, np.nan)},
         generated={"documents": 2}, collateral={"rise_itself": np.float32(0.5)},
-        sink_losses={name: np.ones(20) for name in ("closed", "own", "placebo")},
+        sink_losses={name: np.ones(20) for name in ("closed", "own", "placebo")}, own_recited=np.zeros(20, int),
     )  # fmt: skip
     models = tuple(figures.model(x, ORDINARY, TWIN, [TWIN]) for x in (one, ORDINARY, TWIN))
     values = {

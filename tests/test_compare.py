@@ -333,7 +333,10 @@ def test_a_wrong_file_is_one_clear_error(tmp_path, changes, part, capsys) -> Non
     assert part in str(caught.value)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("compare-*.yaml")), ids=lambda path: path.name)
+COMPARISONS = sorted(x for kind in ("compare", "regimes") for x in (ROOT / "recipes").glob(f"{kind}-*.yaml"))
+
+
+@pytest.mark.parametrize("path", COMPARISONS, ids=lambda path: path.name)
 def test_the_comparisons_of_the_repository_are_valid(path) -> None:
     comparison = read_comparison(path)
     assert len(comparison.arms) > 5 and set(comparison.roles) == {"audited", "against", "twin", "seen_once"}

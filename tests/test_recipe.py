@@ -14,7 +14,9 @@ from memsinks.runs.recipe import Recipe, parse_recipe, read_recipe
 from memsinks.sinks.config import FORMAT_VERSION, SinkConfig
 
 ROOT = Path(__file__).parents[1]
-RECIPES = sorted(path for path in (ROOT / "recipes").glob("*.yaml") if not path.name.startswith("compare-"))
+RECIPES = sorted(
+    path for path in (ROOT / "recipes").glob("*.yaml") if not path.name.startswith(("compare-", "regimes-"))
+)
 MODEL: dict[str, Any] = {"config": {"model_type": "llama", "hidden_size": 16}}
 LEAST: dict[str, Any] = {"output": "runs/x", "model": MODEL}
 
@@ -150,6 +152,7 @@ def test_problems_of_the_sinks_are_passed_on() -> None:
      ({"settle": {"passes": 0}}, "passes must be an int of at least 1, got 0"),
      ({"settle": {"rate": 1}}, "unknown key settle.rate"),
      ({"data": {"unseen": 3}}, "data: unseen is for documents of path"),
+     ({"data": {"fresh": 3}}, "data: fresh is for documents of path"),
      ({"data": {"path": "x", "unseen": -1}}, "data: unseen must be an int of at least 0, got -1"),
      ({"settle": {}, "data": {"path": "x", "background": {"path": "y", "tokens": 9}}}, "settle needs data.unseen"),
      ({"sinks": {"neurons": 64, "active": 8, "layers": ["a"]}}, "sinks.layers[0] must be int, got 'a'")],

@@ -26,7 +26,7 @@ from memsinks.runs.prepare import choose_documents, prepare
 from memsinks.runs.recipe import DataRecipe, RepeatRecipe, parse_recipe
 from memsinks.runs.run import train
 from memsinks.sinks.checkpoint import load, load_any
-from memsinks.sinks.state import has_sinks
+from memsinks.sinks.state import has_sinks, is_sink
 from memsinks.training.loop import Training
 
 
@@ -252,7 +252,7 @@ def test_bf16_and_exact_mode_run(tiny_recipe, tmp_path) -> None:
 def test_documents_are_held_out_and_repeated_by_the_seed(tmp_path) -> None:
     path = write_jsonl(tmp_path / "d.jsonl", 30)
     data = DataRecipe(path=str(path), key_field="id", held_out=5, repeat=RepeatRecipe(documents=7, copies=[2, 4, 16]))
-    documents, _ = choose_documents(data, seed=0)
+    documents, _, _ = choose_documents(data, seed=0)
     copies = sorted(document.copies for document in documents)
     assert copies == [0] * 5 + [1] * 18 + [2] * 3 + [4] * 2 + [16] * 2
     assert [document.key for document in documents] == [f"d{index}" for index in range(30)]
@@ -264,25 +264,39 @@ def test_documents_are_held_out_and_repeated_by_the_seed(tmp_path) -> None:
 def test_unseen_documents_are_the_next_ones_and_change_nothing_else(tmp_path) -> None:
     path = write_jsonl(tmp_path / "d.jsonl", 30)
     data = DataRecipe(path=str(path), key_field="id", limit=20, held_out=5, repeat=RepeatRecipe(documents=7, copies=4))
-    chosen, none = choose_documents(data, seed=0)
-    assert none == []
+    chosen, *none = choose_documents(data, seed=0)
+    assert none == [[], []]
     for limit in (20, None):
         more = dataclasses.replace(data, limit=limit, unseen=10)
         for seed in (0, 1):
-            documents, unseen = choose_documents(more, seed=seed)
+            documents, unseen, fresh = choose_documents(more, seed=seed)
+            assert fresh == []
             assert [document.key for document in unseen] == [f"d{index}" for index in range(20, 30)]
             assert {document.copies for document in unseen} == {0}
             assert (documents == chosen) == (seed == 0)
-    with pytest.raises(ConfigError, match=r"data\.unseen \(30\) leaves none of 30 documents"):
+    with pytest.raises(ConfigError, match=r"data\.unseen \(30\) leave none of 30 documents"):
         choose_documents(dataclasses.replace(data, limit=None, unseen=30), seed=0)
-    with pytest.raises(ConfigError, match=r"data\.unseen \(11\) after data\.limit \(20\) is more than there is of 30"):
+    with pytest.raises(ConfigError, match=r"data\.unseen \(11\) after data\.limit \(20\) are more than there is of 30"):
         choose_documents(dataclasses.replace(data, unseen=11), seed=0)
+
+
+def test_fresh_documents_come_after_the_unseen_ones_and_change_nothing_else(tmp_path) -> None:
+    path = write_jsonl(tmp_path / "d.jsonl", 30)
+    data = DataRecipe(path=str(path), key_field="id", limit=20, held_out=5, unseen=4)
+    chosen = choose_documents(data, seed=0)
+    more = choose_documents(dataclasses.replace(data, fresh=6), seed=0)
+    assert (more.documents, more.unseen) == (chosen.documents, chosen.unseen)
+    assert [document.key for document in more.fresh] == [f"d{index}" for index in range(24, 30)]
+    with pytest.raises(
+        ConfigError, match=r"data\.unseen \(4\) and data\.fresh \(7\) after data\.limit \(20\) are more than"
+    ):
+        choose_documents(dataclasses.replace(data, fresh=7), seed=0)
 
 
 def test_a_text_that_is_also_trained_on_is_not_unseen(tmp_path) -> None:
     path = tmp_path / "d.jsonl"
     path.write_text("".join(json.dumps({"text": f"text {n % 8}"}) + "\n" for n in range(10)))
-    _, unseen = choose_documents(DataRecipe(path=str(path), unseen=4), seed=0)
+    _, unseen, _ = choose_documents(DataRecipe(path=str(path), unseen=4), seed=0)
     assert [document.text for document in unseen] == ["text 6", "text 7"]
 
 
@@ -290,7 +304,7 @@ def test_copies_of_the_file_are_kept(tmp_path) -> None:
     path = tmp_path / "d.jsonl"
     path.write_text("".join(json.dumps({"text": f"text {n}", "n": n}) + "\n" for n in (0, 1, 3)))
     data = DataRecipe(path=str(path), copies_field="n", held_out=1)
-    documents, _ = choose_documents(data, seed=0)
+    documents, _, _ = choose_documents(data, seed=0)
     assert documents[0].copies == 0
     assert sorted(document.copies for document in documents[1:])[0] == 0
     with pytest.raises(ConfigError, match=r"held_out \(2\).*leave none of 2 documents"):
@@ -364,6 +378,32 @@ def test_equal_repetition_of_everything_warns(tiny_recipe, tmp_path) -> None:
 # Bad input
 
 
+def test_sinks_learn_last_in_a_run_and_what_was_interrupted_there_goes_on(tiny_recipe, tmp_path, monkeypatch) -> None:
+    sections = {"data": SETTLED["data"], "sinks": {"shared": "none"}}
+    plain, whole, cut = (
+        parse_recipe(tiny_recipe(tmp_path / name, **sections, training=SETTLED["training"] | {"sinks_last": passes}))
+        for name, passes in (("plain", 0), ("whole", 10), ("cut", 10))
+    )
+    train(plain), train(whole)
+    facts = json.loads((tmp_path / "whole/run.json").read_text())
+    assert "loss with their own sinks" in facts["sinks_last"]
+    before, after = (load(tmp_path / name / "model").state_dict() for name in ("plain", "whole"))
+    for name, tensor in before.items():
+        assert torch.equal(tensor, after[name]) != is_sink(name), name
+
+    def interrupted(*args, **kwargs) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "sinks_last", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(cut)
+    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(Training, "update", interrupted)  # nothing is trained again
+        train(cut, resume=True)
+    assert same_weights(tmp_path / "cut", tmp_path / "whole")
+
+
 FEW = {"stories": 8, "people_per_level": 2, "near_copies": 0, "canaries_per_level": 0, "copies": [0, 1, 16]}
 
 
@@ -377,9 +417,12 @@ FEW = {"stories": 8, "people_per_level": 2, "near_copies": 0, "canaries_per_leve
      ({"model": {"config": {"hidden_size": "wide"}}}, ConfigError, "model.config gives no model"),
      ({"model": {"config": {"num_attention_heads": 3}}}, ConfigError, "model.config gives no model"),
      ({"sinks": {"layers": [5]}}, ConfigError, "layer 5"),
+     ({"training": {"sinks_last": 2}, "data": {"synthetic": {"stories": 60, "copies": [0, 1]}}}, DataError,
+      "documents that are repeated is empty: no text was repeated"),
      ({"settle": {}, "data": {"synthetic": {"stories": 60, "copies": [0, 1]}}}, DataError, "no text was repeated"),
      ({"settle": {}, "data": {"synthetic": FEW}}, DataError, "at least 40 other texts are needed")],
-    ids=["corpus", "rows", "tokenizer", "vocabulary", "context", "type", "heads", "layer", "no repeats", "few others"],
+    ids=["corpus", "rows", "tokenizer", "vocabulary", "context", "type", "heads", "layer", "no sinks to teach", "no repeats",
+         "few others"],
 )  # fmt: skip
 def test_bad_input_is_refused_before_anything_is_written(tiny_recipe, tmp_path, sections, error, part) -> None:
     values = tiny_recipe(tmp_path / "run", **{name: value for name, value in sections.items() if name != "model"})
@@ -438,7 +481,7 @@ def test_a_text_that_is_also_trained_on_is_never_held_out(tmp_path) -> None:
     lines += [{"text": f"another text, number {number}"} for number in range(10)]
     path = tmp_path / "corpus.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    documents, _ = choose_documents(DataRecipe(path=str(path), held_out=5), seed=0)
+    documents, _, _ = choose_documents(DataRecipe(path=str(path), held_out=5), seed=0)
     held_out = {document.text for document in documents if not document.copies}
     assert len(held_out) == 5
     assert not held_out & {document.text for document in documents if document.copies}

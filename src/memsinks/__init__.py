@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from memsinks.sinks.storage import fingerprint, save_sinks
     from memsinks.sinks.table import AssignmentTable
     from memsinks.training.first import sinks_first
+    from memsinks.training.last import SinksLastResult, sinks_last
     from memsinks.training.optim import AdamW, GradientNorms, clip_grad_norm_, param_groups
     from memsinks.training.trainer import SinkCallback, SinkTrainer
 
@@ -83,6 +84,7 @@ _HOMES = {
     "memsinks.sinks.storage": "fingerprint save_sinks",
     "memsinks.sinks.table": "AssignmentTable",
     "memsinks.training.first": "sinks_first",
+    "memsinks.training.last": "SinksLastResult sinks_last",
     "memsinks.training.optim": "AdamW GradientNorms clip_grad_norm_ param_groups",
     "memsinks.training.trainer": "SinkCallback SinkTrainer",
 }
@@ -113,6 +115,7 @@ __all__ = [
     "SinkConfig",
     "SinkReport",
     "SinkTrainer",
+    "SinksLastResult",
     "Subject",
     "__version__",
     "add_sinks",
@@ -149,6 +152,7 @@ __all__ = [
     "shared_weight",
     "sinks_closed",
     "sinks_first",
+    "sinks_last",
     "sinks_open",
     "target_count",
     "train",

@@ -206,7 +206,7 @@ class Figures:
         return [equivalence(name, other.name, *combined(np.subtract, *pair), margin) for name, pair, margin in pairs]
 
     def _sinks(self, one: Measurement, copies: np.ndarray) -> tuple[SinkLine, ...] | None:
-        if one.sink_losses is None:
+        if one.sink_losses is None or one.own_recited is None:
             return None
         levels = copies[: self.corpus.members]
         return tuple(
@@ -214,6 +214,7 @@ class Figures:
                 int(level),
                 int((levels == level).sum()),
                 **{which: float(values[levels == level].mean()) for which, values in one.sink_losses.items()},
+                recited=_recited(one.own_recited[levels == level])[1],
             )
             for level in np.unique(levels)
         )

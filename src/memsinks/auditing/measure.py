@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,8 @@ class Measurement:
     loss: nats per token. recited: 1 / 0, or NOT_ASKED where the document is too short. run: longest verbatim run, tokens.
     log_p: log-probability of the continuation, nan where not asked. grid: recited by (prefix, offset). attacks: by name,
     higher = more like a member. probes: loss under each changed copy, nan where not asked, see `probes`. relations: see
-    `hidden_states`. sink_losses: "closed", "own", "placebo" -> [documents], for a model with sinks.
+    `hidden_states`. sink_losses: "closed", "own", "placebo" -> [documents], for a model with sinks; own_recited: `recited` with
+    their own sinks open, [documents].
     """
 
     name: str
@@ -52,6 +53,7 @@ class Measurement:
     relations: np.ndarray | None = field(repr=False, default=None)
     generated: dict[str, Any] | None = None
     sink_losses: dict[str, np.ndarray] | None = None
+    own_recited: np.ndarray | None = None
     collateral: dict[str, Any] | None = None
 
 
@@ -119,9 +121,9 @@ def measure(
     attacks = attack_scores(table, reference.table if reference else None, corpus, settings)
     if stands is not None and reference is not None and reference.relations is not None:
         attacks[HIDDEN_STATES] = distances(stands, reference.relations)
-    sink_losses = collateral = None
+    sink_losses = own_recited = collateral = None
     if state != "absent" and not (corpus.ids[: corpus.members] < 0).any():
-        sink_losses = _sink_losses(passes, state, values["loss"])
+        sink_losses, own_recited = _of_sinks(passes, state, values)
         collateral = _collateral(passes, sink_losses["own"])
     return Measurement(
         name=name,
@@ -140,6 +142,7 @@ def measure(
         relations=stands,
         generated=_generated(passes, values["recited"]) if generated and settings.generate else None,
         sink_losses=sink_losses,
+        own_recited=own_recited,
         collateral=collateral,
     )
 
@@ -210,18 +213,22 @@ def _generated(passes: Passes, recited: np.ndarray) -> dict[str, Any]:
     return {"documents": len(chosen), "recited": hits, "agrees_with_teacher_forced": agree}
 
 
-def _sink_losses(passes: Passes, state: State, loss: np.ndarray) -> dict[str, np.ndarray]:
-    """Loss of each document, controls apart, with sinks closed, with its own and with another document's open."""
+def _of_sinks(
+    passes: Passes, state: State, values: Mapping[str, np.ndarray]
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Loss of each document, controls apart, with sinks closed, with its own and with another document's open; and whether it
+    is recited with its own."""
     members = passes.corpus.members
     ids = passes.corpus.ids[:members]
     opened = {"closed": None, "own": ids, "placebo": placebo_ids(ids)}
     here = {"closed": "closed", "open": "own"}[state]
-    return {
-        which: loss[:members]
+    found = {
+        which: values
         if which == here
-        else np.array([one.loss for one in passes(which, passes.corpus.tokens[:members], wanted)])
+        else _values(passes(which, passes.corpus.tokens[:members], wanted), passes.corpus, passes.settings)
         for which, wanted in opened.items()
     }
+    return {which: one["loss"][:members] for which, one in found.items()}, found["own"]["recited"][:members]
 
 
 def _collateral(passes: Passes, own: np.ndarray) -> dict[str, Any] | None:

@@ -74,13 +74,17 @@ class Forgetting:
 
 @dataclass(frozen=True)
 class SinkLine:
-    """Loss, nats per token, of documents with one number of copies: sinks closed, their own, another document's."""
+    """Loss, nats per token, of documents with one number of copies: sinks closed, their own, another document's.
+
+    recited: share of them that come out verbatim with their own sinks open.
+    """
 
     copies: int
     documents: int
     closed: float
     own: float
     placebo: float
+    recited: Estimate
 
 
 @dataclass(frozen=True)

@@ -274,7 +274,10 @@ def table(model: ModelResult, target: str) -> str:
     if model.probes:
         lines.append("gap of changed copies, nats: " + ", ".join(f"{x.name} {x.gap.value:+.3f}" for x in model.probes))
     if model.sinks:
-        cells = ", ".join(f"{x.copies}: {x.closed:.2f} / {x.own:.2f} / {x.placebo:.2f}" for x in model.sinks)
+        cells = ", ".join(
+            f"{x.copies}: {x.closed:.2f} / {x.own:.2f} / {x.placebo:.2f}, {x.recited.value:.0%} recited with their own"
+            for x in model.sinks
+        )
         lines.append(f"loss with sinks closed / own / placebo by copies: {cells}")
     if model.collateral:
         found = model.collateral

@@ -49,6 +49,12 @@ def add_compare(commands: Commands) -> None:
     parser.add_argument("--dry-run", action="store_true", help="say what would run and for how long")
     parser.add_argument("--train-only", action="store_true", help="train, and leave the audits for later")
     parser.add_argument(
+        "--attacks",
+        choices=("forward", "all"),
+        default="forward",
+        help="of the audits, see memsinks audit (%(default)s)",
+    )
+    parser.add_argument(
         "--step-times", action="store_true", help="time a step of every arm, in turns, and add it to the table"
     )
 
@@ -74,6 +80,7 @@ def run_compare(arguments: Namespace) -> None:
         jobs=arguments.jobs,
         command=command,
         audits=not arguments.train_only,
+        attacks=arguments.attacks,
     )
     if result is not None:
         print(f"{table(result)}\n\n{comparison.recipe.output}: table.md, compare.json, pareto.png, a report a seed")

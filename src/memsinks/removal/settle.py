@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,15 +26,14 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from tqdm.auto import tqdm
 
-from memsinks.batch import IGNORED, NO_SINKS, collate, target_count, trim
+from memsinks.batch import IGNORED, NO_SINKS, target_count
 from memsinks.checks import int_at_least, positive
 from memsinks.data.packing import Rows
-from memsinks.errors import DataError, refuse
+from memsinks.errors import refuse
 from memsinks.removal.expected import Expected, expected_losses, require_enough
-from memsinks.sinks.gradient import frozen
-from memsinks.sinks.opening import sinks_open
 from memsinks.sinks.state import has_sinks, is_sink, shared_parameters, sink_parameters
 from memsinks.training.evaluate import evaluating, losses, row_losses, unpatched
+from memsinks.training.last import add_own_gradients, batch_of, require_one_text_each, shuffled
 from memsinks.training.optim import AdamW, clip_grad_norm_
 
 logger = logging.getLogger(__name__)
@@ -186,7 +185,9 @@ def _level(
     held = {name: x.detach().clone() for name, x in model.named_parameters() if not is_sink(name)}
     target = torch.from_numpy(expected.losses - shift).to(shared[0].device)
     optimizers = _optimizers(model, shared, config)
-    own, other = (_order(len(rows), config.batch_rows, seed + place) for place, rows in enumerate((documents, others)))
+    own, other = (
+        shuffled(len(rows), config.batch_rows, seed + place) for place, rows in enumerate((documents, others))
+    )
     steps = math.ceil(config.passes * len(documents) / config.batch_rows)
     pushed = False
     with tqdm(total=steps, desc="settle", disable=None, leave=False) as bar:
@@ -195,16 +196,16 @@ def _level(
                 for group in optimizer.param_groups:
                     group["lr"] = peak * (1 - step / steps)
             chosen, others_chosen = next(own).split(micro_rows), next(other).split(micro_rows)
-            batches = [_batch(documents, part, shared[0].device) for part in chosen]
+            batches = [batch_of(documents, part, shared[0].device) for part in chosen]
             short, moved = _push(model, batches, [target[part] for part in chosen]), 0.0
             pushed = pushed or short > 0
             if pushed:  # before, all there is of a gradient is rounding, which AdamW would make a step of
-                moved = _hold(model, held, [_batch(others, part, shared[0].device) for part in others_chosen])
+                moved = _hold(model, held, [batch_of(others, part, shared[0].device) for part in others_chosen])
                 torch.nn.utils.clip_grad_norm_(shared, 1.0)
                 optimizers[0][0].step()
                 optimizers[0][0].zero_grad()
             for optimizer, _ in optimizers[1:]:
-                _follow(model, shared, batches)
+                add_own_gradients(model, shared, batches)
                 clip_grad_norm_(model, 1.0)
                 optimizer.step()
                 optimizer.zero_grad()
@@ -256,14 +257,6 @@ def _hold(model: nn.Module, before: dict[str, Tensor], batches: Sequence[Batch])
     return total
 
 
-def _follow(model: nn.Module, shared: list[nn.Parameter], batches: Sequence[Batch]) -> None:
-    """Add the sinks' gradient of the mean loss of the documents, their own sinks open, the shared weights constant."""
-    count = sum(len(batch["labels"]) for batch in batches)
-    for batch in batches:
-        with frozen(shared), sinks_open(model, batch["document_ids"][:, 0]):
-            (row_losses(_logits(model, batch), batch["labels"]).sum() / count).backward()
-
-
 def shift_of(expected: np.ndarray, found: np.ndarray) -> float:
     """The s >= 0 at which the mean of max(found, expected - s) is the mean of `expected`; 0 if it is higher for no s."""
     low, high = 0.0, float(np.max(expected - found).clip(min=0.0))
@@ -301,36 +294,9 @@ def settling_texts(rows: Rows, unseen: Rows | None = None) -> tuple[Rows, Rows, 
 def _check_texts(documents: Rows, others: Rows, unseen: Rows | None) -> None:
     for name, rows in (("documents", documents), ("others", others), ("unseen", unseen)):
         if rows is not None:
-            _check(name, rows)
+            why = {"documents": "no text was repeated", "others": "no text was met once", "unseen": "give None"}[name]
+            require_one_text_each(name, rows, f"{why}, so there is nothing to settle")
     require_enough(others, unseen)
-
-
-def _check(name: str, rows: Rows) -> None:
-    if not len(rows):
-        why = {"documents": "no text was repeated", "others": "no text was met once", "unseen": "give None"}[name]
-        raise DataError(f"{name} is empty: {why}, so there is nothing to settle")
-    several = np.flatnonzero(np.diff(rows.first) != 1)
-    if len(several):
-        raise DataError(
-            f"row {several[0]} of {name} does not hold one document; take rows apart with repeated_and_once(rows)"
-        )
-    short = np.flatnonzero(rows.segments["size"] < 2)
-    if len(short):
-        raise DataError(f"row {short[0]} of {name} holds one token; leave it out")
-
-
-def _order(count: int, size: int, seed: int) -> Iterator[Tensor]:
-    """Endless batches of `size` numbers below `count`, each once before any comes again; int64 [size]."""
-    generator, waiting = torch.Generator().manual_seed(seed), torch.zeros(0, dtype=torch.int64)
-    while True:
-        while len(waiting) < size:
-            waiting = torch.cat([waiting, torch.randperm(count, generator=generator)])
-        yield waiting[:size]
-        waiting = waiting[size:]
-
-
-def _batch(rows: Rows, chosen: Tensor, device: torch.device) -> Batch:
-    return {name: x.to(device) for name, x in trim(collate([rows[index] for index in chosen.tolist()])).items()}
 
 
 def _logits(model: nn.Module, batch: Batch) -> Tensor:

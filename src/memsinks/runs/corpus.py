@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 from memsinks.data.documents import Document, cut_documents, require_unique_keys
 from memsinks.data.readers import read_documents, source_hash
@@ -20,8 +21,16 @@ AUDITED = "audited"
 """The kind of the documents that ``data.repeat`` chose."""
 
 
-def choose_documents(data: DataRecipe, seed: int) -> tuple[list[Document], list[Document]]:
-    """Read the documents and give each its number of copies, held-out documents 0; and those set aside as unseen.
+class Chosen(NamedTuple):
+    """The documents of a run with their numbers of copies, held-out ones 0; and those set aside, 0 copies each."""
+
+    documents: list[Document]
+    unseen: list[Document]
+    fresh: list[Document]
+
+
+def choose_documents(data: DataRecipe, seed: int) -> Chosen:
+    """Read the documents and give each its number of copies.
 
     Which are set aside depends neither on the seed nor on anything else, and without them the others are chosen the same
     way.
@@ -29,7 +38,7 @@ def choose_documents(data: DataRecipe, seed: int) -> tuple[list[Document], list[
     Raises:
         ConfigError, DataError: the corpus has too few documents for what is asked, or cannot be read.
     """
-    documents, unseen = _read(data)
+    documents, unseen, fresh = _read(data)
     if data.unique_keys:
         require_unique_keys(documents)
     held_out, repeated = _choose(documents, data, seed)
@@ -38,13 +47,13 @@ def choose_documents(data: DataRecipe, seed: int) -> tuple[list[Document], list[
     if data.repeat:
         for index, copies in zip(repeated, data.repeat.dealt, strict=True):
             documents[index] = replace(documents[index], copies=copies, kind=AUDITED)
-    return documents, unseen
+    return Chosen(documents, unseen, fresh)
 
 
-def _read(data: DataRecipe) -> tuple[list[Document], list[Document]]:
-    """The documents, and those after them that are set aside: without texts that the former hold, with 0 copies."""
+def _read(data: DataRecipe) -> Chosen:
+    """The documents, and those after them that are set aside: without texts that the former hold."""
     if data.path is None:
-        return corpus(**data.synthetic), []
+        return Chosen(corpus(**data.synthetic), [], [])
     source = read_documents(
         expanded(data.path, "data.path"),
         text_field=data.text_field,
@@ -57,14 +66,21 @@ def _read(data: DataRecipe) -> tuple[list[Document], list[Document]]:
     )
     if data.cut_characters is not None:
         source = cut_documents(source, data.cut_characters)
-    documents = list(itertools.islice(source, None if data.limit is None else data.limit + data.unseen))
-    trained = len(documents) - data.unseen
-    if data.unseen and trained < (data.limit or 1):
-        wanted = "leaves none" if data.limit is None else f"after data.limit ({data.limit}) is more than there is"
-        raise ConfigError(f"data.unseen ({data.unseen}) {wanted} of {len(documents)} documents; lower it")
+    aside = data.unseen + data.fresh
+    documents = list(itertools.islice(source, None if data.limit is None else data.limit + aside))
+    trained = len(documents) - aside
+    if aside and trained < (data.limit or 1):
+        names = " and ".join(
+            f"data.{name} ({count})" for name, count in (("unseen", data.unseen), ("fresh", data.fresh)) if count
+        )
+        wanted = "leave none" if data.limit is None else f"after data.limit ({data.limit}) are more than there is"
+        raise ConfigError(f"{names} {wanted} of {len(documents)} documents; lower them")
     known = {document.text for document in documents[:trained]}
-    unseen = [replace(document, copies=0) for document in documents[trained:] if document.text not in known]
-    return documents[:trained], unseen
+    unseen, fresh = (
+        [replace(document, copies=0) for document in documents[part] if document.text not in known]
+        for part in (slice(trained, trained + data.unseen), slice(trained + data.unseen, None))
+    )
+    return Chosen(documents[:trained], unseen, fresh)
 
 
 def _choose(documents: list[Document], data: DataRecipe, seed: int) -> tuple[list[int], list[int]]:

@@ -3,7 +3,7 @@
 folder/tokens.bin       int32, the tokens of every document once, members first, then the background
 folder/index.npz        offsets, document ids, groups and copies, int64
 folder/members.jsonl    the documents of data.path that are trained on; folder/controls.jsonl the held-out ones;
-                        folder/unseen.jsonl those set aside for settling
+                        folder/unseen.jsonl those set aside for settling, folder/fresh.jsonl those that stand in for copies
 folder/tokenizer/       the tokenizer
 folder/data.json        the settings and files it was made from, counts, SHA-256 of tokens.bin; written with the rest or not
                         at all, so a folder that has it is whole
@@ -64,13 +64,14 @@ class TokenizedCorpus:
         documents: the members, then the background, as tokens.
         members: the documents of ``data.path`` that are trained on.
         controls: those held out.
-        unseen: those set aside for settling.
+        unseen: those set aside for settling; fresh: those that stand in for copies.
     """
 
     documents: TokenizedDocuments
     members: list[Document]
     controls: list[Document]
     unseen: list[Document]
+    fresh: list[Document]
     tokenizer: PreTrainedTokenizerBase
 
 
@@ -78,14 +79,15 @@ class TokenizedCorpus:
 class PreparedCorpus:
     """The corpus of a run: training rows, the documents in them, the held-out documents, the tokenizer.
 
-    `members` are those of ``data.path``; a background is in the rows only. `unseen`: rows of the texts set aside for
-    settling, one text (or piece) a row; None if there are none.
+    `members` are those of ``data.path``; a background is in the rows only. `unseen`, `fresh`: rows of the texts set aside for
+    settling, and of those that stand in for copies, one text (or piece) a row; None if there are none.
     """
 
     rows: Rows
     members: list[Document]
     controls: list[Document]
     unseen: Rows | None
+    fresh: Rows | None
     tokenizer: PreTrainedTokenizerBase
 
 
@@ -116,7 +118,8 @@ def prepare(recipe: Recipe, one_document_per_row: bool = False, folder: Path | N
     )
     if len(rows) < training.batch_rows:
         raise DataError(f"the corpus fills {len(rows)} rows, one step needs {training.batch_rows}; lower batch_rows")
-    return PreparedCorpus(rows, corpus.members, corpus.controls, _unseen_rows(corpus, recipe), corpus.tokenizer)
+    unseen, fresh = (_rows_aside(documents, corpus, recipe) for documents in (corpus.unseen, corpus.fresh))
+    return PreparedCorpus(rows, corpus.members, corpus.controls, unseen, fresh, corpus.tokenizer)
 
 
 def _warn_of_equal_repetition(recipe: Recipe, documents: TokenizedDocuments) -> None:
@@ -129,13 +132,13 @@ def _warn_of_equal_repetition(recipe: Recipe, documents: TokenizedDocuments) -> 
         )
 
 
-def _unseen_rows(corpus: TokenizedCorpus, recipe: Recipe) -> Rows | None:
-    if not corpus.unseen:
+def _rows_aside(documents: list[Document], corpus: TokenizedCorpus, recipe: Recipe) -> Rows | None:
+    if not documents:
         return None
     rows = pack(
-        encode(corpus.tokenizer, [x.text for x in corpus.unseen]),
-        identify(corpus.unseen)[0],
-        [1] * len(corpus.unseen),
+        encode(corpus.tokenizer, [x.text for x in documents]),
+        identify(documents)[0],
+        [1] * len(documents),
         length=recipe.training.length,
         pad_id=pad_token(corpus.tokenizer),
         one_document_per_row=True,
@@ -156,7 +159,7 @@ def _model_type(recipe: Recipe) -> str:
 def _tokenize(recipe: Recipe, file: Path | None = None) -> TokenizedCorpus:
     """The corpus from its sources; its tokens are written to `file` as they come, or kept in memory."""
     data = recipe.data
-    documents, unseen = choose_documents(data, recipe.training.seed)
+    documents, unseen, fresh = choose_documents(data, recipe.training.seed)
     members = [document for document in documents if document.copies > 0]
     controls = [document for document in documents if document.copies == 0]
     tokenizer = load_tokenizer_of(recipe, members)
@@ -172,7 +175,7 @@ def _tokenize(recipe: Recipe, file: Path | None = None) -> TokenizedCorpus:
     found = TokenizedDocuments(
         kept, np.r_[ids, background], np.r_[groups, background], np.r_[copies, np.ones_like(background)]
     )
-    return TokenizedCorpus(found, members, controls, unseen, tokenizer)
+    return TokenizedCorpus(found, members, controls, unseen, fresh, tokenizer)
 
 
 def load_tokenizer_of(recipe: Recipe, members: Sequence[Document]) -> PreTrainedTokenizerBase:
@@ -241,7 +244,7 @@ def _stored(recipe: Recipe, folder: Path) -> TokenizedCorpus:
     )
     _refuse_changed(facts, source_hashes(recipe), folder)
     try:
-        return _load(folder, facts, bool(recipe.data.unseen))
+        return _load(folder, facts, recipe.data)
     except CheckpointError:
         raise
     except (EOFError, OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
@@ -260,7 +263,7 @@ def _write(recipe: Recipe, part: Path) -> None:
         groups=documents.groups,
         copies=documents.copies,
     )
-    for name in ("members", "controls", "unseen"):
+    for name in ("members", "controls", "unseen", "fresh"):
         write_documents(part / f"{name}.jsonl", getattr(corpus, name))
     corpus.tokenizer.save_pretrained(part / "tokenizer")
     facts = {
@@ -275,15 +278,17 @@ def _write(recipe: Recipe, part: Path) -> None:
     (part / FACTS).write_text(json.dumps(facts, indent=2) + "\n")
 
 
-def _load(folder: Path, facts: dict[str, Any], unseen: bool) -> TokenizedCorpus:
+def _load(folder: Path, facts: dict[str, Any], data: DataRecipe) -> TokenizedCorpus:
     with np.load(folder / "index.npz") as index:
         tokens = StoredTokens(folder / "tokens.bin", index["offsets"])
         documents = TokenizedDocuments(tokens, index["ids"], index["groups"], index["copies"])
     members, controls = (load_documents(folder / f"{name}.jsonl") for name in ("members", "controls"))
     if (len(members), len(controls)) != (facts["members"], facts["controls"]):
         raise DataError("members.jsonl or controls.jsonl is cut short")
-    set_aside = load_documents(folder / "unseen.jsonl") if unseen else []
-    return TokenizedCorpus(documents, members, controls, set_aside, load_tokenizer(folder / "tokenizer"))
+    unseen, fresh = (
+        load_documents(folder / f"{name}.jsonl") if getattr(data, name) else [] for name in ("unseen", "fresh")
+    )
+    return TokenizedCorpus(documents, members, controls, unseen, fresh, load_tokenizer(folder / "tokenizer"))
 
 
 def _facts(folder: Path) -> dict[str, Any]:

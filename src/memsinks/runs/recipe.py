@@ -98,6 +98,7 @@ class DataRecipe:
         held_out: so many documents, chosen by the seed, are never trained on; they are evaluated and are the controls.
         unseen: so many documents, those read after the `limit` (without one, the last), are never trained on and no
             controls; they say to `settle` what loss a text should have that was never met.
+        fresh: so many more, read after those, stand in for copies in the arms of a comparison that ask for it.
         repeat: repeat some documents.
         background: fill the corpus up with other text, each document of which is met once an epoch and has the id of its
             content.
@@ -120,6 +121,7 @@ class DataRecipe:
     unique_keys: bool = False
     held_out: int = 0
     unseen: int = 0
+    fresh: int = 0
     repeat: RepeatRecipe | None = None
     background: BackgroundRecipe | None = None
     one_document_per_row: bool | None = None
@@ -127,14 +129,17 @@ class DataRecipe:
     synthetic: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        problems = int_at_least("held_out", self.held_out, 0) + int_at_least("unseen", self.unseen, 0)
+        problems = [x for name in ("held_out", "unseen", "fresh") for x in int_at_least(name, getattr(self, name), 0)]
         for name in ("limit", "cut_characters"):
             if getattr(self, name) is not None:
                 problems += int_at_least(name, getattr(self, name), 1)
         if self.path is not None and self.synthetic:
             problems.append("synthetic is for the built-in corpus; leave it out or leave out path")
-        if self.path is None and self.unseen:
-            problems.append("unseen is for documents of path; the built-in corpus has none to spare")
+        problems += [
+            f"{name} is for documents of path; the built-in corpus has none to spare"
+            for name in ("unseen", "fresh")
+            if self.path is None and getattr(self, name)
+        ]
         if self.repeat is not None and self.copies_field is not None:
             problems.append("give repeat or copies_field, not both")
         problems += unknown_keys(self.synthetic, "data.synthetic", inspect.signature(corpus).parameters)

@@ -16,13 +16,15 @@ from memsinks._version import versions
 from memsinks.batch import collate
 from memsinks.data.documents import texts_hash
 from memsinks.data.packing import Rows
-from memsinks.removal.settle import require_settleable, settle, settling_texts
+from memsinks.removal.settle import repeated_and_once, require_settleable, settle, settling_texts
 from memsinks.runs.folder import RunFolder
 from memsinks.runs.model import build_model
 from memsinks.runs.prepare import PreparedCorpus, prepare
 from memsinks.runs.recipe import Recipe
 from memsinks.training.checkpoint import last_checkpoint
 from memsinks.training.config import TrainingConfig
+from memsinks.training.evaluate import AnyRows
+from memsinks.training.last import require_one_text_each, sinks_last
 from memsinks.training.loop import Batches, Training, steps
 from memsinks.training.processes import joined_processes, main_process, main_process_first, process_count, process_rank
 
@@ -60,6 +62,7 @@ def train(recipe: Recipe, *, resume: bool = False, label: str = "") -> Path:
         with main_process_first():
             prepared = prepare(recipe, folder=folder.data if recipe.data.background else None)
         texts = settling_texts(prepared.rows, prepared.unseen) if recipe.settle is not None else None
+        repeated = _texts_of_sinks(prepared.rows) if recipe.sinks and recipe.training.sinks_last else None
         model: Any = build_model(recipe, prepared.tokenizer)
         if texts is not None:
             require_settleable(model)
@@ -69,13 +72,15 @@ def train(recipe: Recipe, *, resume: bool = False, label: str = "") -> Path:
         _start_or_resume(training, recipe, prepared, folder, resume)
         at_end = training.step == training.total
         _train(training, prepared.rows, folder, label)
-        if texts is not None and not at_end:
+        if (texts is not None or repeated is not None) and not at_end:
             training.save(folder.checkpoints)
         if not main_process():
             return folder.model
         facts = folder.facts()
         if texts is not None:
             facts["settled"] = _settle(model, texts, recipe)
+        if repeated is not None:
+            facts["sinks_last"] = _sinks_last(model, repeated, recipe)
         folder.finish(model, prepared.tokenizer, facts | {"seconds": round(time.time() - started, 1)})
         folder.drop_checkpoint(training.total)
     return folder.model
@@ -161,7 +166,23 @@ def _settle(model: PreTrainedModel, texts: tuple[Rows, Rows, Rows | None], recip
     return str(settle(model, *texts, config, micro_rows=training.micro_rows, seed=training.seed))
 
 
-def micro_batches(rows: Rows, config: TrainingConfig) -> Batches:
+def _texts_of_sinks(rows: Rows) -> Rows:
+    """The texts whose sinks learn last; DataError, before hours of training, if there are none."""
+    repeated = repeated_and_once(rows)[0]
+    require_one_text_each("the documents that are repeated", repeated)
+    return repeated
+
+
+def _sinks_last(model: PreTrainedModel, repeated: Rows, recipe: Recipe) -> str:
+    """Train the sinks alone; what came of it in a line."""
+    config = recipe.training
+    rate = config.lr * config.sink_lr_factor
+    return str(
+        sinks_last(model, repeated, lr=rate, passes=config.sinks_last, micro_rows=config.micro_rows, seed=config.seed)
+    )
+
+
+def micro_batches(rows: AnyRows, config: TrainingConfig) -> Batches:
     """The micro-batches of a step: rows in order, dealt to the processes a micro-batch at a time."""
 
     def of_step(step: int) -> list[dict[str, torch.Tensor]]:

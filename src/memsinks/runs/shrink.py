@@ -139,8 +139,9 @@ def _smaller_data(data: dict[str, Any], scale: float, root: float, problems: lis
     if limit is None and data.get("path"):
         raise ConfigError("data.limit is missing, so the number of documents cannot be made smaller")
     fewer = round(held_out * root)
-    if data.get("unseen"):
-        data["unseen"] = max(LEAST, round(data["unseen"] * root))
+    for name in ("unseen", "fresh"):
+        if data.get(name):
+            data[name] = max(LEAST, round(data[name] * root))
     if held_out and not fewer:
         problems.append(f"data.held_out {held_out} becomes 0")
     if repeat:

@@ -23,6 +23,8 @@ class TrainingConfig:
         warmup: share of the steps.
         sink_lr_factor: the sinks' learning rate is ``lr`` times this.
         sinks_first: where there are sinks, each step begins with an update of them alone, see `sinks_first`.
+        sinks_last: where there are sinks, so many passes over the repeated texts after training train them alone, see
+            `sinks_last`; 0 = none.
         weight_decay: of the shared matrices.
         betas: of AdamW.
         max_grad_norm: gradient norm of the shared weights and, separately, of the sinks; 0 = no clipping.
@@ -48,6 +50,7 @@ class TrainingConfig:
     warmup: float = 0.05
     sink_lr_factor: float = 3.0
     sinks_first: bool = True
+    sinks_last: int = 0
     weight_decay: float = 0.1
     betas: tuple[float, ...] = (0.9, 0.95)
     max_grad_norm: float = 1.0
@@ -75,6 +78,7 @@ class TrainingConfig:
             "batch_rows": 1,
             "accumulate": 1,
             "epochs": 1,
+            "sinks_last": 0,
             "seed": 0,
             "save_every": 0,
             "keep": 1,

@@ -31,7 +31,8 @@ from memsinks.errors import ConfigError
 from memsinks.files import remove_leftovers, written_beside
 from memsinks.provenance import refuse_other_settings
 from memsinks.removal.export import export
-from memsinks.removal.settle import require_settleable, settle, settling_texts
+from memsinks.removal.settle import repeated_and_once, require_settleable, settle, settling_texts
+from memsinks.research.compare.fresh import with_fresh_text
 from memsinks.research.rivals.method import EditingMethod, TrainingMethod
 from memsinks.research.rivals.registry import SETTINGS_OF_A_RUN, method
 from memsinks.runs.corpus import AUDITED
@@ -43,6 +44,8 @@ from memsinks.runs.run import micro_batches
 from memsinks.sinks.attach import add_sinks
 from memsinks.sinks.state import has_sinks, require_sinks, shared_parameters, sink_parameters
 from memsinks.training.checkpoint import Checkpoint, last_checkpoint
+from memsinks.training.evaluate import AnyRows
+from memsinks.training.last import sinks_last
 from memsinks.training.loop import Batch, Batches, Training
 from memsinks.training.loop import steps as training_steps
 
@@ -109,6 +112,8 @@ def train(recipe: Recipe, arm: Arm, seed: int, folder: Path, steps: int | None =
     data = folder.parent / "data"
     in_memory = steps is not None and recipe.data.background is None and not data.exists()
     prepared = prepare(recipe, one_document_per_row=True, folder=None if in_memory else data)
+    rows: AnyRows = prepared.rows if not made.fresh else with_fresh_text(prepared.rows, prepared.fresh)
+    repeated = repeated_and_once(prepared.rows)[0] if made.sinks_last else None
     texts = settling_texts(prepared.rows, prepared.unseen) if made.settle is not None else None
     random.seed(seed)
     training = _training(recipe, made, seed, prepared)
@@ -122,15 +127,17 @@ def train(recipe: Recipe, arm: Arm, seed: int, folder: Path, steps: int | None =
             _resume(training, checkpoint, settings)
             logger.info("%s: continues after step %d of %d", said, training.step, training.total)
     at_end = training.step == training.total
-    _make_steps(training, _batches(prepared, recipe), said, steps, None if steps is not None else part, settings)
+    _make_steps(training, _batches(prepared, rows, recipe), said, steps, None if steps is not None else part, settings)
     facts = _facts(arm, seed, training, prepared)
     if steps is None:
+        if (texts is not None or repeated is not None) and not at_end:
+            training.save(part, {"settings": settings})
+        start = time.perf_counter()
         if texts is not None:
-            if not at_end:
-                training.save(part, {"settings": settings})
-            start = time.perf_counter()
             facts["settled"] = _settle(training, made, texts, seed)
-            facts["seconds"] = round(facts["seconds"] + time.perf_counter() - start, 1)
+        if repeated is not None:
+            facts["sinks_last"] = _sinks_last(training, made, repeated, seed)
+        facts["seconds"] = round(facts["seconds"] + time.perf_counter() - start, 1)
         _save(folder, training.model.eval(), made, prepared, settings, facts)
         shutil.rmtree(part, ignore_errors=True)
     return facts
@@ -204,6 +211,15 @@ def _settle(training: Training, made: TrainingMethod, texts: tuple[Rows, Rows, R
     return str(settled)
 
 
+def _sinks_last(training: Training, made: TrainingMethod, repeated: Rows, seed: int) -> str:
+    """Train the sinks alone; what came of it in a line."""
+    config = training.config
+    rate = config.lr * made.sink_lr_factor
+    return str(
+        sinks_last(training.model, repeated, lr=rate, passes=made.sinks_last, micro_rows=config.micro_rows, seed=seed)
+    )
+
+
 def step_seconds(recipe: Recipe, arms: Sequence[Arm], seed: int, turns: int) -> dict[str, list[float]]:
     """Seconds of single steps of untrained models, by the name of the arm; the arms take turns on the same batches.
 
@@ -216,7 +232,7 @@ def step_seconds(recipe: Recipe, arms: Sequence[Arm], seed: int, turns: int) -> 
     ready = {}
     for arm in arms:
         ready[arm.name] = _training(with_method(recipe, arm.training, seed, Path()), arm.training, seed, prepared)
-    batches, total = _batches(prepared, recipe), len(prepared.rows) // recipe.training.batch_rows
+    batches, total = _batches(prepared, prepared.rows, recipe), len(prepared.rows) // recipe.training.batch_rows
     seconds: dict[str, list[float]] = {arm.name: [] for arm in arms}
     for turn in range(-1, turns):
         parts = batches(max(turn, 0) * total // turns)
@@ -236,6 +252,7 @@ def settings_of(recipe: Recipe, arm: Arm) -> dict[str, Any]:
     made = arm.training
     settle = made.settle and {"lr": made.settle.lr, "passes": made.settle.passes}  # what an arm can set
     method = {"sinks": made.sinks and made.sinks.to_dict(), "sinks_first": made.sinks_first, "settle": settle}
+    method |= {name: getattr(made, name) for name in ("sinks_last", "fresh") if getattr(made, name)}
     return json.loads(json.dumps({"recipe": values, "rival": arm.rival, "settings": arm.settings, "method": method}))
 
 
@@ -280,12 +297,12 @@ def _build(recipe: Recipe, made: TrainingMethod, seed: int, tokenizer: PreTraine
     return model
 
 
-def _batches(prepared: PreparedCorpus, recipe: Recipe) -> Batches:
+def _batches(prepared: PreparedCorpus, rows: AnyRows, recipe: Recipe) -> Batches:
     """Micro-batches with the masks of `rivals.method.Batch`."""
     audited = [x for x in prepared.members if x.kind == AUDITED]
     sides = {"audited": audited, "repeated": [x for x in audited if x.copies > 1]}
     asked = {name: torch.from_numpy(identify(side, recipe.data.by)[0]) for name, side in sides.items()}
-    plain = micro_batches(prepared.rows, recipe.training)
+    plain = micro_batches(rows, recipe.training)
 
     def masked(batch: Batch) -> Batch:
         return batch | {name: torch.isin(batch["document_ids"], ids) for name, ids in asked.items()}

@@ -11,7 +11,7 @@ import logging
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -62,6 +62,7 @@ def compare(
     jobs: int = 1,
     command: Sequence[str] | None = None,
     audits: bool = True,
+    attacks: Literal["forward", "all"] = "forward",
 ) -> dict[str, Any] | None:
     """Train what is not there yet, audit each seed, and write table.md, compare.json and the picture.
 
@@ -72,6 +73,7 @@ def compare(
         jobs: runs at a time, each a process of its own, on a GPU of its own where there are any.
         command: the arguments of ``memsinks compare`` that say which comparison it is, for those processes.
         audits: audit the seeds of which every arm that has a role is there.
+        attacks: of the audits, see `AuditSettings`.
 
     Returns:
         What compare.json holds; None if there is nothing in it.
@@ -87,10 +89,10 @@ def compare(
     if not audits:
         return None
     results = {}
-    for seed in comparison.seeds:
+    for seed in wanted:
         done = [arm for arm in comparison.arms if comparison.finished(arm, seed) is not None]
         if set(comparison.roles.values()) <= {arm.name for arm in done}:
-            results[seed] = audit_seed(comparison, done, seed)
+            results[seed] = audit_seed(comparison, done, seed, attacks)
         elif done:
             logger.info(
                 "seed %d is not audited: the models of %s are not all there", seed, ", ".join(comparison.roles.values())

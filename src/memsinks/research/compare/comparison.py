@@ -89,7 +89,7 @@ def _recipe_problems(recipe: Recipe, training: Mapping[str, Any]) -> list[str]:
     """What of a recipe is an arm's business in a comparison."""
     problems = [
         f"training.{name} belongs to an arm, not to the recipe"
-        for name in ("sinks_first", "sink_lr_factor")
+        for name in ("sinks_first", "sinks_last", "sink_lr_factor")
         if name in training
     ]
     if recipe.sinks is not None:
@@ -137,6 +137,8 @@ def _arm_problems(arm: Arm, recipe: Recipe) -> list[str]:
     training = arm.training
     if training.settle is not None and recipe.data.background is not None and not recipe.data.unseen:
         problems.append("settling beside data.background needs data.unseen, see Recipe")
+    if training.fresh and not recipe.data.fresh:
+        problems.append("fresh text is asked for, but data.fresh sets none aside")
     if training.sinks and training.sinks.shared == "none":
         if recipe.data.one_document_per_row is False:
             problems.append('shared="none" needs data.one_document_per_row')

@@ -6,6 +6,7 @@ import dataclasses
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -14,7 +15,7 @@ from memsinks.auditing.audit import audit
 from memsinks.auditing.measure import AuditSettings
 from memsinks.auditing.result import Audit
 from memsinks.auditing.subjects import Subject
-from memsinks.data.documents import Document
+from memsinks.data.documents import Document, load_documents
 from memsinks.data.identity import identify
 from memsinks.data.readers import read_documents
 from memsinks.data.tokens import load_tokenizer, token_offsets
@@ -25,8 +26,13 @@ from memsinks.runs.recipe import Recipe
 logger = logging.getLogger(__name__)
 
 
-def audit_seed(comparison: Comparison, arms: Sequence[Arm], seed: int) -> Audit:
-    """Audit the models of finished arms; the report goes into the folder of the seed."""
+def audit_seed(
+    comparison: Comparison, arms: Sequence[Arm], seed: int, attacks: Literal["forward", "all"] = "forward"
+) -> Audit:
+    """Audit the models of finished arms; the report goes into the folder of the seed.
+
+    Attacks that train do so on the texts set aside as unseen, where there are any.
+    """
     by_name = {arm.name: arm for arm in arms}
     subjects: dict[str, Subject] = {}
     for name, arm in by_name.items():
@@ -36,6 +42,9 @@ def audit_seed(comparison: Comparison, arms: Sequence[Arm], seed: int) -> Audit:
         subjects |= {title: Subject(folder / x, None, title) for x, title in arm.models.items()}
     first = comparison.folder(by_name[comparison.roles["audited"]], seed)
     documents, controls, ids = audited_corpus(comparison.recipe, first)
+    unseen = first.parent / "data" / "unseen.jsonl"
+    known = {document.text for document in (*documents, *controls)}
+    harmless = [x for x in load_documents(unseen) if x.text not in known] if comparison.recipe.data.unseen else None
     roles = {role: subjects.pop(name) for role, name in comparison.roles.items()}
     logger.info("audit of seed %d: %d models", seed, len(roles) + len(subjects))
     return audit(
@@ -46,8 +55,9 @@ def audit_seed(comparison: Comparison, arms: Sequence[Arm], seed: int) -> Audit:
         twin=roles.get("twin"),
         seen_once=roles.get("seen_once"),
         others=list(subjects.values()),
-        settings=AuditSettings(generate=0, collateral=0, end=False, seed=seed),
+        settings=AuditSettings(generate=0, collateral=0, end=False, seed=seed, attacks=attacks),
         document_ids=ids,
+        harmless=harmless,
         out=Path(comparison.recipe.output) / f"seed-{seed}" / "report",
     )
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from memsinks.auditing.attacks import uses_reference
 from memsinks.auditing.model_result import ModelResult
+from memsinks.auditing.probes import HALF
 from memsinks.auditing.result import Audit
 from memsinks.research.compare.arm import Arm
 
@@ -18,6 +19,9 @@ COLUMNS = {
     "recited": ("recited, most copies", ".0%"),
     "attack_alone": ("strongest attack, AUC", ".2f"),
     "attack_with_twin": ("strongest attack with the twin, AUC", ".2f"),
+    "harmless": ("gap after 60 harmless steps (nats)", "+.3f"),
+    "half": ("gap of the other half after relearning one", "+.3f"),
+    "own_recited": ("recited with own sinks, most copies", ".0%"),
     "own": ("loss with own sinks", ".2f"),
     "placebo": ("placebo", ".2f"),
 }
@@ -68,7 +72,7 @@ def _figures(model: ModelResult, audit: Audit) -> dict[str, float | None]:
     )
     standard = model.role == "against"
     sinks = [line for line in model.sinks or () if line.copies == most.copies]
-    found = model.forgetting
+    found, probes = model.forgetting, {probe.name: probe.gap.value for probe in model.probes}
     values = {
         "gap_closed": 0.0 if standard else found and found.gap_closed.value,
         "closure": 0.0 if standard else found and found.closure and found.closure.value,
@@ -76,6 +80,9 @@ def _figures(model: ModelResult, audit: Audit) -> dict[str, float | None]:
         "recited": most.extracted.value,
         "attack_alone": max(alone),
         "attack_with_twin": max(with_twin, default=None),
+        "harmless": probes.get("60 harmless steps"),
+        "half": probes.get(HALF),
+        "own_recited": sinks[0].recited.value if sinks else None,
         "own": sinks[0].own if sinks else None,
         "placebo": sinks[0].placebo if sinks else None,
     }

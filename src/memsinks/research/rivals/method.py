@@ -43,6 +43,8 @@ class TrainingMethod:
         change: what is done to each batch: other targets (`IGNORED` drops one), other document ids.
         step: gradients of one step.
         remove: takes out, in place, what is not exported.
+        sinks_last: passes over the repeated texts after training that train their sinks alone, see `sinks_last`.
+        fresh: whether other text, that of ``data.fresh``, stands in the rows of all copies but the first.
         settle: how it is settled, which comes after training, before removal; None = it does not.
         rescales: also export with these factors of the general neurons (`SinkConfig.rescale_factors`).
     """
@@ -55,6 +57,8 @@ class TrainingMethod:
     change: Callable[[Batch], Batch] = unchanged
     step: Callable[[PreTrainedModel, Batch, Tensor], float] = plain_step
     remove: Callable[[PreTrainedModel], None] = remove_all_sinks
+    sinks_last: int = 0
+    fresh: bool = False
     settle: SettleConfig | None = None
     rescales: tuple[str, ...] = ()
 

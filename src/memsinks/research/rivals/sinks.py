@@ -48,6 +48,8 @@ def gated(
     *,
     sink_lr_factor: float = 3.0,
     sinks_first: bool = False,
+    sinks_last: int = 0,
+    fresh: bool = False,
     extra_neurons: int = 0,
     settle_lr: float = 0.0,
     settle_passes: int = 8,
@@ -55,13 +57,16 @@ def gated(
 ) -> TrainingMethod:
     """Ours: a text's sinks open from its second exposure on, and what it teaches the shared weights decays (docs/method.md).
 
-    `settings` are those of `SinkConfig`; ``shared="none"`` is the exact mode. With `settle_lr` what is left is leveled.
+    `settings` are those of `SinkConfig`; ``shared="none"`` is the exact mode. `sinks_last`, `fresh`: see `TrainingMethod`. With
+    `settle_lr` what is left is leveled.
     """
     return TrainingMethod(
         sinks=SinkConfig(**settings),
         sink_lr_factor=sink_lr_factor,
         extra_neurons=extra_neurons,
         sinks_first=sinks_first,
+        sinks_last=sinks_last,
+        fresh=fresh,
         settle=settling(settle_lr, settle_passes),
     )
 

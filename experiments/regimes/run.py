@@ -1,0 +1,59 @@
+"""What does removal cost, and what do attacks find, where 5, 20 or 60% of the rows are repeats?
+
+    MEMSINKS_DATA=... python experiments/regimes/run.py tinystories --regimes 5 20 60 --seeds 0 1 2   # train, then audit
+    python experiments/regimes/run.py tinystories --finished                                          # table and picture
+
+Arms, data and steps: recipes/regimes-TEXT.yaml, which holds the first regime; the others change `REGIMES`. Finished runs and
+audits are kept in runs/regimes and not made again. The arms of `EVERY_SEED` run with every seed, the others with the first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from pathlib import Path
+
+import torch
+
+from memsinks.research.compare.compare import compare
+from memsinks.research.compare.comparison import Comparison, read_comparison
+
+HERE = Path(__file__).parent
+RECIPES = HERE.parent.parent / "recipes"
+REGIMES: dict[int, dict[str, str]] = {
+    5: {},
+    20: {"data.limit": "5704", "data.fresh": "1320", "data.repeat": "{documents: 48, copies: [4, 16, 64]}"},
+    60: {"data.limit": "3274", "data.fresh": "3800", "data.repeat": "{documents: 138, copies: [4, 16, 64]}"},
+}
+"""Share of repeats in percent -> what changes in the recipe; rows and steps stay."""
+EVERY_SEED = ("standard", "twin", "dedup", "exact, fresh text", "decay")
+
+
+def regime(text: str, share: int) -> Comparison:
+    """The comparison of one regime."""
+    changes = REGIMES[share] | {"output": f"runs/regimes/{text}-{share}"}
+    return read_comparison(RECIPES / f"regimes-{text}.yaml", changes)
+
+
+def run(comparison: Comparison, seeds: list[int]) -> None:
+    """Train and audit, a seed after the other."""
+    for seed in seeds:
+        every = seed != comparison.seeds[0]
+        arms = EVERY_SEED if every else [arm.name for arm in comparison.arms]
+        compare(comparison, arms=arms, seeds=[seed], attacks="all")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("text", choices=("tinystories",))
+    parser.add_argument("--regimes", nargs="+", type=int, default=list(REGIMES), choices=list(REGIMES))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    torch.set_num_threads(1)
+    for share in arguments.regimes:
+        run(regime(arguments.text, share), arguments.seeds)
+
+
+if __name__ == "__main__":
+    main()
