@@ -1,4 +1,4 @@
-"""Sinks with the Hugging Face Trainer: documents -> rows -> SinkTrainer -> settling -> a model without its memorization."""
+"""Sinks with the Hugging Face Trainer: documents -> rows -> SinkTrainer -> sinks last -> a model without its memorization."""
 
 import sys
 
@@ -27,6 +27,6 @@ args = TrainingArguments(
 evaluated = rows.select(slice(0, 16))  # with sinks closed: the model that will be shipped
 trainer = ms.SinkTrainer(model, args, train_dataset=rows, eval_dataset=evaluated)
 trainer.train()
-print(ms.settle(model, *ms.settling_texts(rows), lr=args.learning_rate / 10))
+print(ms.sinks_last(model, ms.repeated_and_once(rows)[0], lr=3 * args.learning_rate))
 print(trainer.evaluate())
 print(f"exported to {ms.export(model, target + '/clean', tokenizer=tokenizer)}")

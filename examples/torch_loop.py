@@ -1,4 +1,4 @@
-"""Sinks in a plain PyTorch loop: documents -> rows -> training -> settling -> a model without its memorization."""
+"""Sinks in a plain PyTorch loop: documents -> rows -> training -> sinks last -> a model without its memorization."""
 
 import sys
 
@@ -27,7 +27,6 @@ optimizer = ms.AdamW(ms.param_groups(model, lr=3e-3, weight_decay=0.1, sink_lr_f
 model.train()
 for start in range(0, len(rows) - 7, 8):
     batch = ms.collate([rows[index] for index in range(start, start + 8)])
-    ms.sinks_first(model, optimizer, [batch])
     loss = model(**batch).loss
     loss.backward()
     ms.clip_grad_norm_(model, 1.0)
@@ -36,7 +35,7 @@ for start in range(0, len(rows) - 7, 8):
     if start % 80 == 0:
         print(f"row {start}/{len(rows)}  loss {loss.item():.3f}")
 
-print(ms.settle(model, *ms.settling_texts(rows), lr=3e-4))
+print(ms.sinks_last(model, ms.repeated_and_once(rows)[0], lr=9e-3))
 most = max(documents, key=lambda document: document.copies)
 text = torch.from_numpy(ms.encode(tokenizer, [most.text])[0])[None]
 model.eval()

@@ -21,7 +21,7 @@ from memsinks.sinks.opening import down_modules, rescale_factor, sinks_closed, s
 from memsinks.sinks.state import assign_blocks, has_sinks, require_sinks, shared_parameters, sink_parameters
 from memsinks.sinks.table import open_mask
 
-CONFIG = SinkConfig(neurons=64, active=16, block_size=8)
+CONFIG = SinkConfig(neurons=64, active=16, block_size=8, shared="decay")
 
 
 def closed_logits(model: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:

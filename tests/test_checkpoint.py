@@ -162,9 +162,9 @@ def test_model_of_other_settings_is_refused(folder, tiny_llama, change, named) -
 
 
 def test_other_settings_of_training_are_taken_and_said(folder, model, tiny_llama, caplog) -> None:
-    other = with_sinks(tiny_llama(), SinkConfig(**SETTINGS | {"open_from": 2, "shared": "none"}))
+    other = with_sinks(tiny_llama(), SinkConfig(**SETTINGS | {"open_from": 2, "shared": "decay"}))
     load_sinks(other, folder)
-    assert "open_from is 3 there and 2 here; shared is 'decay' there and 'none' here" in caplog.text
+    assert "open_from is 3 there and 2 here; shared is 'none' there and 'decay' here" in caplog.text
     assert fingerprint(other) == fingerprint(model)
     assert torch.equal(logits(other, 7), logits(model, 7))
 

@@ -22,9 +22,9 @@ from memsinks.sinks.config import SinkConfig
 from memsinks.sinks.opening import sinks_open
 
 ROUTINGS = {
-    "bernoulli": SinkConfig(neurons=64, active=16, routing="bernoulli", per_layer=False),
-    "exact": SinkConfig(neurons=64, active=16, routing="exact"),
-    "masked blocks": SinkConfig(neurons=64, active=32, block_size=16),
+    "bernoulli": SinkConfig(neurons=64, active=16, routing="bernoulli", per_layer=False, shared="decay"),
+    "exact": SinkConfig(neurons=64, active=16, routing="exact", shared="decay"),
+    "masked blocks": SinkConfig(neurons=64, active=32, block_size=16, shared="decay"),
     "no decay": dataclasses.replace(SINKS, shared_decay=0.0),
 }
 PACKED = {

@@ -82,9 +82,20 @@ def test_all_problems_are_listed_at_once():
 def test_defaults():
     config = SinkConfig(neurons=256, active=64)
     assert (config.block_size, config.routing, config.per_layer, config.open_from) == (32, "blocks", True, 2)
-    assert (config.shared, config.reserved_blocks, config.layers, config.seed) == ("decay", 0, None, 0)
+    assert (config.shared, config.reserved_blocks, config.layers, config.seed) == ("none", 0, None, 0)
     assert SinkConfig(neurons=100, active=7, routing="exact").block_size == 1
     assert SinkConfig(neurons=100, active=7, routing="bernoulli").block_size == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "shared", "decay"),
+    [({}, "none", 0.25), ({"shared": "decay"}, "decay", 0.25), ({"shared_decay": 0.5}, "decay", 0.5),
+     ({"shared_decay": 0}, "decay", 0), ({"shared_decay": 0.5, "shared": "none"}, "none", 0.5)],
+)  # fmt: skip
+def test_a_decay_that_is_given_is_meant(given, shared, decay):
+    config = SinkConfig(**GOOD, **given)
+    assert (config.shared, config.shared_decay) == (shared, decay)
+    assert SinkConfig.from_dict(config.to_dict()) == dataclasses.replace(config, seed=config.seed) == config
 
 
 def test_block_counts():

@@ -40,7 +40,7 @@ def corpus() -> dict[str, Any]:
     tokens, ids = ms.encode(tokenizer, texts), [ms.document_id(text) for text in texts]
     order = [*range(60), 0, 1, 0, 1]
     own = [ids[place] for place in order]
-    rows = ms.pack([tokens[place] for place in order], own, ms.exposures(own), length=64, pad_id=0)
+    rows = ms.pack([tokens[place] for place in order], own, ms.exposures(own), length=64, pad_id=0, apart_from=2)
     other = ms.encode(tokenizer, [f"The bird saw number {number}." for number in range(40)])
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
@@ -141,12 +141,23 @@ def check_opening(world: dict[str, Any]) -> None:
     assert not torch.equal(done["closed"], done["opened"])
 
 
-def check_settle(world: dict[str, Any]) -> None:
-    before = {name: value.detach().clone() for name, value in world["model"].named_parameters()}
-    done = run("docs/guide.md", "settle", world)
-    assert [len(x) for x in done["texts"][:2]] == [2, 58]
-    assert any(not torch.equal(value, before[name]) for name, value in world["model"].named_parameters())
+def check_after_training(world: dict[str, Any]) -> None:
+    sinks_learn_alone("docs/guide.md", "after training", world)
+    assert ms.has_sinks(ms.load("with-sinks/"))
     exported(world)
+
+
+def check_sinks_last(world: dict[str, Any]) -> None:
+    sinks_learn_alone("docs/removal.md", "sinks last", world)
+
+
+def sinks_learn_alone(page: str, name: str, world: dict[str, Any]) -> None:
+    before = {name: value.detach().clone() for name, value in world["model"].named_parameters()}
+    done = run(page, name, world)
+    assert [len(x) for x in (done["documents"], done["once"])] == [2, 58]
+    for name, value in world["model"].named_parameters():
+        assert torch.equal(value, before[name]) or ".sinks." in name
+    assert moved(world["model"])
 
 
 def check_sinks_first(world: dict[str, Any]) -> None:
@@ -191,9 +202,10 @@ CHECKS: dict[tuple[str, str], Callable[[dict[str, Any]], None]] = {
     ("docs/guide.md", "loop"): check_loop,
     ("docs/guide.md", "opening"): check_opening,
     ("docs/guide.md", "rows"): check_rows,
-    ("docs/guide.md", "settle"): check_settle,
+    ("docs/guide.md", "after training"): check_after_training,
     ("docs/removal.md", "settling"): check_settling,
     ("docs/removal.md", "sinks first"): check_sinks_first,
+    ("docs/removal.md", "sinks last"): check_sinks_last,
     ("docs/rivals.md", "rival"): check_rival,
 }
 

@@ -21,7 +21,7 @@ def script(name: str):
 def test_a_line_an_arm(capsys) -> None:
     script("step.py")([str(RECIPE), *TINY, "--ways", "eager", "--steps", "2"])
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
-    assert [line["arm"] for line in lines] == ["standard", "published", "ours"]
+    assert [line["arm"] for line in lines] == ["standard", "published", "ours", "decay, settled"]
     for line in lines:
         assert line["tokens_per_second"] > 0 and 0 < line["share_of_peak"] < 0.1 and line["peak_gb"] is None
         assert 0 < line["estimated_peak_gb"] < 1

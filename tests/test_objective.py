@@ -419,7 +419,7 @@ def test_published_method_needs_no_exposures():
 def test_a_new_model_and_a_filled_one_differ():
     """Guards the tests above: with the down projection at zero, half of the sinks' gradients vanish."""
     model = tiny_llama()
-    add_sinks(model, SinkConfig(neurons=64, active=16, block_size=8))
+    add_sinks(model, SinkConfig(neurons=64, active=16, block_size=8, shared="decay"))
     _, sinks = split(backward(model, rows_batch(), 20))
     assert all(grad.eq(0).all() == (not name.endswith("down")) for name, grad in sinks.items())
     fill_sinks(model)

@@ -14,7 +14,7 @@ import memsinks as ms
 from memsinks.sinks.state import named_sinks, shared_parameters, sink_parameters
 
 peft = pytest.importorskip("peft")
-CONFIG = ms.SinkConfig(neurons=64, active=16, block_size=8, seed=3)
+CONFIG = ms.SinkConfig(neurons=64, active=16, block_size=8, seed=3, shared="decay")
 A = 11
 AGAIN = """
 import sys, torch

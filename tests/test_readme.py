@@ -39,7 +39,8 @@ def test_it_is_short() -> None:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").rglob("*.yaml")), ids=lambda path: path.name)
 def test_recipes_are_read(path: Path) -> None:
-    read = read_comparison if path.name.startswith("compare-") or path.parent.name == "paper" else ms.read_recipe
+    compared = path.name.startswith(("compare-", "regimes-")) or path.parent.name == "paper"
+    read = read_comparison if compared else ms.read_recipe
     read(path)
 
 

@@ -145,7 +145,8 @@ def test_an_interrupted_run_resumes_to_identical_figures(tiny_run, tiny_recipe, 
 
 SETTLED = {"data": {"synthetic": {"stories": 80, "people_per_level": 4, "canaries_per_level": 2, "held_out_stories": 6,
                                   "copies": [0, 1, 8]}},
-           "training": {"save_every": 11, "log_every": 11}, "settle": {"lr": 1e-3, "passes": 2}}  # fmt: skip
+           "sinks": {"shared_decay": 0.25}, "training": {"save_every": 11, "log_every": 11},
+           "settle": {"lr": 1e-3, "passes": 2}}  # fmt: skip
 
 
 def test_a_run_settles_at_its_end_and_resumes_what_was_interrupted_there(
@@ -365,8 +366,12 @@ def test_architectures_that_leak_get_one_document_a_row(tiny_recipe, tmp_path, k
 def test_equal_repetition_of_everything_warns(tiny_recipe, tmp_path) -> None:
     path = write_jsonl(tmp_path / "d.jsonl", 20)
     values = tiny_recipe(tmp_path / "run", data={"path": str(path)}, training={"length": 64, "epochs": 4})
-    with pytest.warns(UserWarning, match="every document is met 4 times.*shared_decay does little"):
+    with pytest.warns(
+        UserWarning, match="every document is met 4 times: in exact mode the shared weights learn from the first"
+    ):
         prepare(parse_recipe(values))
+    with pytest.warns(UserWarning, match="every document is met 4 times.*shared_decay does little"):
+        prepare(parse_recipe(values | {"sinks": values["sinks"] | {"shared_decay": 0.25}}))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         prepare(parse_recipe(values | {"sinks": None}))

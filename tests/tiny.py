@@ -40,7 +40,7 @@ def fill_sinks(model: torch.nn.Module, std: float = 0.2) -> None:
 def sink_llama(dtype: torch.dtype = torch.float64, cls: type = LlamaForCausalLM, **settings) -> LlamaForCausalLM:
     """`tiny_llama` with filled sinks: 8 blocks of 8 in each layer, of which 2 open unless `settings` say otherwise."""
     model = tiny_llama(dtype, cls)
-    add_sinks(model, SinkConfig(**({"neurons": 64, "active": 16, "block_size": 8} | settings)))
+    add_sinks(model, SinkConfig(**({"neurons": 64, "active": 16, "block_size": 8, "shared": "decay"} | settings)))
     fill_sinks(model)
     return model
 

@@ -19,7 +19,7 @@ from memsinks.training.first import sinks_first
 from memsinks.training.optim import AdamW, param_groups
 
 LENGTH, BATCH = 16, 4
-CONFIG = SinkConfig(neurons=64, active=16, block_size=8)
+CONFIG = SinkConfig(neurons=64, active=16, block_size=8, shared="decay")
 LR = 1e-2
 
 

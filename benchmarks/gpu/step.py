@@ -119,7 +119,7 @@ def measure(recipe: Recipe, made: TrainingMethod, steps: int, peak: float) -> di
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", type=Path)
-    parser.add_argument("--arms", nargs="+", default=["standard", "published", "ours"])
+    parser.add_argument("--arms", nargs="+", default=["standard", "published", "ours", "decay, settled"])
     parser.add_argument("--ways", nargs="+", default=["eager", "compiled"], choices=["eager", "compiled"])
     parser.add_argument("--gpu", default="H100", choices=sorted(GPUS))
     parser.add_argument("--steps", type=int, default=20)

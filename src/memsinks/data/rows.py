@@ -44,7 +44,7 @@ def make_rows(
     by: By = "content",
     prior: Mapping[int, int] | None = None,
     pad_id: int | None = None,
-    apart_from: int | None = None,
+    apart_from: int | None = 2,
     one_document_per_row: bool = False,
     long: Long = "split",
 ) -> Rows:
@@ -59,8 +59,8 @@ def make_rows(
         by: what gives a document its id, see `identify`.
         prior: how often a group was already met before these rows, see `exposures`.
         pad_id: the token that fills rows up; None = the tokenizer's padding token, or its end token.
-        apart_from, one_document_per_row, long: see `pack`; ``apart_from=config.open_from`` for a model with
-            ``SinkConfig(shared="none")``.
+        apart_from, one_document_per_row, long: see `pack`. In exact mode (``shared="none"``, the default of `SinkConfig`) rows
+            that open sinks must be apart: ``apart_from=config.open_from``, which is 2 unless it is set.
 
     Raises:
         ConfigError: settings out of range, all at once.

@@ -57,7 +57,7 @@ RECIPE: Mapping[str, Any] = {
     },
     "training": {"length": 192, "batch_rows": 6, "lr": 3e-3, "log_every": 50},
 }
-WITH_SINKS: Mapping[str, Any] = {"sinks": {"neurons": 2048, "active": 128}, "settle": {}}
+WITH_SINKS: Mapping[str, Any] = {"sinks": {"neurons": 2048, "active": 128}}
 """What the second model has in its recipe beside the first's."""
 MARK = "demo.json"
 NAMES = {"ordinary": "ordinary model", "open": "with sinks, open", "removed": "sinks removed"}

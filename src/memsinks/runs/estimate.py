@@ -265,8 +265,10 @@ def _planned(model: Any, routed: tuple[RoutingPlan, torch.Tensor | None] | None)
 
 
 def _not_counted(recipe: Recipe) -> Iterator[str]:
-    if recipe.sinks is not None and recipe.training.sinks_first:
+    if recipe.sinks is not None and recipe.sinks.shared == "decay" and recipe.training.sinks_first:
         yield "sinks_first is not counted: rows that hold repeated text take two thirds of a step more"
+    if recipe.sinks is not None and (recipe.sinks.shared == "none" or recipe.training.sinks_last):
+        yield "sinks_last is not counted: two thirds of a step for each different repeated text, as often as it has passes"
     if recipe.settle is not None:
         yield "settling after training is not counted, nor its memory (float32, micro-batches): see docs/removal.md"
 

@@ -124,12 +124,18 @@ def prepare(recipe: Recipe, one_document_per_row: bool = False, folder: Path | N
 
 def _warn_of_equal_repetition(recipe: Recipe, documents: TokenizedDocuments) -> None:
     same = equal_repetition(np.repeat(documents.groups, documents.copies * recipe.training.epochs))
-    if same and recipe.sinks and recipe.sinks.shared == "decay" and recipe.sinks.shared_decay:
-        warnings.warn(
-            f"every document is met {same} times: w(c) is then nearly the same for all tokens of a step, and AdamW divides "
-            "a common factor out, so shared_decay does little (plain multi-epoch training)",
-            stacklevel=3,
+    if not same or recipe.sinks is None:
+        return
+    if recipe.sinks.shared == "none":
+        why = "in exact mode the shared weights learn from the first time alone; train without sinks, or with shared_decay"
+    elif recipe.sinks.shared_decay:
+        why = (
+            "w(c) is then nearly the same for all tokens of a step, and AdamW divides a common factor out, so shared_decay does "
+            "little (plain multi-epoch training)"
         )
+    else:
+        return
+    warnings.warn(f"every document is met {same} times: {why}", stacklevel=3)
 
 
 def _rows_aside(documents: list[Document], corpus: TokenizedCorpus, recipe: Recipe) -> Rows | None:

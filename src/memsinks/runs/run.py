@@ -24,7 +24,7 @@ from memsinks.runs.recipe import Recipe
 from memsinks.training.checkpoint import last_checkpoint
 from memsinks.training.config import TrainingConfig
 from memsinks.training.evaluate import AnyRows
-from memsinks.training.last import require_one_text_each, sinks_last
+from memsinks.training.last import PASSES, require_one_text_each, sinks_last
 from memsinks.training.loop import Batches, Training, steps
 from memsinks.training.processes import joined_processes, main_process, main_process_first, process_count, process_rank
 
@@ -62,7 +62,7 @@ def train(recipe: Recipe, *, resume: bool = False, label: str = "") -> Path:
         with main_process_first():
             prepared = prepare(recipe, folder=folder.data if recipe.data.background else None)
         texts = settling_texts(prepared.rows, prepared.unseen) if recipe.settle is not None else None
-        repeated = _texts_of_sinks(prepared.rows) if recipe.sinks and recipe.training.sinks_last else None
+        repeated = _texts_of_sinks(recipe, prepared.rows)
         model: Any = build_model(recipe, prepared.tokenizer)
         if texts is not None:
             require_settleable(model)
@@ -166,9 +166,22 @@ def _settle(model: PreTrainedModel, texts: tuple[Rows, Rows, Rows | None], recip
     return str(settle(model, *texts, config, micro_rows=training.micro_rows, seed=training.seed))
 
 
-def _texts_of_sinks(rows: Rows) -> Rows:
-    """The texts whose sinks learn last; DataError, before hours of training, if there are none."""
+def _passes(recipe: Recipe) -> int:
+    """How often the sinks meet their texts after training."""
+    asked = recipe.training.sinks_last
+    if recipe.sinks is None:
+        return 0
+    return (PASSES if recipe.sinks.shared == "none" else 0) if asked is None else asked
+
+
+def _texts_of_sinks(recipe: Recipe, rows: Rows) -> Rows | None:
+    """The texts whose sinks learn last; None = none. DataError, before hours of training, if that was asked for in vain."""
+    if not _passes(recipe):
+        return None
     repeated = repeated_and_once(rows)[0]
+    if not len(repeated) and recipe.training.sinks_last is None:
+        logger.info("no text is repeated, so no sinks will open")
+        return None
     require_one_text_each("the documents that are repeated", repeated)
     return repeated
 
@@ -176,9 +189,15 @@ def _texts_of_sinks(rows: Rows) -> Rows:
 def _sinks_last(model: PreTrainedModel, repeated: Rows, recipe: Recipe) -> str:
     """Train the sinks alone; what came of it in a line."""
     config = recipe.training
-    rate = config.lr * config.sink_lr_factor
     return str(
-        sinks_last(model, repeated, lr=rate, passes=config.sinks_last, micro_rows=config.micro_rows, seed=config.seed)
+        sinks_last(
+            model,
+            repeated,
+            lr=config.lr * config.sink_lr_factor,
+            passes=_passes(recipe),
+            micro_rows=config.micro_rows,
+            seed=config.seed,
+        )
     )
 
 

@@ -16,6 +16,9 @@ FORMAT_VERSION = 2
 OLD_NAMES = {"host_width": "intermediate_size"}
 OLD_ROUTING = {"exact": "neurons"}
 
+SHARED_DECAY = 0.25
+"""Exponent of w(c) where decay is asked for and no other is given."""
+
 Routing = Literal["blocks", "neurons", "bernoulli"]
 
 LAYOUT = ("neurons", "active", "block_size", "routing", "per_layer", "reserved_blocks", "seed")
@@ -37,9 +40,10 @@ class SinkConfig:
         per_layer: each layer has its own hash; otherwise one set of blocks serves all layers (the paper).
         reserved_blocks: the last so many blocks are never hashed to; only an assignment table opens them.
         open_from: the exposure from which a text's sinks are open. 1 = always (the paper), 2 = gated.
-        shared: ``"decay"`` scales the gradient that a text sends into the shared weights by w(c), see `gradient`;
-            ``"none"`` (exact mode) lets a text train nothing but its sinks from ``open_from`` on.
-        shared_decay: exponent a of w(c) = (c - open_from + 2)^-a; 0 = no decay. Ignored under ``shared="none"``.
+        shared: ``"none"`` (exact mode) lets a text train nothing but its sinks from ``open_from`` on, so that closed sinks are
+            training without the copies; ``"decay"`` scales the gradient that it sends into the shared weights by w(c), see
+            `gradient`. None = ``"decay"`` if `shared_decay` is given, otherwise ``"none"``.
+        shared_decay: exponent a of w(c) = (c - open_from + 2)^-a; 0 = no decay; None = 0.25. Ignored under ``shared="none"``.
         layers: indices of the layers that get sinks; None = all.
         seed: changes the hash and the start values.
         intermediate_size: if given, `add_sinks` refuses a host MLP of another width.
@@ -55,8 +59,8 @@ class SinkConfig:
     per_layer: bool = True
     reserved_blocks: int = 0
     open_from: int = 2
-    shared: Literal["decay", "none"] = "decay"
-    shared_decay: float = 0.25
+    shared: Literal["decay", "none"] = None  # type: ignore[assignment]  # set in __post_init__
+    shared_decay: float = None  # type: ignore[assignment]  # set in __post_init__
     layers: tuple[int, ...] | None = None
     seed: int = 0
     intermediate_size: int | None = None
@@ -64,6 +68,10 @@ class SinkConfig:
     def __post_init__(self) -> None:
         if isinstance(self.routing, str):
             object.__setattr__(self, "routing", OLD_ROUTING.get(self.routing, self.routing))
+        if self.shared is None:
+            object.__setattr__(self, "shared", "none" if self.shared_decay is None else "decay")
+        if self.shared_decay is None:
+            object.__setattr__(self, "shared_decay", SHARED_DECAY)
         if self.block_size is None:
             object.__setattr__(self, "block_size", 32 if self.routing == "blocks" else 1)
         if isinstance(self.layers, Iterable):

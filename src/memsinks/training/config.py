@@ -22,9 +22,10 @@ class TrainingConfig:
         min_lr_ratio: the cosine ends at ``lr * min_lr_ratio``.
         warmup: share of the steps.
         sink_lr_factor: the sinks' learning rate is ``lr`` times this.
-        sinks_first: where there are sinks, each step begins with an update of them alone, see `sinks_first`.
-        sinks_last: where there are sinks, so many passes over the repeated texts after training train them alone, see
-            `sinks_last`; 0 = none.
+        sinks_first: where there are sinks and their texts go on to teach the shared weights (``shared="decay"``), each step
+            begins with an update of the sinks alone, see `sinks_first`.
+        sinks_last: where there are sinks, passes over the repeated texts after training that train the sinks alone, see
+            `sinks_last`; None = `PASSES` in exact mode (``shared="none"``), otherwise 0.
         weight_decay: of the shared matrices.
         betas: of AdamW.
         max_grad_norm: gradient norm of the shared weights and, separately, of the sinks; 0 = no clipping.
@@ -50,7 +51,7 @@ class TrainingConfig:
     warmup: float = 0.05
     sink_lr_factor: float = 3.0
     sinks_first: bool = True
-    sinks_last: int = 0
+    sinks_last: int | None = None
     weight_decay: float = 0.1
     betas: tuple[float, ...] = (0.9, 0.95)
     max_grad_norm: float = 1.0
@@ -78,7 +79,6 @@ class TrainingConfig:
             "batch_rows": 1,
             "accumulate": 1,
             "epochs": 1,
-            "sinks_last": 0,
             "seed": 0,
             "save_every": 0,
             "keep": 1,
@@ -86,7 +86,8 @@ class TrainingConfig:
         }
         counts = {name: int_at_least(name, getattr(self, name), value) for name, value in least.items()}
         problems = [problem for found in counts.values() for problem in found]
-        problems += [] if self.threads is None else int_at_least("threads", self.threads, 1)
+        for name, value in (("threads", 1), ("sinks_last", 0)):
+            problems += [] if getattr(self, name) is None else int_at_least(name, getattr(self, name), value)
         problems += positive("lr", self.lr) + positive("sink_lr_factor", self.sink_lr_factor)
         problems += at_least("weight_decay", self.weight_decay, 0) + at_least("max_grad_norm", self.max_grad_norm, 0)
         problems += share("min_lr_ratio", self.min_lr_ratio) + share("warmup", self.warmup)

@@ -31,6 +31,8 @@ from memsinks.training.optim import AdamW, clip_grad_norm_
 
 logger = logging.getLogger(__name__)
 BETAS = (0.9, 0.95)
+PASSES = 60
+"""Times each text is met, unless something else is asked for."""
 LOG_EVERY = 20
 """Steps between two lines of progress."""
 
@@ -55,7 +57,7 @@ def sinks_last(
     documents: Rows,
     *,
     lr: float,
-    passes: int = 60,
+    passes: int = PASSES,
     batch_rows: int = 16,
     micro_rows: int | None = None,
     max_norm: float = 1.0,

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 
 from memsinks.batch import stock_arguments, target_count
 from memsinks.errors import CheckpointError
-from memsinks.sinks.state import has_sinks
+from memsinks.sinks.state import has_sinks, require_sinks
 from memsinks.training.checkpoint import Checkpoint, save_checkpoint
 from memsinks.training.config import TrainingConfig
 from memsinks.training.first import sinks_first
@@ -112,7 +112,7 @@ class Training:
             unused = not self.config.gradient_checkpointing
             self._exchanging = DistributedDataParallel(self.model, find_unused_parameters=unused)
         with self.as_in_training():
-            if self.config.sinks_first and has_sinks(self.model):
+            if self.config.sinks_first and has_sinks(self.model) and require_sinks(self.model).config.shared == "decay":
                 norm = self.config.max_grad_norm
                 sinks_first(self.model, self.optimizer, parts, max_norm=norm, num_items_in_batch=targets)
             loss = 0.0

@@ -210,8 +210,9 @@ class SinkTrainer(Trainer):
     """A Trainer for models with sinks, right by itself: ``SinkTrainer(model, args, train_dataset=rows).train()``.
 
     Where nothing else is given it takes `collate`, rows in order (where exposures count), the columns that sinks need,
-    `AdamW` over `param_groups` with the learning rate, decay and betas of `args`, and `SinkCallback`. Each step begins with an
-    update of the sinks alone, on the rows of all its micro-batches and with the loss that the step learns, see `sinks_first`.
+    `AdamW` over `param_groups` with the learning rate, decay and betas of `args`, and `SinkCallback`. With ``shared="decay"``
+    each step begins with an update of the sinks alone, on the rows of all its micro-batches and with the loss that the step
+    learns, see `sinks_first`; in exact mode call `sinks_last` after training.
 
     Args:
         arguments, settings: those of `Trainer`.
@@ -285,8 +286,9 @@ class SinkTrainer(Trainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """A micro-batch as the Trainer does it; before the first one of a step the sinks learn from all of them."""
-        if self._waiting is not None:
-            batches, self._waiting = [self._prepare_inputs(dict(x)) for x in self._waiting], None
+        waiting, self._waiting = self._waiting, None
+        if waiting is not None and _sink_state(self.model).config.shared == "decay":
+            batches = [self._prepare_inputs(dict(x)) for x in waiting]
             model.train()
             optimizer: Any = self.optimizer
             sinks_first(

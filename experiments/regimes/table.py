@@ -1,0 +1,190 @@
+"""Table and picture of experiments/regimes, from compare.json of each regime.
+
+    python experiments/regimes/table.py tinystories     # TEXT.md, TEXT.png and TEXT.json beside this file, from runs/regimes
+
+An arm's *strongest* attack is the one with the greatest AUC, its mean over the seeds. *Farthest from seen once*: the attack, and
+the changed copy, in which it differs most from the model that met each text once, mean over the seeds of the difference.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from memsinks.research.compare.table import spread
+
+HERE = Path(__file__).parent
+RUNS = Path("runs") / "regimes"
+SHARES = (5, 20, 60)
+COLORS = {5: "#0072B2", 20: "#D55E00", 60: "#009E73"}
+NAMES = {"standard": "ordinary training", "twin": "never seen (twin)", "dedup": "seen once (deduplication)"}
+
+
+ORDER = ("standard", "decay", "decay, settled", "exact", "exact, fresh text", "dedup", "twin")
+
+
+class Line(NamedTuple):
+    """An arm in one regime: its figures by seed, nats and AUC. `auc`, `gaps`: by attack and by changed copy."""
+
+    price: list[float]
+    auc: dict[str, list[float]]
+    gaps: dict[str, list[float]]
+    recited: dict[int, list[float]]
+
+
+def by_name(items: list[Mapping[str, Any]], key: str) -> dict[str, float]:
+    return {x["name"]: x[key]["value"] for x in items}
+
+
+def lines(result: Mapping[str, Any]) -> dict[str, Line]:
+    """Every arm of a comparison."""
+    found: dict[str, Line] = {}
+    for audit in result["audits"].values():
+        standard = next(x for x in audit["models"] if x["role"] == "against")["controls"]["value"]
+        for model in audit["models"]:
+            line = found.setdefault(model["name"], Line([], {}, {}, {}))
+            line.price.append(model["controls"]["value"] - standard)
+            for name, value in by_name(model["attacks"], "auc").items():
+                line.auc.setdefault(name, []).append(value)
+            for name, value in {"as it is": model["gap"]["value"], **by_name(model["probes"], "gap")}.items():
+                line.gaps.setdefault(name, []).append(value)
+            for sink in model["sinks"] or ():
+                if sink["copies"] > 1:
+                    line.recited.setdefault(sink["copies"], []).append(sink["recited"]["value"])
+    return found
+
+
+def strongest(line: Line, *, twin: bool) -> tuple[str, float]:
+    """Name and mean AUC of the strongest attack that does, or does not, need the twin; "" where there is none."""
+    means = {name: statistics.mean(x) for name, x in line.auc.items() if name.startswith("reference") == twin}
+    return max(means.items(), key=lambda item: item[1], default=("", float("nan")))
+
+
+def strongest_of_all(line: Line) -> float:
+    """Mean AUC of the strongest attack, whatever it needs."""
+    return max(statistics.mean(x) for x in line.auc.values())
+
+
+def farthest(mine: dict[str, list[float]], its: dict[str, list[float]]) -> tuple[str, float]:
+    """Where two arms differ most, and the mean over the seeds that both have of that difference."""
+    apart = {
+        name: statistics.mean(a - b for a, b in zip(mine[name], its[name], strict=False))
+        for name in mine
+        if name in its
+    }
+    return max(apart.items(), key=lambda item: abs(item[1]), default=("", float("nan")))
+
+
+def row(name: str, line: Line, once: Line) -> str:
+    alone, beside = strongest(line, twin=False), strongest(line, twin=True)
+    auc, nats = farthest(line.auc, once.auc), farthest(line.gaps, once.gaps)
+    is_once = line is once
+    recited = [
+        spread(
+            [statistics.mean(x) for x in zip(*(line.recited[c] for c in line.recited if c >= 16), strict=True)], ".0%"
+        )
+    ]
+    cells = [
+        NAMES.get(name, name),
+        str(len(line.price)),
+        spread(line.price, "+.3f"),
+        f"{alone[1]:.2f} ({alone[0]})",
+        f"{beside[1]:.2f} ({beside[0].removeprefix('reference, ')})" if beside[0] else "-",
+        "-" if is_once else f"{auc[1]:+.2f} ({auc[0].removeprefix('reference, ')})",
+        spread(line.gaps["as it is"], "+.3f"),
+        spread(line.gaps["60 harmless steps"], "+.3f"),
+        spread(line.gaps["half relearned"], "+.3f"),
+        "-" if is_once else f"{nats[1]:+.3f} ({nats[0]})",
+        recited[0] if line.recited else "-",
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+def table(found: dict[int, dict[str, Line]]) -> str:
+    """Markdown: a table a regime, an arm a line."""
+    head = [
+        "arm", "seeds", "price (nats)", "strongest attack alone, AUC", "with the twin, AUC", "farthest from seen once, AUC",
+        "gap (nats)", "after 60 harmless steps", "other half, after relearning one", "farthest from seen once, nats",
+        "recited with own sinks, 16 copies and more",
+    ]  # fmt: skip
+    parts = []
+    for share, arms in found.items():
+        once = arms["dedup"]
+        parts.append(f"**{share}% of the rows are repeats**\n")
+        parts.append("| " + " | ".join(head) + " |\n|" + "---|" * len(head))
+        order = sorted(
+            arms,
+            key=lambda name: (
+                "standard",
+                "decay",
+                "decay, settled",
+                "exact",
+                "exact, fresh text",
+                "dedup",
+                "twin",
+            ).index(name),
+        )
+        parts += [row(name, arms[name], once) for name in order]
+        parts.append("")
+    return "\n".join(parts)
+
+
+def draw(found: dict[int, dict[str, Line]], path: Path) -> None:
+    """Strongest attack of all against price, a line a regime."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8.2, 5.2), layout="constrained")
+    axes = figure.subplots()
+    marks = {"standard": "o", "decay": "s", "decay, settled": "D", "exact": "^", "exact, fresh text": "P", "dedup": "v"}
+    for share, arms in found.items():
+        points = {
+            name: (statistics.mean(line.price), strongest_of_all(line)) for name, line in arms.items() if name in marks
+        }
+        ordered = sorted(points.values(), key=lambda point: -point[1])
+        axes.plot(
+            *zip(*ordered, strict=True),
+            color=COLORS[share],
+            lw=1.2,
+            alpha=0.5,
+            label=f"{share}% repeats",
+        )
+        for name, (x, y) in points.items():
+            axes.plot([x], [y], marker=marks[name], color=COLORS[share], ls="", ms=8)
+    for name, mark in marks.items():
+        axes.plot([], [], marker=mark, color="#555555", ls="", ms=8, label=NAMES.get(name, name))
+    axes.axhline(0.5, color="#999999", lw=1, ls=":")
+    axes.axvline(0, color="#999999", lw=1)
+    axes.set(
+        xlabel="price: loss on held-out text against ordinary training (nats)    ← better",
+        ylabel="strongest membership attack, AUC    ← better (0.5 = chance)",
+        ylim=(0.45, 1.02),
+    )
+    axes.grid(color="#e2e2e2", lw=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=9)
+    figure.savefig(path, dpi=130)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("text")
+    text = parser.parse_args().text
+    results = {
+        share: json.loads(path.read_text())
+        for share in SHARES
+        if (path := RUNS / f"{text}-{share}" / "compare.json").is_file()
+    }
+    found = {share: lines(result) for share, result in results.items()}
+    (HERE / f"{text}.md").write_text(table(found))
+    (HERE / f"{text}.json").write_text(json.dumps(results, indent=1) + "\n")
+    draw(found, HERE / f"{text}.png")
+    print(table(found))
+
+
+if __name__ == "__main__":
+    main()
