@@ -12,6 +12,7 @@ from torch import Tensor
 import memsinks as ms
 from memsinks.errors import ConfigError, DataError
 from memsinks.sinks.state import is_sink, shared_parameters, sink_parameters
+from memsinks.training.evaluate import row_losses
 
 ROWS, LENGTH, LR = 6, 12, 1e-2
 EXPOSURES = torch.tensor([1, 2, 1, 5, 3, 1])
@@ -186,3 +187,35 @@ def test_whatever_the_forward_takes_is_taken() -> None:
     always = sink_llama(open_from=1, shared_decay=0.0)
     del whole["exposures"]
     assert ms.sinks_first(always, optimizer_of(always), [whole]) == ROWS
+
+
+def test_several_updates_are_several_calls() -> None:
+    models = [sink_llama(), sink_llama()]
+    optimizers = [optimizer_of(model) for model in models]
+    once = ms.sinks_first(models[0], optimizers[0], [batch()], updates=3)
+    each = [ms.sinks_first(models[1], optimizers[1], [batch()]) for _ in range(3)]
+    assert once == sum(each) > 0
+    for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_row_whose_loss_is_low_takes_no_further_part() -> None:
+    """Before each update the rows above the level are those of the update; in the end none is, or the updates are used up."""
+    model, whole = sink_llama(), batch()
+    optimizer = optimizer_of(model)
+    with torch.no_grad():
+        found = row_losses(model(**whole).logits, whole["labels"])
+    opens = whole["exposures"] > 1 if whole["exposures"].dim() == 1 else (whole["exposures"] > 1).any(1)
+    level = float(found[opens].median())
+    first = int(opens.sum())
+    assert ms.sinks_first(model, optimizer, [whole], updates=2, until=level) == first + int(
+        (found[opens] > level).sum()
+    )
+    assert ms.sinks_first(model, optimizer, [whole], updates=50, until=1e9) == first
+
+
+def test_how_many_and_until_when_must_make_sense() -> None:
+    model = sink_llama()
+    for wrong, part in (({"updates": 0}, "updates must be"), ({"until": -0.1}, "until must be")):
+        with pytest.raises(ConfigError, match=part):
+            ms.sinks_first(model, optimizer_of(model), [batch()], **wrong)

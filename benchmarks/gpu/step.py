@@ -88,7 +88,11 @@ def measure(recipe: Recipe, made: TrainingMethod, steps: int, peak: float) -> di
 
     def first(batch: Batch) -> None:
         if made.sinks_first:
-            sinks_first(model, optimizer, [batch], max_norm=training.max_grad_norm, num_items_in_batch=tokens)
+            updates, until = made.sinks_first, made.sinks_first_until
+            norm = training.max_grad_norm
+            sinks_first(
+                model, optimizer, [batch], updates=updates, until=until, max_norm=norm, num_items_in_batch=tokens
+            )
 
     def update() -> None:
         clip_gradients(model, training.max_grad_norm)

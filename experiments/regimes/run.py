@@ -26,7 +26,7 @@ REGIMES: dict[int, dict[str, str]] = {
     60: {"data.limit": "3274", "data.fresh": "3800", "data.repeat": "{documents: 138, copies: [4, 16, 64]}"},
 }
 """Share of repeats in percent -> what changes in the recipe; rows and steps stay."""
-EVERY_SEED = ("standard", "twin", "dedup", "exact, fresh text", "decay")
+EVERY_SEED = ("standard", "twin", "dedup", "exact, fresh text", "decay", "decay 1, until 0.3")
 
 
 def regime(text: str, share: int) -> Comparison:

@@ -24,7 +24,7 @@ COLORS = {5: "#0072B2", 20: "#D55E00", 60: "#009E73"}
 NAMES = {"standard": "ordinary training", "twin": "never seen (twin)", "dedup": "seen once (deduplication)"}
 
 
-ORDER = ("standard", "decay", "decay, settled", "exact", "exact, fresh text", "dedup", "twin")
+ORDER = ("standard", "decay", "decay, settled", "decay 1, until 0.3", "exact", "exact, fresh text", "dedup", "twin")
 
 
 class Line(NamedTuple):
@@ -139,7 +139,15 @@ def draw(found: dict[int, dict[str, Line]], path: Path) -> None:
 
     figure = Figure(figsize=(8.2, 5.2), layout="constrained")
     axes = figure.subplots()
-    marks = {"standard": "o", "decay": "s", "decay, settled": "D", "exact": "^", "exact, fresh text": "P", "dedup": "v"}
+    marks = {
+        "standard": "o",
+        "decay": "s",
+        "decay, settled": "D",
+        "decay 1, until 0.3": "X",
+        "exact": "^",
+        "exact, fresh text": "P",
+        "dedup": "v",
+    }
     for share, arms in found.items():
         points = {
             name: (statistics.mean(line.price), strongest_of_all(line)) for name, line in arms.items() if name in marks

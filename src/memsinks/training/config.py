@@ -23,7 +23,8 @@ class TrainingConfig:
         warmup: share of the steps.
         sink_lr_factor: the sinks' learning rate is ``lr`` times this.
         sinks_first: where there are sinks and their texts go on to teach the shared weights (``shared="decay"``), each step
-            begins with an update of the sinks alone, see `sinks_first`.
+            begins with so many updates of the sinks alone at most, see `sinks_first`; True = 1, False = 0.
+        sinks_first_until: a row takes part in one more of them while its loss is above this, nats.
         sinks_last: where there are sinks, passes over the repeated texts after training that train the sinks alone, see
             `sinks_last`; None = `PASSES` in exact mode (``shared="none"``), otherwise 0.
         weight_decay: of the shared matrices.
@@ -50,7 +51,8 @@ class TrainingConfig:
     min_lr_ratio: float = 0.1
     warmup: float = 0.05
     sink_lr_factor: float = 3.0
-    sinks_first: bool = True
+    sinks_first: int = 1
+    sinks_first_until: float = 0.0
     sinks_last: int | None = None
     weight_decay: float = 0.1
     betas: tuple[float, ...] = (0.9, 0.95)
@@ -66,6 +68,8 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "betas", tuple(self.betas))
+        if isinstance(self.sinks_first, bool):
+            object.__setattr__(self, "sinks_first", int(self.sinks_first))
         refuse(self._problems(), "invalid TrainingConfig")
 
     @property
@@ -79,6 +83,7 @@ class TrainingConfig:
             "batch_rows": 1,
             "accumulate": 1,
             "epochs": 1,
+            "sinks_first": 0,
             "seed": 0,
             "save_every": 0,
             "keep": 1,
@@ -89,6 +94,7 @@ class TrainingConfig:
         for name, value in (("threads", 1), ("sinks_last", 0)):
             problems += [] if getattr(self, name) is None else int_at_least(name, getattr(self, name), value)
         problems += positive("lr", self.lr) + positive("sink_lr_factor", self.sink_lr_factor)
+        problems += at_least("sinks_first_until", self.sinks_first_until, 0)
         problems += at_least("weight_decay", self.weight_decay, 0) + at_least("max_grad_norm", self.max_grad_norm, 0)
         problems += share("min_lr_ratio", self.min_lr_ratio) + share("warmup", self.warmup)
         problems += one_of("precision", self.precision, ("fp32", "bf16"))

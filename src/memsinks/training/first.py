@@ -1,4 +1,4 @@
-"""Sinks learn first: one update of the sinks alone, on texts met before, before each step.
+"""Sinks learn first: updates of the sinks alone, on texts met before, before each step.
 
     for batch in batches:
         ms.sinks_first(model, optimizer, [batch])  # once a step: the list of its micro-batches
@@ -6,8 +6,9 @@
         ...
 
 The shared weights then get the gradient of what the sinks still leave, so less of a repeated text is written into them, and
-the sinks recite it after fewer copies. It costs a forward and a backward of the rows that hold such texts, without the
-gradients of the shared weights. It runs uncompiled, because the number of those rows differs from step to step.
+the sinks recite it after fewer copies. With as many updates as it takes until a text's own loss is low, next to nothing is left.
+An update costs a forward and a backward of the rows that hold such texts, without the gradients of the shared weights. It runs
+uncompiled, because the number of those rows differs from step to step.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from memsinks.batch import NO_SINKS, ROW_ARGUMENTS, take_rows, target_count
-from memsinks.errors import ArchitectureError, ConfigError, DataError
+from memsinks.checks import at_least, int_at_least
+from memsinks.errors import ArchitectureError, ConfigError, DataError, refuse
 from memsinks.sinks.config import SinkConfig
 from memsinks.sinks.gradient import frozen
 from memsinks.sinks.state import is_sharded, require_sinks, shared_parameters, sink_parameters, unwrap
+from memsinks.training.evaluate import row_losses
 from memsinks.training.optim import clip_grad_norm_
 from memsinks.training.processes import process_count, sum_over
 
@@ -35,6 +38,8 @@ def sinks_first(
     optimizer: torch.optim.Optimizer,
     batches: Sequence[Mapping[str, Tensor]],
     *,
+    updates: int = 1,
+    until: float = 0.0,
     max_norm: float | None = 1.0,
     num_items_in_batch: Tensor | int | None = None,
     loss: Loss | None = None,
@@ -47,16 +52,19 @@ def sinks_first(
         optimizer: the optimizer of the step, or of the sinks.
         batches: the micro-batches of the step, as the model takes them, each with `document_ids` and `exposures`. Their
             gradients add up to those of one batch.
+        updates: how many there are at most.
+        until: a row takes part in one more update while the mean loss of its targets, its sinks open, was above this in the
+            one before, nats.
         max_norm: of the sinks' gradient, see `clip_grad_norm_`; 0 or None = no clipping.
         num_items_in_batch: the divisor of the loss, targets of the whole step over all ranks; None = those of `batches` over
             all ranks.
         loss: what a step learns, if it is not the model's own loss; `num_items_in_batch` is then not looked at.
 
     Returns:
-        The number of this rank's rows that were learned from; 0 on every rank = nothing moved.
+        The number of this rank's rows that were learned from, counted in each update; 0 on every rank = nothing moved.
 
     Raises:
-        ConfigError: a model in evaluation mode, whose sinks do not follow the ids of a batch.
+        ConfigError: a model in evaluation mode, whose sinks do not follow the ids of a batch; `updates` below 1, `until` below 0.
         DataError: labels, ids or exposures are missing, or a batch where a list of them belongs.
         ArchitectureError: FSDP, where no rank holds whole parameters.
     """
@@ -69,27 +77,47 @@ def sinks_first(
         raise ArchitectureError("sinks_first needs whole parameters on each rank; use DDP or one process, not FSDP")
     if isinstance(batches, Mapping):
         raise DataError("sinks_first takes the list of a step's micro-batches; give [batch]")
+    refuse(int_at_least("updates", updates, 1) + at_least("until", until, 0), "cannot update the sinks")
     chosen = [_open_rows(batch, config) for batch in batches]
-    rows, device, own_loss = sum(len(x) for x in chosen), parameters[0].device, loss is not None
-    if not sum_over(torch.tensor(rows), device):
-        return 0
+    device, own_loss, learned = parameters[0].device, loss is not None, 0
     loss = loss or _model_loss(batches, num_items_in_batch, device)
     held = [(x, x.grad) for x in model.parameters()]
     try:
-        for parameter, _ in held:
-            parameter.grad = None
-        with frozen(shared_parameters(model)), torch.compiler.set_stance("force_eager"):
-            for batch, own in zip(batches, chosen, strict=True):
-                if len(own):
-                    loss(model, _part(batch, own), batch).backward()
-        if process_count() > 1:
-            _exchange_gradients(parameters, mean=own_loss)
-        clip_grad_norm_(model, max_norm)
-        getattr(optimizer, "optimizer", optimizer).step()
+        for _ in range(updates):
+            rows = sum(len(x) for x in chosen)
+            if not sum_over(torch.tensor(rows), device):
+                break
+            learned += rows
+            for parameter, _ in held:
+                parameter.grad = None
+            with frozen(shared_parameters(model)), torch.compiler.set_stance("force_eager"):
+                left = [_learn(model, loss, batch, own, until) for batch, own in zip(batches, chosen, strict=True)]
+            if process_count() > 1:
+                _exchange_gradients(parameters, mean=own_loss)
+            clip_grad_norm_(model, max_norm)
+            getattr(optimizer, "optimizer", optimizer).step()
+            chosen = left
     finally:
         for parameter, gradient in held:
             parameter.grad = gradient
-    return rows
+    return learned
+
+
+def _learn(model: nn.Module, loss: Loss, batch: Mapping[str, Tensor], own: Tensor, until: float) -> Tensor:
+    """Add the gradient of some rows of a micro-batch; returns those of them whose loss was above `until`, int64."""
+    if not len(own):
+        return own
+    part = _part(batch, own)
+    if not until:
+        loss(model, part, batch).backward()
+        return own
+    logits: list[Tensor] = []
+    hook = model.register_forward_hook(lambda *seen: logits.append(seen[-1].logits.detach()))
+    try:
+        loss(model, part, batch).backward()
+    finally:
+        hook.remove()
+    return own[(row_losses(logits[-1], part["labels"]) > until).to(own.device)]
 
 
 def _model_loss(batches: Sequence[Mapping[str, Tensor]], divisor: Tensor | int | None, device: torch.device) -> Loss:

@@ -113,8 +113,15 @@ class Training:
             self._exchanging = DistributedDataParallel(self.model, find_unused_parameters=unused)
         with self.as_in_training():
             if self.config.sinks_first and has_sinks(self.model) and require_sinks(self.model).config.shared == "decay":
-                norm = self.config.max_grad_norm
-                sinks_first(self.model, self.optimizer, parts, max_norm=norm, num_items_in_batch=targets)
+                sinks_first(
+                    self.model,
+                    self.optimizer,
+                    parts,
+                    updates=self.config.sinks_first,
+                    until=self.config.sinks_first_until,
+                    max_norm=self.config.max_grad_norm,
+                    num_items_in_batch=targets,
+                )
             loss = 0.0
             for place, part in enumerate(parts):
                 with self._alone(place + 1 < len(parts)):

@@ -217,6 +217,7 @@ class SinkTrainer(Trainer):
     Args:
         arguments, settings: those of `Trainer`.
         sink_lr_factor: the sinks' learning rate is ``args.learning_rate`` times this, see `param_groups`.
+        sinks_first_updates, sinks_first_until: `updates` and `until` of `sinks_first`.
 
     Raises:
         ArchitectureError: a model without sinks; fp16, DeepSpeed or FSDP.
@@ -224,7 +225,14 @@ class SinkTrainer(Trainer):
         DataError: in `train`, rows in another order than that of their exposures, or met twice; see `SinkCallback`.
     """
 
-    def __init__(self, *arguments: Any, sink_lr_factor: float = 3.0, **settings: Any) -> None:
+    def __init__(
+        self,
+        *arguments: Any,
+        sink_lr_factor: float = 3.0,
+        sinks_first_updates: int = 1,
+        sinks_first_until: float = 0.0,
+        **settings: Any,
+    ) -> None:
         given: dict[str, Any] = inspect.signature(Trainer).bind(*arguments, **settings).arguments
         callbacks = given.get("callbacks") or []
         if not any(isinstance(x, SinkCallback) or x is SinkCallback for x in callbacks):
@@ -232,6 +240,7 @@ class SinkTrainer(Trainer):
         if given.get("data_collator") is None:
             given["data_collator"] = collate
         self.sink_lr_factor = sink_lr_factor
+        self.sinks_first_updates, self.sinks_first_until = sinks_first_updates, sinks_first_until
         self._waiting: list[Mapping[str, Any]] | None = None
         super().__init__(**given)
         _sink_state(self.model)
@@ -295,6 +304,8 @@ class SinkTrainer(Trainer):
                 model,
                 optimizer,
                 batches,
+                updates=self.sinks_first_updates,
+                until=self.sinks_first_until,
                 max_norm=self.args.max_grad_norm,
                 loss=lambda model, rows, batch: self._loss_of(model, rows, batch, num_items_in_batch),
             )

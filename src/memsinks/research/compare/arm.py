@@ -252,7 +252,9 @@ def settings_of(recipe: Recipe, arm: Arm) -> dict[str, Any]:
     made = arm.training
     settle = made.settle and {"lr": made.settle.lr, "passes": made.settle.passes}  # what an arm can set
     method = {"sinks": made.sinks and made.sinks.to_dict(), "sinks_first": made.sinks_first, "settle": settle}
-    method |= {name: getattr(made, name) for name in ("sinks_last", "fresh") if getattr(made, name)}
+    method |= {
+        name: getattr(made, name) for name in ("sinks_first_until", "sinks_last", "fresh") if getattr(made, name)
+    }
     return json.loads(json.dumps({"recipe": values, "rival": arm.rival, "settings": arm.settings, "method": method}))
 
 
@@ -279,7 +281,11 @@ def with_method(recipe: Recipe, made: TrainingMethod, seed: int, output: Path) -
         output=str(output),
         model=dataclasses.replace(recipe.model, config=config),
         training=dataclasses.replace(
-            recipe.training, seed=seed, sink_lr_factor=made.sink_lr_factor, sinks_first=made.sinks_first
+            recipe.training,
+            seed=seed,
+            sink_lr_factor=made.sink_lr_factor,
+            sinks_first=made.sinks_first,
+            sinks_first_until=made.sinks_first_until,
         ),
     )
 

@@ -89,7 +89,7 @@ def _recipe_problems(recipe: Recipe, training: Mapping[str, Any]) -> list[str]:
     """What of a recipe is an arm's business in a comparison."""
     problems = [
         f"training.{name} belongs to an arm, not to the recipe"
-        for name in ("sinks_first", "sinks_last", "sink_lr_factor")
+        for name in ("sinks_first", "sinks_first_until", "sinks_last", "sink_lr_factor")
         if name in training
     ]
     if recipe.sinks is not None:

@@ -39,7 +39,7 @@ class TrainingMethod:
         heads: attention heads beyond the recipe's.
         sinks: sinks to add; their seed becomes the run's.
         sink_lr_factor: learning rate of the sinks over that of the rest.
-        sinks_first: whether each step begins with an update of the sinks alone, see `sinks_first`.
+        sinks_first: updates of the sinks alone before each step, at most; sinks_first_until: see `TrainingConfig`.
         change: what is done to each batch: other targets (`IGNORED` drops one), other document ids.
         step: gradients of one step.
         remove: takes out, in place, what is not exported.
@@ -53,7 +53,8 @@ class TrainingMethod:
     heads: int = 0
     sinks: SinkConfig | None = None
     sink_lr_factor: float = 1.0
-    sinks_first: bool = False
+    sinks_first: int = 0
+    sinks_first_until: float = 0.0
     change: Callable[[Batch], Batch] = unchanged
     step: Callable[[PreTrainedModel, Batch, Tensor], float] = plain_step
     remove: Callable[[PreTrainedModel], None] = remove_all_sinks

@@ -47,7 +47,8 @@ def _fresh_ids(batch: Batch) -> Tensor:
 def gated(
     *,
     sink_lr_factor: float = 3.0,
-    sinks_first: bool = False,
+    sinks_first: int = 0,
+    sinks_first_until: float = 0.0,
     sinks_last: int = 0,
     fresh: bool = False,
     extra_neurons: int = 0,
@@ -57,14 +58,15 @@ def gated(
 ) -> TrainingMethod:
     """Ours: a text's sinks open from its second exposure on, and what it teaches the shared weights decays (docs/method.md).
 
-    `settings` are those of `SinkConfig`; ``shared="none"`` is the exact mode. `sinks_last`, `fresh`: see `TrainingMethod`. With
-    `settle_lr` what is left is leveled.
+    `settings` are those of `SinkConfig`; ``shared="none"`` is the exact mode. `sinks_first` to `fresh`: see `TrainingMethod`.
+    With `settle_lr` what is left is leveled.
     """
     return TrainingMethod(
         sinks=SinkConfig(**settings),
         sink_lr_factor=sink_lr_factor,
         extra_neurons=extra_neurons,
-        sinks_first=sinks_first,
+        sinks_first=int(sinks_first),
+        sinks_first_until=sinks_first_until,
         sinks_last=sinks_last,
         fresh=fresh,
         settle=settling(settle_lr, settle_passes),
