@@ -38,8 +38,8 @@ SMALL = {
     "roles": {"audited": "ours", "against": "standard"},
     "arms": {
         "standard": {"rival": "standard"},
-        "ours": {"rival": "gated", "neurons": 64, "active": 16, "block_size": 8},
-        "ours first": {"rival": "gated", "neurons": 64, "active": 16, "block_size": 8, "sinks_first": True},
+        "ours": {"rival": "gated", "neurons": 64, "active": 16, "block_size": 8, "shared": "decay"},
+        "ours first": {"rival": "gated", "neurons": 64, "active": 16, "block_size": 8, "shared": "decay", "sinks_first": True},
         "exact": {"rival": "gated", "neurons": 64, "active": 16, "block_size": 8, "shared": "none"},
         "published": {"rival": "published", "neurons": 64, "active": 16, "extra_neurons": -8},
         "masking": {"rival": "gradient-masking", "extra_neurons": 8},

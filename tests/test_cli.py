@@ -259,6 +259,28 @@ def test_audit_of_each_state(tiny_run, tmp_path, capsys) -> None:
     assert "say which to audit" in failed(capsys, "audit", f"{tiny_run}/model", *sides)
 
 
+def test_audit_with_attacks_that_train(tiny_run, tmp_path, capsys) -> None:
+    harmless = tmp_path / "other.jsonl"
+    harmless.write_text(
+        "".join(json.dumps({"text": f"On day {n} the {n * 7} sailors rested."}) + "\n" for n in range(4))
+    )
+    arguments = ["audit", f"{tiny_run}/model@closed", "--documents", f"{tiny_run}/members.jsonl", "--copies-field", "copies",
+                 "--controls", f"{tiny_run}/controls.jsonl", "--limit", "6", "--prefix", "8", "--continuation", "2",
+                 "--harmless", str(harmless), "--attack-lr", "1e-4"]  # fmt: skip
+    for attacks, made in (("forward", 3), ("all", 7)):
+        out = tmp_path / attacks
+        assert main([*arguments, "--attacks", attacks, "--out", str(out)]) == 0
+        result = json.loads((out / "audit.json").read_text())
+        assert len(result["models"][0]["probes"]) == made
+        assert (
+            result["settings"] | {"attacks": attacks, "attack_lr": 1e-4, "harmless": "4 texts given"}
+            == result["settings"]
+        )
+    assert "gap of changed copies" in capsys.readouterr().out
+    harmless.write_text("")
+    assert "holds no documents" in failed(capsys, *arguments)
+
+
 def test_audit_of_a_stock_checkpoint_and_wrong_files(tiny_run, tmp_path, capsys) -> None:
     text = tmp_path / "mine.txt"
     text.write_text("The otter sat by the river and counted boats.")

@@ -42,7 +42,7 @@ MODELS = {
 }  # fmt: skip
 SINKS = {
     "none": None,
-    "gated": {"neurons": 128, "active": 32, "block_size": 16},
+    "gated": {"neurons": 128, "active": 32, "block_size": 16, "shared": "decay"},
     "published": {
         "neurons": 64, "active": 20, "routing": "bernoulli", "per_layer": False, "open_from": 1, "shared_decay": 0.0,
     },

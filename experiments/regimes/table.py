@@ -2,8 +2,8 @@
 
     python experiments/regimes/table.py tinystories     # TEXT.md, TEXT.png and TEXT.json beside this file, from runs/regimes
 
-An arm's *strongest* attack is the one with the greatest AUC, its mean over the seeds. *Farthest from seen once*: the attack, and
-the changed copy, in which it differs most from the model that met each text once, mean over the seeds of the difference.
+The *strongest* attack on an arm has the greatest AUC, its mean over the seeds. *Most above*, *farthest from seen once*: the
+attack that finds most more in it than in the model that met each text once, and the gap that differs most; means over the seeds.
 """
 
 from __future__ import annotations
@@ -25,6 +25,14 @@ NAMES = {"standard": "ordinary training", "twin": "never seen (twin)", "dedup": 
 
 
 ORDER = ("standard", "decay", "decay, settled", "decay 1, until 0.3", "exact", "exact, fresh text", "dedup", "twin")
+
+
+GAPS = {
+    "60 harmless steps": "after 60 harmless steps",
+    "half relearned": "other half, after relearning one",
+    "rounded to 4 bits": "at 4 bits",
+}
+"""Changed copies that have a column, and its title."""
 
 
 class Line(NamedTuple):
@@ -69,47 +77,58 @@ def strongest_of_all(line: Line) -> float:
     return max(statistics.mean(x) for x in line.auc.values())
 
 
-def farthest(mine: dict[str, list[float]], its: dict[str, list[float]]) -> tuple[str, float]:
-    """Where two arms differ most, and the mean over the seeds that both have of that difference."""
-    apart = {
+def apart(mine: dict[str, list[float]], its: dict[str, list[float]]) -> dict[str, float]:
+    """Mean over the seeds that both have of the difference between two arms, by attack or changed copy."""
+    return {
         name: statistics.mean(a - b for a, b in zip(mine[name], its[name], strict=False))
         for name in mine
         if name in its
     }
-    return max(apart.items(), key=lambda item: abs(item[1]), default=("", float("nan")))
+
+
+def above(mine: dict[str, list[float]], its: dict[str, list[float]]) -> tuple[str, float]:
+    """The attack that finds most more in one arm than in another, and how much more."""
+    return max(apart(mine, its).items(), key=lambda item: item[1], default=("", float("nan")))
+
+
+def farthest(mine: dict[str, list[float]], its: dict[str, list[float]]) -> tuple[str, float]:
+    """The changed copy in which two arms differ most, in either direction, and by how much."""
+    return max(apart(mine, its).items(), key=lambda item: abs(item[1]), default=("", float("nan")))
+
+
+def recited(line: Line) -> str:
+    """Share recited with own sinks, mean over the numbers of copies from 16 on; "-" without sinks."""
+    values = [line.recited[copies] for copies in line.recited if copies >= 16]
+    return spread([statistics.mean(x) for x in zip(*values, strict=True)], ".0%") if values else "-"
 
 
 def row(name: str, line: Line, once: Line) -> str:
     alone, beside = strongest(line, twin=False), strongest(line, twin=True)
-    auc, nats = farthest(line.auc, once.auc), farthest(line.gaps, once.gaps)
-    is_once = line is once
-    recited = [
-        spread(
-            [statistics.mean(x) for x in zip(*(line.recited[c] for c in line.recited if c >= 16), strict=True)], ".0%"
-        )
-    ]
+    auc, nats = above(line.auc, once.auc), farthest(line.gaps, once.gaps)
     cells = [
         NAMES.get(name, name),
         str(len(line.price)),
         spread(line.price, "+.3f"),
         f"{alone[1]:.2f} ({alone[0]})",
-        f"{beside[1]:.2f} ({beside[0].removeprefix('reference, ')})" if beside[0] else "-",
-        "-" if is_once else f"{auc[1]:+.2f} ({auc[0].removeprefix('reference, ')})",
-        spread(line.gaps["as it is"], "+.3f"),
-        spread(line.gaps["60 harmless steps"], "+.3f"),
-        spread(line.gaps["half relearned"], "+.3f"),
-        "-" if is_once else f"{nats[1]:+.3f} ({nats[0]})",
-        recited[0] if line.recited else "-",
+        f"{beside[1]:.2f} ({short(beside[0])})" if beside[0] else "-",
+        "-" if line is once else f"{auc[1]:+.2f} ({short(auc[0])})",
+        *(spread(line.gaps[name], "+.3f") for name in ("as it is", *GAPS)),
+        "-" if line is once else f"{nats[1]:+.3f} ({nats[0]})",
+        recited(line),
     ]
     return "| " + " | ".join(cells) + " |"
+
+
+def short(attack: str) -> str:
+    """An attack with the twin without saying so."""
+    return attack.removeprefix("reference, ").replace("reference", "one-sided")
 
 
 def table(found: dict[int, dict[str, Line]]) -> str:
     """Markdown: a table a regime, an arm a line."""
     head = [
-        "arm", "seeds", "price (nats)", "strongest attack alone, AUC", "with the twin, AUC", "farthest from seen once, AUC",
-        "gap (nats)", "after 60 harmless steps", "other half, after relearning one", "farthest from seen once, nats",
-        "recited with own sinks, 16 copies and more",
+        "arm", "seeds", "price (nats)", "strongest attack alone, AUC", "with the twin, AUC", "most above seen once, AUC",
+        "gap (nats)", *GAPS.values(), "farthest from seen once, nats", "recited with own sinks, 16 copies and more",
     ]  # fmt: skip
     parts = []
     for share, arms in found.items():
@@ -130,6 +149,31 @@ def table(found: dict[int, dict[str, Line]]) -> str:
         )
         parts += [row(name, arms[name], once) for name in order]
         parts.append("")
+    return "\n".join(parts)
+
+
+def brief(found: dict[int, dict[str, Line]]) -> str:
+    """Markdown for the README: some figures, all regimes in one line an arm."""
+    head = [
+        "",
+        *(f"{share}%: {x}" for share in found for x in ("price", "strongest attack", "gap after 60 steps")),
+        "recited",
+    ]
+    parts = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for name in ORDER:
+        cells = [NAMES.get(name, name)]
+        for arms in found.values():
+            if name in arms:
+                line = arms[name]
+                cells += [
+                    spread(line.price, "+.3f"),
+                    f"{strongest_of_all(line):.2f}",
+                    spread(line.gaps["60 harmless steps"], "+.3f"),
+                ]
+            else:
+                cells += ["-"] * 3
+        known = [recited(arms[name]) for arms in found.values() if name in arms]
+        parts.append("| " + " | ".join([*cells, known[-1] if known else "-"]) + " |")
     return "\n".join(parts)
 
 
@@ -191,7 +235,7 @@ def main() -> None:
     (HERE / f"{text}.md").write_text(table(found))
     (HERE / f"{text}.json").write_text(json.dumps(results, indent=1) + "\n")
     draw(found, HERE / f"{text}.png")
-    print(table(found))
+    print(table(found), brief(found), sep="\n")
 
 
 if __name__ == "__main__":

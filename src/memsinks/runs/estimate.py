@@ -85,6 +85,7 @@ class RunEstimate:
 def estimate(recipe: Recipe) -> RunEstimate:
     """The figures of a recipe.
 
+    Counted as if every token opened its sinks and taught all weights; in exact mode rows that open sinks take less of both.
     Memory is that of one process: all parameters, gradients and moments, and one micro-batch. It does not count what the CUDA
     context, the allocator's fragments and the kernels' work space take, so leave about a tenth free.
 
