@@ -1,4 +1,5 @@
-"""Two processes (gloo) train as one does: DDP and FSDP2, with decay, a rank without open sinks included."""
+"""Two processes (gloo) train as one does: DDP and FSDP2, with decay and in exact mode, a rank without open sinks, or with
+nothing else, included."""
 
 from __future__ import annotations
 
@@ -29,8 +30,8 @@ def batch(step: int) -> dict[str, torch.Tensor]:
 
 
 def train(kind: str, rank: int = 0, world: int = 1) -> dict[str, torch.Tensor]:
-    model = sink_llama().train()
-    if kind == "fsdp":
+    model = sink_llama(shared="none" if "exact" in kind else "decay").train()
+    if "fsdp" in kind:
         for layer in model.model.layers:
             fully_shard(layer)
         fully_shard(model)
@@ -46,7 +47,7 @@ def train(kind: str, rank: int = 0, world: int = 1) -> dict[str, torch.Tensor]:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    if kind == "fsdp":
+    if "fsdp" in kind:
         with pytest.raises(ms.ArchitectureError, match="use DDP or one process, not FSDP"):
             ms.sinks_first(model, optimizer, [part])
         return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
@@ -65,13 +66,27 @@ def work(rank: int, kind: str, folder: str) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("kind", ["ddp", "ddp, sinks first", "fsdp"])
+@pytest.mark.parametrize("kind", ["ddp", "ddp, sinks first", "ddp, exact", "ddp, exact, sinks first", "fsdp"])
 def test_two_processes_equal_one(kind: str, tmp_path: Path) -> None:
     mp.spawn(work, (kind, str(tmp_path)), nprocs=2)
-    two, one = torch.load(tmp_path / "weights.pt"), train("one, sinks first" if "first" in kind else "one")
+    two, one = torch.load(tmp_path / "weights.pt"), train(kind.replace("ddp", "one").replace("fsdp", "one"))
     assert set(two) == set(one)
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, rtol=0, atol=2e-5, msg=name)
+
+
+def refused(rank: int, _: str) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29513"}
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    with pytest.raises(ms.ArchitectureError, match="exact mode.*which FSDP cannot gather for; use DDP"):
+        train("fsdp, exact", rank, 2)
+    dist.destroy_process_group()
+
+
+@pytest.mark.long
+def test_the_exact_mode_is_refused_under_fsdp(tmp_path: Path) -> None:
+    mp.spawn(refused, (str(tmp_path),), nprocs=2)
 
 
 def gradients_of_a_trainer(rank: int, averaged: bool, folder: str) -> None:

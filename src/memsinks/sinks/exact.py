@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from memsinks.batch import IGNORED, NO_SINKS, take_rows
-from memsinks.errors import ConfigError, DataError
+from memsinks.errors import ArchitectureError, ConfigError, DataError
 from memsinks.sinks.gradient import ZeroGradient, frozen
 from memsinks.sinks.run import run
-from memsinks.sinks.state import shared_parameters
+from memsinks.sinks.state import is_sharded, shared_parameters
 
 
 def run_apart(
@@ -32,9 +32,15 @@ def run_apart(
     Raises:
         DataError: a row of which one part has weight 0 and another has not.
         ConfigError: under compilation, or where more than logits and loss is asked for.
+        ArchitectureError: under FSDP.
     """
     if torch.compiler.is_compiling():
         raise ConfigError('shared="none" (exact mode) cannot be compiled: it splits each batch by its data')
+    if is_sharded(model):
+        raise ArchitectureError(
+            'shared="none" (exact mode) runs as many forwards as the rows of a rank need, which FSDP cannot gather for; use DDP, '
+            "or SinkConfig(shared_decay=...)"
+        )
     apart = _rows_apart(weight, document_ids, arguments.get("labels"))
     if not bool(apart.any()):
         return run(model, stock, arguments, ids, None)
