@@ -137,45 +137,27 @@ def table(found: dict[int, dict[str, Line]]) -> str:
         once = arms["dedup"]
         parts.append(f"**{share}% of the rows are repeats**\n")
         parts.append("| " + " | ".join(head) + " |\n|" + "---|" * len(head))
-        order = sorted(
-            arms,
-            key=lambda name: (
-                "standard",
-                "decay",
-                "decay, settled",
-                "exact",
-                "exact, fresh text",
-                "dedup",
-                "twin",
-            ).index(name),
-        )
-        parts += [row(name, arms[name], once) for name in order]
+        parts += [row(name, arms[name], once) for name in ORDER if name in arms]
         parts.append("")
     return "\n".join(parts)
 
 
 def brief(found: dict[int, dict[str, Line]]) -> str:
     """Markdown for the README: some figures, all regimes in one line an arm."""
-    head = [
-        "",
-        *(f"{share}%: {x}" for share in found for x in ("price", "strongest attack", "gap after 60 steps")),
-        "recited",
-    ]
+    titles = ("price", "strongest attack", "left after 60 steps")
+    head = ["", *(f"{share}%: {title}" for share in found for title in titles), "recited"]
     parts = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for name in ORDER:
         cells = [NAMES.get(name, name)]
         for arms in found.values():
-            if name in arms:
-                line = arms[name]
-                cells += [
-                    spread(line.price, "+.3f"),
-                    f"{strongest_of_all(line):.2f}",
-                    spread(line.gaps["60 harmless steps"], "+.3f"),
-                ]
-            else:
-                cells += ["-"] * 3
-        known = [recited(arms[name]) for arms in found.values() if name in arms]
-        parts.append("| " + " | ".join([*cells, known[-1] if known else "-"]) + " |")
+            line, left = arms[name], apart(arms[name].gaps, arms["dedup"].gaps)["60 harmless steps"]
+            cells += [
+                spread(line.price, "+.3f"),
+                f"{strongest_of_all(line):.2f}",
+                "0" if name == "dedup" else f"{left:+.3f}",
+            ]
+        cells.append(recited(list(found.values())[-1][name]))
+        parts.append("| " + " | ".join(cells) + " |")
     return "\n".join(parts)
 
 
@@ -198,13 +180,13 @@ def draw(found: dict[int, dict[str, Line]], path: Path) -> None:
         points = {
             name: (statistics.mean(line.price), strongest_of_all(line)) for name, line in arms.items() if name in marks
         }
-        ordered = sorted(points.values(), key=lambda point: -point[1])
+        ordered = [points[name] for name in ORDER if name in points and name != "dedup"]
         axes.plot(
             *zip(*ordered, strict=True),
             color=COLORS[share],
             lw=1.2,
             alpha=0.5,
-            label=f"{share}% repeats",
+            label=f"{share}% of the rows are repeats",
         )
         for name, (x, y) in points.items():
             axes.plot([x], [y], marker=marks[name], color=COLORS[share], ls="", ms=8)
