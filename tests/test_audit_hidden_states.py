@@ -13,6 +13,12 @@ from memsinks.auditing.hidden_states import distances, relations
 from memsinks.auditing.settings import AuditSettings
 
 
+@pytest.fixture(autouse=True)
+def few_controls_will_do(monkeypatch) -> None:
+    """The formula is the same with two controls; what it says of few is worth nothing, see the last test."""
+    monkeypatch.setattr(hidden_states, "LEAST", 2)
+
+
 def corpus() -> Corpus:
     return read_corpus(MEMBERS, CONTROLS, the_tokenizer(), AuditSettings())
 
@@ -94,3 +100,10 @@ def test_a_model_without_hidden_states_is_not_asked() -> None:
 
     assert relations(Silent([]), corpus()) is None
     assert relations(Oracle([]), corpus()) is not None
+
+
+def test_too_few_controls_are_no_anchors(monkeypatch) -> None:
+    """Two centered controls are opposite to each other in every model: told from anything without any memory."""
+    monkeypatch.undo()
+    assert relations(llama(), corpus()) is None
+    assert hidden_states.LEAST == 20

@@ -155,7 +155,7 @@ def test_what_is_finished_is_not_made_again(tmp_path, monkeypatch, caplog) -> No
     caplog.set_level(logging.INFO)
     first = probed(llama(), tmp_path / "p")
     assert caplog.text.count("attacks that train, 200 steps of 16 texts on copies, about") == 1
-    (tmp_path / "p" / "half-relearned.safetensors").unlink()
+    (tmp_path / "p" / "trained" / "half-relearned.safetensors").unlink()
     trained: list[str] = []
     plain = probes.train_further
     monkeypatch.setattr(
@@ -171,3 +171,18 @@ def test_what_is_finished_is_not_made_again(tmp_path, monkeypatch, caplog) -> No
     assert not trained and "attacks that train" not in caplog.text
     probed(llama(), tmp_path / "p", dataclasses.replace(ALL, attack_lr=2e-3))
     assert len(trained) == 4
+    trained.clear()
+    probed(llama(), tmp_path / "p", AuditSettings(beginning=8))  # without those that train: what they found is kept
+    again = probed(llama(), tmp_path / "p", dataclasses.replace(ALL, attack_lr=2e-3))
+    assert not trained and list(again) == list(PROBES)
+
+
+def test_other_tokens_are_asked_anew(tmp_path) -> None:
+    """The texts are the same, but another tokenizer cut them."""
+    given, settings = corpus(AuditSettings()), AuditSettings()
+    other = Corpus(**(vars(given) | {"tokens": [one[:-2] for one in given.tokens]}))
+    first = probed(llama(), tmp_path / "a", settings, given)
+    second, fresh = (probed(llama(), tmp_path / name, settings, other) for name in ("a", "b"))
+    for name in ROUNDED:
+        np.testing.assert_array_equal(second[name], fresh[name])
+        assert not np.array_equal(first[name], second[name], equal_nan=True)

@@ -18,7 +18,7 @@ from memsinks.auditing.membership import auc, tpr_at_fpr
 from memsinks.auditing.probes import BEGINNINGS, HALF
 from memsinks.auditing.result import Audit, outcome, verdict
 from memsinks.auditing.settings import AuditSettings
-from memsinks.auditing.uncertainty import wilson
+from memsinks.auditing.uncertainty import equivalence, wilson
 from memsinks.data.documents import Document
 
 SETTINGS = AuditSettings(resamples=200)
@@ -180,6 +180,15 @@ def test_equivalent_needs_every_changed_copy() -> None:
         audit = whole(models=(model, figures.model(twin, None, twin, [])))
         assert outcome(audit) == found
         assert any(sentence.startswith("Widest gap of 2 changed copies: half relearned") for sentence in verdict(audit))
+
+
+def test_what_is_mostly_unknown_is_not_shown_equivalent() -> None:
+    resampled = np.zeros(200)
+    assert equivalence("x", "y", 0.0, resampled, 0.03).equivalent
+    resampled[:10] = np.nan
+    assert equivalence("x", "y", 0.0, resampled, 0.03).equivalent
+    resampled[:40] = np.nan
+    assert not equivalence("x", "y", 0.0, resampled, 0.03).equivalent
 
 
 def test_a_gap_of_beginnings_alone_is_no_trace() -> None:

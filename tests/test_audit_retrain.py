@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 
 import numpy as np
@@ -12,7 +13,7 @@ from audited import TEXTS, UNSEEN, llama, memorized_in_sinks, tokens_of, train
 from memsinks.auditing.retrain import bare_copy, round_weights, seconds_of_a_step, train_further
 from memsinks.sinks.state import has_sinks
 
-SETTINGS = {"lr": 1e-2, "batch_rows": 2, "seed": 0, "label": "model"}
+SETTINGS = {"lr": 1e-2, "batch_rows": 2, "batch_tokens": 10_000, "seed": 0, "label": "model"}
 
 
 def texts() -> list[np.ndarray]:
@@ -65,6 +66,28 @@ def test_training_is_a_plain_loop(batch_rows) -> None:
         optimizer.zero_grad()
 
 
+def test_small_forwards_make_the_same_steps() -> None:
+    losses = []
+    for batch_tokens in (10_000, 40, 1):
+        model = bare_copy(llama(1))
+        train_further(
+            model, texts(), (3,), lambda: None, **(SETTINGS | {"batch_rows": 4, "batch_tokens": batch_tokens})
+        )
+        losses.append(loss(model, texts()).item())
+    assert losses[1:] == pytest.approx(losses[:1] * 2, rel=1e-3)
+
+
+def test_a_copy_of_a_compiled_model_is_a_copy() -> None:
+    """What was compiled calls the model that it was compiled for."""
+    model = copy.deepcopy(memorized_in_sinks())
+    model.compile(backend="eager")
+    copied, before = bare_copy(model), loss(model, texts()).item()
+    with torch.no_grad():
+        for parameter in copied.parameters():
+            parameter.zero_()
+    assert loss(copied, texts()).item() == pytest.approx(float(np.log(280)), rel=1e-4) != before
+
+
 def test_looks_come_where_asked_in_evaluation_mode() -> None:
     model = bare_copy(llama(attention_dropout=0.3))
     modes = train_further(model, texts(), (0, 3), lambda: model.training, **SETTINGS)
@@ -79,7 +102,7 @@ def test_the_same_figures_at_every_call_and_no_random_state_is_touched() -> None
 
     states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
     first = run()
-    seconds_of_a_step(bare_copy(llama(attention_dropout=0.3)), texts(), 2)
+    seconds_of_a_step(bare_copy(llama(attention_dropout=0.3)), texts(), 2, 10_000)
     assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == states
     torch.manual_seed(99)
     assert run() == first != run(seed=1)
@@ -97,7 +120,8 @@ def test_texts_are_cut_to_the_context() -> None:
 def test_timing_a_step_teaches_nothing() -> None:
     model = bare_copy(llama())
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    assert seconds_of_a_step(model, texts(), 3) > 0
+    with torch.no_grad():
+        assert seconds_of_a_step(model, texts(), 3, 40) > 0
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
 

@@ -33,6 +33,12 @@ def message(**sections) -> str:
     return str(caught.value)
 
 
+@pytest.mark.parametrize(("given", "updates"), [(True, 1), (False, 0), (1, 1), (0, 0), (16, 16)])
+def test_sinks_first_may_be_said_as_yes_or_no(given, updates) -> None:
+    sections = {"sinks": {"neurons": 64, "active": 32, "shared_decay": 1.0}, "training": {"sinks_first": given}}
+    assert parse_recipe(LEAST | sections).training.sinks_first == updates
+
+
 def test_the_least_recipe_gets_the_documented_defaults() -> None:
     recipe = parse_recipe(LEAST)
     assert recipe.sinks is None

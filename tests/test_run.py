@@ -414,7 +414,10 @@ FEW = {"stories": 8, "people_per_level": 2, "near_copies": 0, "canaries_per_leve
 
 @pytest.mark.parametrize(
     ("sections", "error", "part"),
-    [({"data": {"synthetic": {"stories": -1}}}, ConfigError, "stories must be an int"),
+    [({"settle": {}, "data": {"synthetic": {"stories": 60}}}, ConfigError, "settle moves the shared weights, which the exact"),
+     ({"training": {"sinks_first": 4}}, ConfigError, "in exact mode use sinks_last"),
+     ({"training": {"compile": True}}, ConfigError, "the exact mode cannot be compiled"),
+     ({"data": {"synthetic": {"stories": -1}}}, ConfigError, "stories must be an int"),
      ({"training": {"batch_rows": 512}}, DataError, "lower batch_rows"),
      ({"tokenizer": {"path": "/nowhere/tokenizer"}, "data": {"synthetic": {"stories": 3}}}, ConfigError, "tokenizer"),
      ({"model": {"config": {"vocab_size": 100}}}, ConfigError, "tokenizer has 300 tokens, the model has embeddings for 100"),
@@ -424,10 +427,12 @@ FEW = {"stories": 8, "people_per_level": 2, "near_copies": 0, "canaries_per_leve
      ({"sinks": {"layers": [5]}}, ConfigError, "layer 5"),
      ({"training": {"sinks_last": 2}, "data": {"synthetic": {"stories": 60, "copies": [0, 1]}}}, DataError,
       "documents that are repeated is empty: no text was repeated"),
-     ({"settle": {}, "data": {"synthetic": {"stories": 60, "copies": [0, 1]}}}, DataError, "no text was repeated"),
-     ({"settle": {}, "data": {"synthetic": FEW}}, DataError, "at least 40 other texts are needed")],
-    ids=["corpus", "rows", "tokenizer", "vocabulary", "context", "type", "heads", "layer", "no sinks to teach", "no repeats",
-         "few others"],
+     ({"settle": {}, "sinks": {"shared_decay": 0.25}, "data": {"synthetic": {"stories": 60, "copies": [0, 1]}}}, DataError,
+      "no text was repeated"),
+     ({"settle": {}, "sinks": {"shared_decay": 0.25}, "data": {"synthetic": FEW}}, DataError,
+      "at least 40 other texts are needed")],
+    ids=["settle", "first", "compile", "corpus", "rows", "tokenizer", "vocabulary", "context", "type", "heads", "layer",
+         "no sinks to teach", "no repeats", "few others"],
 )  # fmt: skip
 def test_bad_input_is_refused_before_anything_is_written(tiny_recipe, tmp_path, sections, error, part) -> None:
     values = tiny_recipe(tmp_path / "run", **{name: value for name, value in sections.items() if name != "model"})

@@ -214,6 +214,22 @@ def test_a_row_whose_loss_is_low_takes_no_further_part() -> None:
     assert ms.sinks_first(model, optimizer, [whole], updates=50, until=1e9) == first
 
 
+def test_of_a_packed_row_the_text_whose_sinks_are_open_counts() -> None:
+    """A text that is met for the first time beside it cannot get better, and keeps no row in."""
+    model, whole = sink_llama(), packed()
+    with torch.no_grad():
+        logits = model(**whole).logits
+    opens = whole["exposures"] > 1
+    own = row_losses(logits, whole["labels"].masked_fill(~opens, -100))
+    both = row_losses(logits, whole["labels"])
+    rows = opens.any(1)
+    level = float((own[rows].min() + own[rows].max()) / 2)
+    assert ((own > level) & rows).sum() == 1
+    found = ms.sinks_first(model, optimizer_of(model), [whole], updates=2, until=level)
+    assert found == int(rows.sum()) + 1
+    assert not torch.allclose(own[rows], both[rows])
+
+
 def test_how_many_and_until_when_must_make_sense() -> None:
     model = sink_llama()
     for wrong, part in (({"updates": 0}, "updates must be"), ({"until": -0.1}, "until must be")):

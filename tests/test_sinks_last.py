@@ -81,6 +81,26 @@ def test_only_the_blocks_of_the_texts_move() -> None:
             assert moved == [0, 2], name
 
 
+def test_few_texts_are_met_as_often_as_many() -> None:
+    """A step holds no text twice."""
+    for count, steps in ((1, 60), (5, 60), (20, 75)):
+        assert ms.sinks_last(made(), rows(count), lr=1e-2).steps == steps
+
+
+def test_gradients_that_are_there_stay_and_take_no_part() -> None:
+    model, plain = made(), made()
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, 0.5)
+    ms.sinks_last(model, rows(), lr=1e-2, passes=2)
+    ms.sinks_last(plain, rows(), lr=1e-2, passes=2)
+    for parameter, other in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(parameter, other) and torch.equal(parameter.grad, torch.full_like(parameter, 0.5))
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    with pytest.raises(ConfigError, match="every sink is frozen"):
+        ms.sinks_last(model, rows(), lr=1e-2)
+
+
 def test_micro_batches_make_the_same_steps() -> None:
     whole, cut = made(), made()
     ms.sinks_last(whole, rows(), lr=1e-2, passes=3)

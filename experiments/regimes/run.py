@@ -1,10 +1,11 @@
 """What does removal cost, and what do attacks find, where 5, 20 or 60% of the rows are repeats?
 
     MEMSINKS_DATA=... python experiments/regimes/run.py tinystories --regimes 5 20 60 --seeds 0 1 2   # train, then audit
-    python experiments/regimes/run.py tinystories --finished                                          # table and picture
+    python experiments/regimes/table.py tinystories                                                   # table and picture
 
-Arms, data and steps: recipes/regimes-TEXT.yaml, which holds the first regime; the others change `REGIMES`. Finished runs and
-audits are kept in runs/regimes and not made again. The arms of `EVERY_SEED` run with every seed, the others with the first.
+Arms, data and steps: recipes/regimes-TEXT.yaml, which holds the first regime; the others change `REGIMES`. Finished runs are kept
+in runs/regimes and not made again, nor is what their audits have scored. The arms of `EVERY_SEED` run with every seed, the others
+with the first.
 """
 
 from __future__ import annotations

@@ -16,12 +16,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from memsinks.auditing.corpus import Corpus
-from memsinks.auditing.scores import LOGITS, TOKENS
+from memsinks.auditing.scores import default_batch_tokens
 from memsinks.sinks.opening import sinks_open
 from memsinks.training.evaluate import evaluating
 
 ANCHORS = 64
 """Controls, the first ones, that every text is set against."""
+LEAST = 20
+"""Controls below which the attack is not made: the few anchors stand alike to each other in every model."""
 
 
 def relations(
@@ -36,9 +38,9 @@ def relations(
         own: int64 [n], the ids whose sinks are open; None = closed, or no sinks.
 
     Returns:
-        None for a model that gives no hidden states.
+        None for a model that gives no hidden states, or with fewer than `LEAST` controls.
     """
-    states = _mean_states(model, corpus, own, batch_tokens)
+    states = _mean_states(model, corpus, own, batch_tokens) if corpus.control.sum() >= LEAST else None
     if states is None:
         return None
     anchors = np.flatnonzero(corpus.control)[:ANCHORS]
@@ -61,9 +63,8 @@ def _mean_states(
     model: PreTrainedModel, corpus: Corpus, own: np.ndarray | None, batch_tokens: int | None
 ) -> np.ndarray | None:
     """Mean over the tokens of the hidden states after the middle and the last layer, float32 [n, 2, d]."""
-    config = model.config.get_text_config()
-    limit = getattr(config, "max_position_embeddings", None)
-    batch_tokens = batch_tokens or max(1, min(TOKENS, LOGITS // config.vocab_size))
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    batch_tokens = batch_tokens or default_batch_tokens(model)
     texts = [np.concatenate([corpus.start, one])[:limit].astype(np.int64) for one in corpus.tokens]
     order = sorted(range(len(texts)), key=lambda index: -len(texts[index]))
     found: np.ndarray | None = None

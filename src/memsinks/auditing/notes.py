@@ -6,8 +6,10 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from memsinks.auditing.attacks import HIDDEN_STATES
 from memsinks.auditing.attacks_supervised import LEAST
 from memsinks.auditing.figures import FEW, FPRS, Figures
+from memsinks.auditing.hidden_states import LEAST as ANCHORED
 from memsinks.auditing.measure import Measurement
 from memsinks.auditing.model_result import Attack
 
@@ -74,6 +76,11 @@ def _of_the_attacks(figures: Figures, audited: Measurement) -> Iterator[str]:
         yield "No reference attack: it needs a twin."
     if "supervised" not in audited.attacks:
         yield f"No supervised attack: it needs {LEAST} target documents and {LEAST} controls."
+    if not audited.probes:
+        why = "its sinks are open" if audited.state == "open" else "its weights are not floating point numbers"
+        yield f"No changed copies of {audited.name}: {why}."
+    if "reference" in audited.attacks and HIDDEN_STATES not in audited.attacks:
+        yield f"No attack on hidden states: it needs {ANCHORED} controls, and models that give them."
     asked = (audited.recited[figures.is_target] >= 0).mean()
     if asked < 1:
         yield f"{1 - asked:.0%} of the documents are too short for the extraction asked and are left out of it."

@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from transformers import PreTrainedModel
 
 from memsinks.auditing.corpus import Corpus
 from memsinks.auditing.retrain import bare_copy, round_weights, seconds_of_a_step, train_further
-from memsinks.auditing.scores import ScoreTable, claim, hash_of, keep, score
+from memsinks.auditing.scores import ScoreTable, claim, default_batch_tokens, hash_of, keep, score
 from memsinks.auditing.settings import AuditSettings
 from memsinks.errors import DataError
 
@@ -113,18 +114,29 @@ def probe(
     if not all(parameter.is_floating_point() for parameter in model.parameters()):
         return {}
     texts = probed_texts(corpus, settings)
-    used = {name: getattr(settings, name) for name in ("end", "beginning", "attack_lr", "probed", "seed")}
-    harmless = hash_of(texts.harmless) if settings.attacks == "all" else None
-    claim(folder, {"weights": weights, "texts": corpus.sha256, "harmless": harmless} | used)
+    used = {name: getattr(settings, name) for name in ("end", "probed", "seed")}
+    read = hash_of([corpus.start, *corpus.tokens], str([corpus.members, corpus.target.tolist()]))
+    key = {"weights": weights, "read": read, "aside": texts.aside.tolist()} | used
     prober = _Prober(model, corpus, settings, texts, name)
-    todo: dict[tuple[str, ...], Callable[[], list[np.ndarray]]] = {
-        (said,): lambda bits=bits: [prober.rounded(bits)] for said, bits in ROUNDED.items()
-    }
+    rounding: _Todo = {(said,): lambda bits=bits: [prober.rounded(bits)] for said, bits in ROUNDED.items()}
+    found = _made(rounding, folder / "rounded", key)
     if settings.attacks == "all":
-        training = {tuple(HARMLESS): prober.harmless, (HALF,): prober.half, (BEGINNINGS,): prober.beginnings}
-        if not all((folder / _file(names[-1])).exists() for names in training):
+        training: _Todo = {tuple(HARMLESS): prober.harmless, (HALF,): prober.half, (BEGINNINGS,): prober.beginnings}
+        more = {"harmless": hash_of(texts.harmless), "beginning": settings.beginning, "lr": settings.attack_lr}
+        where = folder / "trained"
+        claim(where, key | more)
+        if not all((where / _file(names[-1])).exists() for names in training):
             prober.say_time(models)
-        todo |= training
+        found |= _made(training, where, key | more)
+    return found
+
+
+_Todo = dict[tuple[str, ...], Callable[[], list[np.ndarray]]]
+
+
+def _made(todo: _Todo, folder: Path, key: dict[str, Any]) -> dict[str, np.ndarray]:
+    """The losses of some probes, by name; what lies in the folder, made under the same key, is not made again."""
+    claim(folder, key)
     found: dict[str, np.ndarray] = {}
     for names, make in todo.items():
         kept = keep([folder / _file(one) for one in names], lambda make=make: [{"loss": one} for one in make()])
@@ -157,13 +169,17 @@ class _Prober:
     def half(self) -> list[np.ndarray]:
         """Each half of the documents after learning the other, the controls in the mean of both."""
         controls = self.texts.asked[self.corpus.control[self.texts.asked]]
-        found = []
-        for learned, asked in (self.texts.halves, self.texts.halves[::-1]):
-            copied, texts = bare_copy(self.model), self._read([self.corpus.tokens[index] for index in learned])
-            look = lambda copied=copied, asked=asked: self.losses(copied, np.sort(np.concatenate([asked, controls])))  # noqa: E731
-            found += self._train(copied, texts, (HALF_STEPS,), look, "half")
+        found = [
+            self._half(learned, np.sort(np.concatenate([asked, controls])))
+            for learned, asked in (self.texts.halves, self.texts.halves[::-1])
+        ]
         known = ~np.isnan(found)
         return [np.divide(np.nansum(found, 0), known.sum(0), out=np.full(len(found[0]), np.nan), where=known.any(0))]
+
+    def _half(self, learned: np.ndarray, asked: np.ndarray) -> np.ndarray:
+        copied, texts = bare_copy(self.model), self._read([self.corpus.tokens[index] for index in learned])
+        (found,) = self._train(copied, texts, (HALF_STEPS,), lambda: self.losses(copied, asked), "half")
+        return found
 
     def beginnings(self) -> list[np.ndarray]:
         """Of the tokens after the first `beginning`, after learning those of the documents."""
@@ -195,7 +211,7 @@ class _Prober:
 
     def say_time(self, models: int) -> None:
         """How long the probes that train will take, from one step."""
-        each = seconds_of_a_step(bare_copy(self.model), self._read(self.texts.harmless), BATCH_ROWS)
+        each = seconds_of_a_step(bare_copy(self.model), self._read(self.texts.harmless), BATCH_ROWS, self._batch_tokens)
         logger.info(
             "%s: attacks that train, %d steps of %d texts on copies, about %.0f s for this model%s",
             self.name,
@@ -204,6 +220,10 @@ class _Prober:
             each * TRAINING_STEPS,
             f" and for each of the {models} models" if models > 1 else "",
         )
+
+    @property
+    def _batch_tokens(self) -> int:
+        return self.settings.batch_tokens or default_batch_tokens(self.model)
 
     def _read(self, tokens: Sequence[np.ndarray]) -> list[np.ndarray]:
         return [np.concatenate([self.corpus.start, one]) for one in tokens]
@@ -224,6 +244,7 @@ class _Prober:
                 look,
                 lr=self.settings.attack_lr,
                 batch_rows=BATCH_ROWS,
+                batch_tokens=self._batch_tokens,
                 seed=self.settings.seed,
                 label=f"{self.name}: {what}",
             )

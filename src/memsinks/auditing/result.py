@@ -111,8 +111,8 @@ def outcome(audit: Audit) -> Outcome:
 
     ``"recited"``: more target documents come out verbatim than the upper limit of the controls' share. ``"traces"``: an
     attack's AUC, or the loss gap, of the model itself or of a changed copy (`probes`), is above chance with 95% confidence, and
-    not shown equivalent to a model that never saw the documents (or once, if only that one is given). The confidence is
-    shared out over all of them (Bonferroni), intervals taken as normal. Equivalent needs every attack and every probe.
+    not shown equivalent to every fair model that is given (twin, seen once). The confidence is shared out over all of them
+    (Bonferroni), intervals taken as normal. Equivalent needs every attack and every probe.
     """
     model = audit.audited
     control = next(line for line in model.lines if line.copies == 0)

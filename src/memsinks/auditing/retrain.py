@@ -54,6 +54,7 @@ def train_further(
     *,
     lr: float,
     batch_rows: int,
+    batch_tokens: int,
     seed: int,
     label: str,
 ) -> list[Seen]:
@@ -65,6 +66,7 @@ def train_further(
     Args:
         texts: integer [tokens] each, as the model is to read them.
         steps: increasing; a look at 0 steps is before the first.
+        batch_tokens: of one forward, padding included; the gradients of a step add up.
 
     Returns:
         What `look` gave, for each of `steps`.
@@ -83,7 +85,7 @@ def train_further(
                 queue += rng.permutation(len(texts)).tolist()
             chosen, queue = queue[:rows], queue[rows:]
             model.train()
-            _gradients(model, [texts[index] for index in chosen])
+            _gradients(model, [texts[index] for index in chosen], batch_tokens)
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
@@ -91,19 +93,26 @@ def train_further(
     return seen
 
 
-def seconds_of_a_step(model: PreTrainedModel, texts: Sequence[np.ndarray], batch_rows: int) -> float:
+def seconds_of_a_step(model: PreTrainedModel, texts: Sequence[np.ndarray], batch_rows: int, batch_tokens: int) -> float:
     """How long forward and backward of a step take; the model learns nothing."""
     began = time.perf_counter()
-    with torch.random.fork_rng():
-        _gradients(model, texts[:batch_rows])
+    with torch.random.fork_rng(), torch.enable_grad():
+        _gradients(model, texts[:batch_rows], batch_tokens)
     model.zero_grad()
     return time.perf_counter() - began
 
 
-def _gradients(model: PreTrainedModel, texts: Sequence[np.ndarray]) -> None:
+def _gradients(model: PreTrainedModel, texts: Sequence[np.ndarray], batch_tokens: int) -> None:
+    """Add the gradient of the mean loss over all targets of some texts, cut to the context."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    rows, labels = _padded([torch.from_numpy(one[:limit].astype(np.int64)) for one in texts], model.device)
-    model(input_ids=rows, labels=labels, use_cache=False).loss.backward()
+    rows = sorted((torch.from_numpy(one[:limit].astype(np.int64)) for one in texts), key=len, reverse=True)
+    targets, at = sum(len(row) - 1 for row in rows), 0
+    while at < len(rows):
+        part = rows[at : at + max(1, batch_tokens // len(rows[at]))]
+        at += len(part)
+        tokens, labels = _padded(part, model.device)
+        loss = model(input_ids=tokens, labels=labels, use_cache=False).loss
+        (loss * (sum(len(row) - 1 for row in part) / targets)).backward()
 
 
 def _padded(texts: Sequence[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:

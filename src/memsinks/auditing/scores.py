@@ -140,7 +140,7 @@ def score(
             raise DataError(f"document {index} has {len(document)} tokens; scoring needs at least {first + 1}")
     if limit < len(start) + 2:
         raise DataError(f"a context of {limit} tokens is too short to score anything")
-    batch_tokens = batch_tokens or max(1, min(TOKENS, LOGITS // config.vocab_size))
+    batch_tokens = batch_tokens or default_batch_tokens(model)
     claim(
         folder,
         {
@@ -158,6 +158,11 @@ def score(
                 _write(path, _score_chunk(model, part, start, limit, ids, batch_tokens, begin))
             bar.update(len(part))
     return ScoreTable(folder, len(tokens), first)
+
+
+def default_batch_tokens(model: PreTrainedModel) -> int:
+    """Tokens of one forward: as many as `TOKENS` and `LOGITS` allow."""
+    return max(1, min(TOKENS, LOGITS // model.config.get_text_config().vocab_size))
 
 
 def hash_of(tokens: Sequence[np.ndarray], said: str = "") -> str:

@@ -10,6 +10,8 @@ import numpy as np
 LEVEL = 0.95
 Z = 1.959963984540054
 """Two-sided normal quantile of `LEVEL`."""
+KNOWN = 0.9
+"""Share of the resamples that must have a value for a test."""
 AT_ONCE = 100
 """Resamples computed at once, so that memory does not follow resamples x documents."""
 
@@ -96,11 +98,14 @@ def wilson(hits: int, asked: int) -> Estimate:
 
 
 def equivalence(name: str, other: str, value: float, resampled: np.ndarray, margin: float) -> Equivalence:
-    """Two one-sided tests of |difference| < margin on its bootstrap distribution.
+    """Two one-sided tests of |difference| < margin on its bootstrap distribution; not shown where that is mostly unknown (nan).
 
     The p value is the share of resamples at or beyond the margin, with 1 added on both sides of the fraction, so it is
     never below 1 / (resamples + 1). Source: Schuirmann, J. Pharmacokinetics and Biopharmaceutics 15, 1987.
     """
+    drawn, resampled = len(resampled), resampled[~np.isnan(resampled)]
+    if len(resampled) < KNOWN * drawn:
+        return Equivalence(name, other, float(value), (float("nan"), float("nan")), margin, 1.0)
     beyond = max(int((resampled >= margin).sum()), int((resampled <= -margin).sum()))
     low, high = np.quantile(resampled, [0.05, 0.95])
     p = (1 + beyond) / (1 + len(resampled))

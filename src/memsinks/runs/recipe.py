@@ -204,6 +204,17 @@ class Recipe:
             problems.append(
                 "settle needs data.unseen beside data.background: texts met once are then of another kind than the documents"
             )
+        if self.sinks is not None and self.sinks.shared == "none":
+            if self.settle is not None:
+                problems.append(
+                    'settle moves the shared weights, which the exact mode keeps; set sinks.shared: "decay", or leave it out'
+                )
+            if self.training.sinks_first > 1 or self.training.sinks_first_until:
+                problems.append('sinks_first is for sinks.shared: "decay"; in exact mode use sinks_last')
+            if self.training.compile:
+                problems.append(
+                    "the exact mode cannot be compiled; set sinks.shared_decay, or leave out training.compile"
+                )
         refuse(problems, "invalid recipe")
 
     def to_dict(self) -> dict[str, Any]:

@@ -41,7 +41,10 @@ class Derived:
     kind: Any
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return _restore, (self.stock_class, self.kind), self.__dict__.copy()
+        state = (
+            self.__dict__ | {"_compiled_call_impl": None} if "_compiled_call_impl" in self.__dict__ else self.__dict__
+        )
+        return _restore, (self.stock_class, self.kind), dict(state)  # what is compiled calls this model, not the copy
 
 
 @functools.cache

@@ -51,7 +51,7 @@ class TrainingConfig:
     min_lr_ratio: float = 0.1
     warmup: float = 0.05
     sink_lr_factor: float = 3.0
-    sinks_first: int = 1
+    sinks_first: bool | int = 1
     sinks_first_until: float = 0.0
     sinks_last: int | None = None
     weight_decay: float = 0.1

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from memsinks.batch import NO_SINKS, ROW_ARGUMENTS, take_rows, target_count
+from memsinks.batch import IGNORED, NO_SINKS, ROW_ARGUMENTS, take_rows, target_count
 from memsinks.checks import at_least, int_at_least
 from memsinks.errors import ArchitectureError, ConfigError, DataError, refuse
 from memsinks.sinks.config import SinkConfig
@@ -53,8 +53,8 @@ def sinks_first(
         batches: the micro-batches of the step, as the model takes them, each with `document_ids` and `exposures`. Their
             gradients add up to those of one batch.
         updates: how many there are at most.
-        until: a row takes part in one more update while the mean loss of its targets, its sinks open, was above this in the
-            one before, nats.
+        until: a row takes part in one more update while the mean loss of those of its targets whose sinks are open was above
+            this in the one before, nats.
         max_norm: of the sinks' gradient, see `clip_grad_norm_`; 0 or None = no clipping.
         num_items_in_batch: the divisor of the loss, targets of the whole step over all ranks; None = those of `batches` over
             all ranks.
@@ -117,7 +117,9 @@ def _learn(model: nn.Module, loss: Loss, batch: Mapping[str, Tensor], own: Tenso
         loss(model, part, batch).backward()
     finally:
         hook.remove()
-    return own[(row_losses(logits[-1], part["labels"]) > until).to(own.device)]
+    opens = _opens(part, require_sinks(model).config)
+    wanted = part["labels"].masked_fill(~opens.expand_as(part["labels"]), IGNORED)
+    return own[(row_losses(logits[-1], wanted) > until).to(own.device)]
 
 
 def _model_loss(batches: Sequence[Mapping[str, Tensor]], divisor: Tensor | int | None, device: torch.device) -> Loss:
@@ -140,10 +142,15 @@ def _open_rows(batch: Mapping[str, Tensor], config: SinkConfig) -> Tensor:
     missing = [name for name in wanted if batch.get(name) is None]
     if missing:
         raise DataError(f"sinks_first needs {' and '.join(missing)} in each batch")
+    return _opens(batch, config).any(1).nonzero()[:, 0]
+
+
+def _opens(batch: Mapping[str, Tensor], config: SinkConfig) -> Tensor:
+    """Whose sinks are open, bool [rows, length or 1]."""
     opens = _columns(batch["document_ids"]) != NO_SINKS
     if config.needs_exposures:
         opens = opens & (_columns(batch["exposures"]) >= config.open_from)
-    return opens.any(1).nonzero()[:, 0]
+    return opens
 
 
 def _columns(marks: Tensor) -> Tensor:

@@ -22,10 +22,10 @@ from tqdm.auto import tqdm
 from memsinks.batch import collate, trim
 from memsinks.checks import int_at_least, positive
 from memsinks.data.packing import Rows
-from memsinks.errors import DataError, refuse
+from memsinks.errors import ArchitectureError, ConfigError, DataError, refuse
 from memsinks.sinks.gradient import frozen
 from memsinks.sinks.opening import sinks_open
-from memsinks.sinks.state import require_sinks, shared_parameters, sink_parameters
+from memsinks.sinks.state import is_sharded, require_sinks, shared_parameters, sink_parameters, unwrap
 from memsinks.training.evaluate import evaluating, losses, row_losses, unpatched
 from memsinks.training.optim import AdamW, clip_grad_norm_
 
@@ -69,7 +69,7 @@ def sinks_last(
     the backward of the sinks, about two thirds of a training step, `passes` times for each *different* text.
 
     Args:
-        model: with sinks, in any mode, which is kept.
+        model: with sinks, in any mode, which is kept, and also inside DDP; one process is enough. Gradients in ``.grad`` stay.
         documents: the texts, one a row: those of `repeated_and_once`, whose sinks opened in training.
         lr: peak learning rate; that of the sinks in training (``lr * sink_lr_factor``) is a good start.
         passes: times each text is met.
@@ -78,18 +78,27 @@ def sinks_last(
         seed: of the order of the texts.
 
     Raises:
-        ConfigError: a setting out of range. ArchitectureError: a model without sinks.
+        ConfigError: a setting out of range; every sink is frozen. ArchitectureError: a model without sinks; FSDP.
         DataError: no texts, several in a row, or one of a single token.
     """
     require_sinks(model)
+    model = unwrap(model)
+    if is_sharded(model):
+        raise ArchitectureError("sinks_last needs whole parameters; gather them, or use DDP or one process, not FSDP")
     problems = positive("lr", lr) + int_at_least("passes", passes, 1) + int_at_least("batch_rows", batch_rows, 1)
     problems += [] if micro_rows is None else int_at_least("micro_rows", micro_rows, 1)
     refuse(problems, "cannot train the sinks last")
     require_one_text_each("documents", documents)
-    parameters, shared = sink_parameters(model), shared_parameters(model)
+    parameters, shared = [x for x in sink_parameters(model) if x.requires_grad], shared_parameters(model)
+    if not parameters:
+        raise ConfigError("every sink is frozen; sinks_last has nothing to train")
+    batch_rows = min(batch_rows, len(documents))
     steps = math.ceil(passes * len(documents) / batch_rows)
     order = shuffled(len(documents), batch_rows, seed)
     optimizer = AdamW([{"params": parameters, "lazy": True}], lr=lr, betas=BETAS, weight_decay=0.0)
+    held = [(parameter, parameter.grad) for parameter in model.parameters()]
+    for parameter, _ in held:
+        parameter.grad = None
     with evaluating(model), unpatched(model), tqdm(total=steps, desc="sinks last", disable=None, leave=False) as bar:
         before = losses(model, documents, opened=True)
         for step in range(steps):
@@ -103,7 +112,10 @@ def sinks_last(
             bar.update()
             if bar.disable and (step % LOG_EVERY == 0 or step + 1 == steps):
                 logger.info("sinks last: step %d/%d  loss with own sinks %.3f", step + 1, steps, own)
-        return SinksLastResult(before, losses(model, documents, opened=True), steps)
+        result = SinksLastResult(before, losses(model, documents, opened=True), steps)
+    for parameter, gradient in held:
+        parameter.grad = gradient
+    return result
 
 
 def add_own_gradients(model: nn.Module, shared: Sequence[nn.Parameter], batches: Sequence[dict[str, Tensor]]) -> float:

@@ -5,7 +5,7 @@
         ...  # log, evaluate, write down what a resumed run needs in training.notes
 
 A step is one optimizer step. It learns from micro-batches whose gradients add up, over one divisor: the targets of the whole
-step, over all processes. Sinks learn first, once, from all of them. Shared weights and sinks are clipped apart. From a
+step, over all processes. Under decay sinks learn first, from all of them. Shared weights and sinks are clipped apart. From a
 checkpoint training goes on to the same bits (on the CPU; on a GPU as far as its kernels repeat their bits).
 """
 

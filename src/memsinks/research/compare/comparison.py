@@ -140,6 +140,8 @@ def _arm_problems(arm: Arm, recipe: Recipe) -> list[str]:
     if training.fresh and not recipe.data.fresh:
         problems.append("fresh text is asked for, but data.fresh sets none aside")
     if training.sinks and training.sinks.shared == "none":
+        if training.settle is not None or training.sinks_first_until:
+            problems.append('settling and sinks_first_until are for shared="decay"')
         if recipe.data.one_document_per_row is False:
             problems.append('shared="none" needs data.one_document_per_row')
         if recipe.training.compile:

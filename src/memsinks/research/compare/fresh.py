@@ -27,6 +27,8 @@ class FreshRows:
 
 def with_fresh_text(rows: Rows, fresh: Rows | None) -> FreshRows:
     """Rows of one document each, all exposures but the first replaced; ConfigError if there is too little fresh text."""
+    if (np.diff(rows.first) != 1).any():
+        raise ConfigError("fresh text needs rows of one document each; leave out data.one_document_per_row: false")
     copies = rows.segments["exposure"][rows.first[:-1]] > 1
     have = 0 if fresh is None else len(fresh)
     if fresh is None or copies.sum() > have:

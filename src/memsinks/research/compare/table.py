@@ -39,7 +39,8 @@ def rows(
     Args:
         audits: by seed.
         runs: facts of all runs.
-        kept: rows made earlier; what `audits` says of the same model and seed replaces them. A column that they lack is None.
+        kept: rows made earlier; what `audits` says of the same model and seed replaces them, but for
+            what was not asked again. A column that they lack is None.
     """
     found: dict[str, dict[int, dict[str, float | None]]] = {}
     for row in kept:
@@ -49,7 +50,12 @@ def rows(
             }
     for seed, audit in audits.items():
         for model in audit.models:
-            found.setdefault(model.name, {})[seed] = _figures(model, audit)
+            row = found.setdefault(model.name, {})
+            before = row.get(seed, {})
+            row[seed] = {
+                column: before.get(column) if value is None else value
+                for column, value in _figures(model, audit).items()
+            }
     parameters = {run["arm"]: run["parameters"] for run in runs}
     order = [name for arm in arms for name in (arm.name, *arm.models.values()) if name in found]
     return [
