@@ -30,14 +30,14 @@ def same(one: ms.Rows, other: ms.Rows) -> bool:
 
 
 @pytest.mark.parametrize("by", ["content", "key", "source"])
-@pytest.mark.parametrize("more", [{}, {"one_document_per_row": True}, {"long": "fill"}, {"apart_from": 2}])
+@pytest.mark.parametrize("more", [{}, {"one_document_per_row": True}, {"long": "fill"}, {"apart_from": None}])
 def test_rows_are_those_made_by_hand(tokenizer, by, more) -> None:
     order = ms.training_order(DOCUMENTS, seed=3, epochs=2)
     ids, groups = ms.identify(DOCUMENTS, by=by)
     tokens = ms.encode(tokenizer, [x.text for x in DOCUMENTS])
     wanted = ms.pack(
         [tokens[index] for index in order], ids[order], ms.exposures(groups[order]), length=16,
-        pad_id=tokenizer.pad_token_id, **more,
+        pad_id=tokenizer.pad_token_id, **({"apart_from": 2} | more),
     )  # fmt: skip
     found = ms.make_rows(DOCUMENTS, tokenizer, length=16, seed=3, epochs=2, by=by, **more)
     assert same(found, wanted)
@@ -47,8 +47,8 @@ def test_rows_are_those_made_by_hand(tokenizer, by, more) -> None:
 
 def test_texts_are_documents_of_one_copy(tokenizer) -> None:
     texts = [*STRANGE, STRANGE[0]]
-    rows = ms.make_rows(iter(texts), tokenizer, length=400)
-    assert same(rows, ms.make_rows([ms.Document(text) for text in texts], tokenizer, length=400))
+    rows = ms.make_rows(iter(texts), tokenizer, length=400, apart_from=None)
+    assert same(rows, ms.make_rows([ms.Document(text) for text in texts], tokenizer, length=400, apart_from=None))
     own = rows.document_ids == ms.document_id(STRANGE[0])
     assert set(rows.exposures[own].tolist()) == {1, 2}
     starts = np.flatnonzero(rows.position_ids[0] == 0)

@@ -365,7 +365,7 @@ def test_bad_input_is_refused_and_nothing_moves(learned, changes, error, words) 
 
 def test_an_arm_of_a_comparison_settles(tmp_path) -> None:
     """The settled arm begins like the other and ends elsewhere; what settling did stands in its facts."""
-    ours = {"rival": "gated", "neurons": 64, "active": 16, "block_size": 8}
+    ours = {"rival": "gated", "neurons": 64, "active": 16, "block_size": 8, "shared": "decay"}
     arms = {"standard": {"rival": "standard"}, "ours": ours, "settled": ours | {"settle_lr": 1e-3, "settle_passes": 2},
             "cap": {"rival": "cap", "copies": 2, "settle_lr": 1e-3}}  # fmt: skip
     data = {"synthetic": {"stories": 60, "people_per_level": 2, "canaries_per_level": 0, "held_out_stories": 8,
