@@ -140,21 +140,28 @@ def test_an_interrupted_arm_continues_to_the_same_bits(tmp_path, monkeypatch, ca
     assert sorted(path.name for path in seed.iterdir()) == sorted(["data", name])
 
 
+def cut_off_and_continued(folder: Path, name: str, what: str, monkeypatch, **more) -> dict[str, torch.Tensor]:
+    """The weights of an arm that was interrupted in `what` comes after training, and run again: nothing is trained again."""
+
+    def interrupted(*_, **__) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, what, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(folder, name, **more)
+    monkeypatch.undo()
+    monkeypatch.setattr(Training, "update", interrupted)
+    run(folder, name, **more)
+    return weights(folder, name)
+
+
 def test_an_arm_interrupted_while_it_settles_continues_there(tmp_path, monkeypatch) -> None:
     more = {"arms": SMALL["arms"] | {"ours": SMALL["arms"]["ours"] | {"settle_lr": 1e-3, "settle_passes": 2}},
             "data": SMALL["data"] | {"synthetic": SMALL["data"]["synthetic"] | {"stories": 60}}}  # fmt: skip
     run(tmp_path / "whole", "ours", **more)
 
-    def interrupted(*_, **__) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(module, "settle", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "cut", "ours", **more)
-    monkeypatch.undo()
-    monkeypatch.setattr(Training, "update", interrupted)  # nothing is trained again
-    run(tmp_path / "cut", "ours", **more)
-    assert same(weights(tmp_path / "whole", "ours"), weights(tmp_path / "cut", "ours"))
+    found = cut_off_and_continued(tmp_path / "cut", "ours", "settle", monkeypatch, **more)
+    assert same(weights(tmp_path / "whole", "ours"), found)
 
 
 LAST = {"rival": "gated", "neurons": 64, "active": 16, "block_size": 8, "shared": "none", "sinks_last": 20}
@@ -192,16 +199,7 @@ def test_sinks_last_and_an_arm_that_was_cut_off_there(tmp_path, monkeypatch) -> 
         torch.testing.assert_close(exact[name], tensor, rtol=1e-4, atol=1e-6)
     assert not same(last, exact)
 
-    def interrupted(*_, **__) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(module, "sinks_last", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "cut", "last", **more)
-    monkeypatch.undo()
-    monkeypatch.setattr(Training, "update", interrupted)  # nothing is trained again
-    run(tmp_path / "cut", "last", **more)
-    assert same(last, weights(tmp_path / "cut", "last"))
+    assert same(last, cut_off_and_continued(tmp_path / "cut", "last", "train_sinks_last", monkeypatch, **more))
 
 
 def test_fresh_text_stands_in_the_rows_of_copies(tmp_path) -> None:

@@ -123,20 +123,23 @@ def probe(
     if settings.attacks == "all":
         training: _Todo = {tuple(HARMLESS): prober.harmless, (HALF,): prober.half, (BEGINNINGS,): prober.beginnings}
         more = {"harmless": hash_of(texts.harmless), "beginning": settings.beginning, "lr": settings.attack_lr}
-        where = folder / "trained"
-        claim(where, key | more)
-        if not all((where / _file(names[-1])).exists() for names in training):
-            prober.say_time(models)
-        found |= _made(training, where, key | more)
+        found |= _made(training, folder / "trained", key | more, lambda: prober.say_time(models))
     return found
 
 
 _Todo = dict[tuple[str, ...], Callable[[], list[np.ndarray]]]
 
 
-def _made(todo: _Todo, folder: Path, key: dict[str, Any]) -> dict[str, np.ndarray]:
-    """The losses of some probes, by name; what lies in the folder, made under the same key, is not made again."""
+def _made(
+    todo: _Todo, folder: Path, key: dict[str, Any], before: Callable[[], None] = lambda: None
+) -> dict[str, np.ndarray]:
+    """The losses of some probes, by name; what lies in the folder, made under the same key, is not made again.
+
+    `before` is called if there is anything to make.
+    """
     claim(folder, key)
+    if not all((folder / _file(names[-1])).exists() for names in todo):
+        before()
     found: dict[str, np.ndarray] = {}
     for names, make in todo.items():
         kept = keep([folder / _file(one) for one in names], lambda make=make: [{"loss": one} for one in make()])

@@ -6,7 +6,7 @@ import base64
 from collections import defaultdict
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -40,9 +40,9 @@ def write_report(audit: Audit, path: Path) -> None:
         caveat=CAVEAT,
         pictures=pictures,
         examples=[_shaded(example) for example in audit.examples],
-        attacks=_attacks(audit),
+        attacks=_by_name(audit, "attacks"),
         looks_at=defaultdict(str, ATTACKS),
-        probes=_probes(audit),
+        probes=_by_name(audit, "probes"),
         probed=PROBES,
         supervised=max(x.labeled for x in audit.audited.attacks),
         grid=_grid(audit),
@@ -67,20 +67,11 @@ def _number(value: float | None, form: str = ".1%") -> str:
     return "–" if value is None or np.isnan(value) else f"{value:{form}}"
 
 
-def _attacks(audit: Audit) -> list[tuple[str, list[Any]]]:
-    """Rows of the membership table: name, and the attack on each model (None = not made)."""
-    names = list(dict.fromkeys(attack.name for model in audit.models for attack in model.attacks))
-    return [
-        (name, [next((x for x in model.attacks if x.name == name), None) for model in audit.models]) for name in names
-    ]
-
-
-def _probes(audit: Audit) -> list[tuple[str, list[Any]]]:
-    """Rows of the table of changed copies: name, and the probe of each model (None = not made)."""
-    names = list(dict.fromkeys(probe.name for model in audit.models for probe in model.probes))
-    return [
-        (name, [next((x for x in model.probes if x.name == name), None) for model in audit.models]) for name in names
-    ]
+def _by_name(audit: Audit, kind: Literal["attacks", "probes"]) -> list[tuple[str, list[Any]]]:
+    """Rows of a table with a column a model: name, and what each model has under it (None = not made)."""
+    found = [{one.name: one for one in getattr(model, kind)} for model in audit.models]
+    names = dict.fromkeys(name for model in found for name in model)
+    return [(name, [model.get(name) for model in found]) for name in names]
 
 
 def _grid(audit: Audit) -> dict[str, Any]:

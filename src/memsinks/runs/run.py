@@ -80,7 +80,7 @@ def train(recipe: Recipe, *, resume: bool = False, label: str = "") -> Path:
         if texts is not None:
             facts["settled"] = _settle(model, texts, recipe)
         if repeated is not None:
-            facts["sinks_last"] = _sinks_last(model, repeated, recipe)
+            facts["sinks_last"] = train_sinks_last(model, repeated, recipe.training, _passes(recipe))
         folder.finish(model, prepared.tokenizer, facts | {"seconds": round(time.time() - started, 1)})
         folder.drop_checkpoint(training.total)
     return folder.model
@@ -186,19 +186,10 @@ def _texts_of_sinks(recipe: Recipe, rows: Rows) -> Rows | None:
     return repeated
 
 
-def _sinks_last(model: PreTrainedModel, repeated: Rows, recipe: Recipe) -> str:
-    """Train the sinks alone; what came of it in a line."""
-    config = recipe.training
-    return str(
-        sinks_last(
-            model,
-            repeated,
-            lr=config.lr * config.sink_lr_factor,
-            passes=_passes(recipe),
-            micro_rows=config.micro_rows,
-            seed=config.seed,
-        )
-    )
+def train_sinks_last(model: PreTrainedModel, repeated: Rows, config: TrainingConfig, passes: int) -> str:
+    """Train the sinks alone, at their learning rate in training; what came of it in a line."""
+    rate = config.lr * config.sink_lr_factor
+    return str(sinks_last(model, repeated, lr=rate, passes=passes, micro_rows=config.micro_rows, seed=config.seed))
 
 
 def micro_batches(rows: AnyRows, config: TrainingConfig) -> Batches:

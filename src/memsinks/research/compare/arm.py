@@ -40,12 +40,11 @@ from memsinks.runs.estimate import meta_model
 from memsinks.runs.model import build_model
 from memsinks.runs.prepare import PreparedCorpus, prepare
 from memsinks.runs.recipe import Recipe
-from memsinks.runs.run import micro_batches
+from memsinks.runs.run import micro_batches, train_sinks_last
 from memsinks.sinks.attach import add_sinks
 from memsinks.sinks.state import has_sinks, require_sinks, shared_parameters, sink_parameters
 from memsinks.training.checkpoint import Checkpoint, last_checkpoint
 from memsinks.training.evaluate import AnyRows
-from memsinks.training.last import sinks_last
 from memsinks.training.loop import Batch, Batches, Training
 from memsinks.training.loop import steps as training_steps
 
@@ -136,7 +135,7 @@ def train(recipe: Recipe, arm: Arm, seed: int, folder: Path, steps: int | None =
         if texts is not None:
             facts["settled"] = _settle(training, made, texts, seed)
         if repeated is not None:
-            facts["sinks_last"] = _sinks_last(training, made, repeated, seed)
+            facts["sinks_last"] = train_sinks_last(training.model, repeated, config, made.sinks_last)
         facts["seconds"] = round(facts["seconds"] + time.perf_counter() - start, 1)
         _save(folder, training.model.eval(), made, prepared, settings, facts)
         shutil.rmtree(part, ignore_errors=True)
@@ -209,15 +208,6 @@ def _settle(training: Training, made: TrainingMethod, texts: tuple[Rows, Rows, R
     assert made.settle is not None
     settled = settle(training.model, *texts, made.settle, micro_rows=training.config.micro_rows, seed=seed)
     return str(settled)
-
-
-def _sinks_last(training: Training, made: TrainingMethod, repeated: Rows, seed: int) -> str:
-    """Train the sinks alone; what came of it in a line."""
-    config = training.config
-    rate = config.lr * made.sink_lr_factor
-    return str(
-        sinks_last(training.model, repeated, lr=rate, passes=made.sinks_last, micro_rows=config.micro_rows, seed=seed)
-    )
 
 
 def step_seconds(recipe: Recipe, arms: Sequence[Arm], seed: int, turns: int) -> dict[str, list[float]]:
