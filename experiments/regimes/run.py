@@ -3,7 +3,7 @@
     MEMSINKS_DATA=... python experiments/regimes/run.py tinystories --regimes 5 20 60 --seeds 0 1 2   # train, then audit
     python experiments/regimes/table.py tinystories                                                   # table and picture
 
-Arms, data and steps: recipes/regimes-TEXT.yaml, which holds the first regime; the others change `REGIMES`. Finished runs are kept
+Arms, data and steps: recipes/regimes.yaml, which holds the first text and regime; the others change `TEXTS` and `REGIMES`. Finished runs are kept
 in runs/regimes and not made again, nor is what their audits have scored. The arms of `EVERY_SEED` run with every seed, the others
 with the first.
 """
@@ -20,7 +20,12 @@ from memsinks.research.compare.compare import compare
 from memsinks.research.compare.comparison import Comparison, read_comparison
 
 HERE = Path(__file__).parent
-RECIPES = HERE.parent.parent / "recipes"
+RECIPE = HERE.parent.parent / "recipes" / "regimes.yaml"
+TEXTS: dict[str, dict[str, str]] = {
+    "tinystories": {},
+    "patents": {"data.path": "$MEMSINKS_DATA/background_open.jsonl.zst", "data.cut_characters": "300"},
+}
+"""Text -> what changes in the recipe. Patents: backgrounds of US patents, with which that file begins."""
 REGIMES: dict[int, dict[str, str]] = {
     5: {},
     20: {"data.limit": "5704", "data.fresh": "1320", "data.repeat": "{documents: 48, copies: [4, 16, 64]}"},
@@ -32,8 +37,8 @@ EVERY_SEED = ("standard", "twin", "dedup", "exact, fresh text", "decay", "decay 
 
 def regime(text: str, share: int) -> Comparison:
     """The comparison of one regime."""
-    changes = REGIMES[share] | {"output": f"runs/regimes/{text}-{share}"}
-    return read_comparison(RECIPES / f"regimes-{text}.yaml", changes)
+    changes = TEXTS[text] | REGIMES[share] | {"output": f"runs/regimes/{text}-{share}"}
+    return read_comparison(RECIPE, changes)
 
 
 def run(comparison: Comparison, seeds: list[int]) -> None:
@@ -46,7 +51,7 @@ def run(comparison: Comparison, seeds: list[int]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("text", choices=("tinystories",))
+    parser.add_argument("text", choices=list(TEXTS))
     parser.add_argument("--regimes", nargs="+", type=int, default=list(REGIMES), choices=list(REGIMES))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     arguments = parser.parse_args()
