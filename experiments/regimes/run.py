@@ -3,9 +3,9 @@
     MEMSINKS_DATA=... python experiments/regimes/run.py tinystories --regimes 5 20 60 --seeds 0 1 2   # train, then audit
     python experiments/regimes/table.py tinystories                                                   # table and picture
 
-Arms, data and steps: recipes/regimes.yaml, which holds the first text and regime; the others change `TEXTS` and `REGIMES`. Finished runs are kept
-in runs/regimes and not made again, nor is what their audits have scored. The arms of `EVERY_SEED` run with every seed, the others
-with the first.
+Arms, data and steps: recipes/regimes.yaml, which holds the first text and regime; the others change `TEXTS` and
+`REGIMES`. Finished runs are kept in runs/regimes and not made again, nor is what their audits have scored. The arms of
+`EVERY_SEED` run with every seed, the others with the first.
 """
 
 from __future__ import annotations

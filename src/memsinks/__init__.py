@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from memsinks.batch import NO_SINKS, collate, target_count
     from memsinks.data.documents import Document, load_documents, require_unique_keys, write_documents
     from memsinks.data.identity import document_id, equal_repetition, exposures, identify, training_order
+    from memsinks.data.isolation import isolate
     from memsinks.data.packing import Rows, pack
     from memsinks.data.readers import read_documents
     from memsinks.data.rows import make_rows
@@ -49,12 +50,14 @@ if TYPE_CHECKING:
     from memsinks.sinks.config import SinkConfig
     from memsinks.sinks.gradient import shared_weight
     from memsinks.sinks.opening import sinks_closed, sinks_open
+    from memsinks.sinks.own import assign, free_blocks, grow
     from memsinks.sinks.state import assign_blocks, has_sinks
     from memsinks.sinks.storage import fingerprint, save_sinks
     from memsinks.sinks.table import AssignmentTable
     from memsinks.training.first import sinks_first
     from memsinks.training.last import SinksLastResult, sinks_last
     from memsinks.training.optim import AdamW, GradientNorms, clip_grad_norm_, param_groups
+    from memsinks.training.shadow import shadow_rows, shared_hash
     from memsinks.training.trainer import SinkCallback, SinkTrainer
 
 _HOMES = {
@@ -65,6 +68,7 @@ _HOMES = {
     "memsinks.batch": "NO_SINKS collate target_count",
     "memsinks.data.documents": "Document load_documents require_unique_keys write_documents",
     "memsinks.data.identity": "document_id equal_repetition exposures identify training_order",
+    "memsinks.data.isolation": "isolate",
     "memsinks.data.packing": "Rows pack",
     "memsinks.data.readers": "read_documents",
     "memsinks.data.rows": "make_rows",
@@ -80,11 +84,13 @@ _HOMES = {
     "memsinks.sinks.config": "SinkConfig",
     "memsinks.sinks.gradient": "shared_weight",
     "memsinks.sinks.opening": "sinks_closed sinks_open",
+    "memsinks.sinks.own": "assign free_blocks grow",
     "memsinks.sinks.state": "assign_blocks has_sinks",
     "memsinks.sinks.storage": "fingerprint save_sinks",
     "memsinks.sinks.table": "AssignmentTable",
     "memsinks.training.first": "sinks_first",
     "memsinks.training.last": "SinksLastResult sinks_last",
+    "memsinks.training.shadow": "shadow_rows shared_hash",
     "memsinks.training.optim": "AdamW GradientNorms clip_grad_norm_ param_groups",
     "memsinks.training.trainer": "SinkCallback SinkTrainer",
 }
@@ -119,6 +125,7 @@ __all__ = [
     "Subject",
     "__version__",
     "add_sinks",
+    "assign",
     "assign_blocks",
     "audit",
     "clip_grad_norm_",
@@ -129,8 +136,11 @@ __all__ = [
     "export",
     "exposures",
     "fingerprint",
+    "free_blocks",
+    "grow",
     "has_sinks",
     "identify",
+    "isolate",
     "load",
     "load_any",
     "load_documents",
@@ -149,6 +159,8 @@ __all__ = [
     "save_sinks",
     "settle",
     "settling_texts",
+    "shadow_rows",
+    "shared_hash",
     "shared_weight",
     "sinks_closed",
     "sinks_first",

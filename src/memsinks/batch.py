@@ -22,7 +22,16 @@ PLACES = "places"
 """Where each row stands in its training order: int64, a scalar in a row, [rows] in a batch. The upper 31 bits are a hash of
 the order, the lower 32 bits the number of the row in it, so a model can see whether rows come in the order in which their
 exposures were counted. Not one of the `FIELDS`: rows made without `pack` need none."""
-ROW_ARGUMENTS = (*FIELDS, "inputs_embeds", "attention_mask")
+ISOLATION = "isolation"
+"""What each token's text may teach the shared weights, where texts of a batch differ: int64 [length] in a row, [rows, length] or
+[rows] in a batch; 0 = what the model's settings say (`SinkConfig.shared`), else one of `ISOLATIONS` or `BLANK`. Not one of the
+`FIELDS`: rows without it are all 0."""
+ISOLATIONS = {"gated": 1, "exact": 2, "private": 3}
+"""How a text is isolated -> its number in a batch. *gated*: its sinks open from `open_from` on, and what it teaches the shared
+weights decays. *exact*: from `open_from` on it trains its sinks alone. *private*: from its first exposure on."""
+BLANK = 4
+"""The token is there and counts as a target, but nothing learns from it, see `packing.shadow_rows`."""
+ROW_ARGUMENTS = (*FIELDS, ISOLATION, "inputs_embeds", "attention_mask")
 """Arguments of a forward whose first dimension is the row, unless it is the same for all rows (1); `PLACES` apart, which
 only the forward of a training step may be given."""
 
@@ -30,9 +39,9 @@ only the forward of a training step may be given."""
 def collate(rows: Iterable[Mapping[str, Any]]) -> dict[str, Tensor]:
     """Stack rows to a batch: the five fields, int64 [rows, length] each, and no attention_mask.
 
-    `PLACES`, int64 [rows], is there too if every row has it. Rows are those of `Rows`, or dicts of tensors, arrays or
-    lists, as a Hugging Face dataset gives them; other fields are left out. An attention_mask would let packed documents
-    see each other.
+    `PLACES`, int64 [rows], is there too if every row has it, and `ISOLATION`, int64 [rows, length], if one has it. Rows are
+    those of `Rows`, or dicts of tensors, arrays or lists, as a Hugging Face dataset gives them; other fields are left out. An
+    attention_mask would let packed documents see each other.
 
     Raises:
         DataError: no rows, a field missing, not int64, of another length, or out of range (ids below -1, exposures
@@ -61,7 +70,11 @@ def collate(rows: Iterable[Mapping[str, Any]]) -> dict[str, Tensor]:
         batch[PLACES] = torch.stack(
             [_tensor(row[PLACES], f"places of row {x}", place=True) for x, row in enumerate(rows)]
         )
-    for name, least in (("document_ids", NO_SINKS), ("exposures", 1), (PLACES, 0)):
+    if any(row.get(ISOLATION) is not None for row in rows):
+        unflagged = torch.zeros(length or 0, dtype=torch.int64)
+        values = [row[ISOLATION] if row.get(ISOLATION) is not None else unflagged for row in rows]
+        batch[ISOLATION] = torch.stack([_tensor(x, f"isolation of row {row}") for row, x in enumerate(values)])
+    for name, least in (("document_ids", NO_SINKS), ("exposures", 1), (PLACES, 0), (ISOLATION, 0)):
         if name in batch and batch[name].numel() and int(batch[name].min()) < least:
             raise DataError(f"{name} must be at least {least}, got {int(batch[name].min())}")
     refuse(rounded_ids("document_ids", batch["document_ids"].cpu().numpy()), "cannot collate", DataError)

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
+from memsinks.batch import ISOLATIONS
 from memsinks.errors import DataError
 
 
@@ -23,6 +24,8 @@ class Document:
         source: where it came from (a site, a licensor).
         copies: how often it stands in the training corpus; 0 = held-out control, never trained on.
         kind: a free label used by reports, e.g. "story", "record", "canary".
+        isolation: what it may teach the shared weights, "gated", "exact" or "private", see `batch.ISOLATIONS`; None = what the
+            model's settings say.
     """
 
     text: str
@@ -30,6 +33,7 @@ class Document:
     source: str | None = None
     copies: int = 1
     kind: str = "text"
+    isolation: str | None = None
 
 
 def as_documents(documents: Iterable[Document | str]) -> list[Document]:
@@ -48,6 +52,10 @@ def as_documents(documents: Iterable[Document | str]) -> list[Document]:
             problems.append(f"document {index} must be a Document or a str, got {type(given[index]).__name__}")
         elif not document.text:
             problems.append(f"document {index} is empty; leave it out")
+        elif document.isolation is not None and document.isolation not in ISOLATIONS:
+            problems.append(
+                f"the isolation of document {index} must be one of {sorted(ISOLATIONS)} or None, got {document.isolation!r}"
+            )
         if len(problems) == 5:
             break
     if problems:
@@ -115,6 +123,7 @@ def load_documents(path: str | os.PathLike[str]) -> list[Document]:
         DataError: a line that is none of its lines; names file and line.
     """
     names = {field.name for field in fields(Document)}
+    at_first = names - {"isolation"}
     documents = []
     with Path(path).open("rb") as file:  # lines end with \n alone, and a text may hold other line ends
         for number, line in enumerate(file, start=1):
@@ -124,7 +133,7 @@ def load_documents(path: str | os.PathLike[str]) -> list[Document]:
                 raise DataError(
                     f"{path}, line {number}: damaged or cut short ({error}); write the file again"
                 ) from error
-            if not isinstance(row, dict) or row.keys() != names:
+            if not isinstance(row, dict) or row.keys() not in (names, at_first):
                 raise DataError(
                     f"{path}, line {number}: not written by write_documents; use read_documents, which takes any fields"
                 )

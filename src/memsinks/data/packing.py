@@ -18,8 +18,9 @@ from typing import Literal, get_args
 import numpy as np
 import torch
 
-from memsinks.batch import FIELDS, IGNORED, NO_SINKS, PLACES, as_int64
+from memsinks.batch import FIELDS, IGNORED, ISOLATION, NO_SINKS, PLACES, as_int64
 from memsinks.checks import int_at_least, one_of
+from memsinks.data.isolation import row_kinds
 from memsinks.data.token_store import StoredTokens
 from memsinks.errors import DataError, refuse
 
@@ -33,7 +34,8 @@ SEGMENT = np.dtype(
         ("size", np.int32),
         ("column", np.int32),
         ("document_id", np.int64),
-        ("exposure", np.int64),
+        ("exposure", np.int32),
+        ("isolation", np.int32),
     ]
 )
 """A piece of a document in a row: tokens [start, start + size) of the document stand from `column` on."""
@@ -76,9 +78,12 @@ class Rows:
         return len(self.first) - 1
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        """Row `index` as a dict of the five fields, int64 [length] each, and its place, int64 []."""
+        """Row `index` as a dict of the five fields, int64 [length] each, and its place, int64 []; `batch.ISOLATION` too where any
+        document of these rows has one."""
         index = range(len(self))[operator.index(index)]
         row = {name: torch.from_numpy(values[0]) for name, values in self._fill([index]).items()}
+        if self.isolated:
+            row[ISOLATION] = torch.from_numpy(self._isolation(index))
         return row | {PLACES: torch.tensor(int(self.places[index]))}
 
     def select(self, rows: slice) -> Rows:
@@ -156,6 +161,18 @@ class Rows:
         return self.tokens / max(1, len(self) * self.length)
 
     @functools.cached_property
+    def isolated(self) -> bool:
+        """Whether any document has an isolation of its own."""
+        return bool(self.segments["isolation"].any())
+
+    def _isolation(self, row: int) -> np.ndarray:
+        """int64 [length], 0 on padding."""
+        values = np.zeros(self.length, np.int64)
+        for segment in self.segments[self.first[row] : self.first[row + 1]]:
+            values[segment["column"] : segment["column"] + segment["size"]] = segment["isolation"]
+        return values
+
+    @functools.cached_property
     def _all(self) -> dict[str, np.ndarray]:
         return self._fill(range(len(self)))
 
@@ -169,7 +186,7 @@ class Rows:
         position_ids = np.empty(shape, np.int64)
         for place, row in enumerate(rows):
             end = 0
-            for index, start, size, column, one, exposure in self.segments[
+            for index, start, size, column, one, exposure, _ in self.segments[
                 self.first[row] : self.first[row + 1]
             ].tolist():
                 part = self.documents[index][start : start + size]
@@ -190,6 +207,7 @@ def pack(
     *,
     length: int,
     pad_id: int,
+    isolation: Iterable[int] | np.ndarray | None = None,
     apart_from: int | None = None,
     one_document_per_row: bool = False,
     long: Long = "split",
@@ -200,13 +218,15 @@ def pack(
         tokens: integer [tokens of the document] each, in training order: a document with 64 copies stands here 64
             times (it may be the same array).
         document_ids: int64 [documents], at least -1; -1 opens no sinks.
-        exposures: int64 [documents], at least 1.
+        exposures: int64 [documents], from 1 to 2**31 - 1.
         length: tokens per row.
         pad_id: the token that fills a row up.
+        isolation: int64 [documents], 0 or one of `batch.ISOLATIONS`; None = 0. Documents that train their sinks alone whatever
+            the model's settings (exact ones from `apart_from` on, private ones) get rows of their own.
         apart_from: documents of this exposure and more get rows of their own, apart from those with fewer exposures
-            and from those of id -1 (`SinkConfig.open_from` in exact mode: such rows train nothing but sinks). Two rows
+            and from those of id -1 (`SinkConfig.open_from` in exact mode: such rows train nothing but sinks). Several rows
             are open then and rows come out in the order in which they were opened, so a document can stand one open
-            row earlier than its turn. None: one kind of row.
+            row earlier than its turn. None: one kind of row, but for private documents.
         one_document_per_row: for architectures in which packed documents see each other.
         long: what happens to a document longer than `length`: ``"split"`` cuts it into segments of `length` tokens
             which carry its id and exposure and do not see each other, ``"fill"`` does so too and also cuts documents
@@ -223,17 +243,19 @@ def pack(
     sizes = documents.sizes if isinstance(documents, StoredTokens) else np.array([len(x) for x in documents], np.int64)
     ids = _one_each("document_ids", as_int64(document_ids, "document_ids", NO_SINKS), len(sizes))
     counts = _one_each("exposures", as_int64(exposures, "exposures", 1, narrow=True), len(sizes))
+    flags = np.zeros(len(sizes), np.int64) if isolation is None else as_int64(isolation, "isolation", 0, narrow=True)
+    kinds = row_kinds(ids, counts, _one_each("isolation", flags, len(sizes)), apart_from)
     if long == "refuse":
         _refuse_long(sizes, length)
     elif long == "truncate":
         sizes = sizes.clip(max=length)
-    apart = np.zeros(len(sizes), bool) if apart_from is None else (counts >= apart_from) & (ids != NO_SINKS)
-    found, used = _lay_out(sizes, apart, length, one_document_per_row, long == "fill")
+    found, used = _lay_out(sizes, kinds, length, one_document_per_row, long == "fill")
     segments = np.empty(len(found["row"]), SEGMENT)
     order = np.argsort(found["row"], kind="stable")
     for name in ("document", "start", "size", "column"):
         segments[name] = np.frombuffer(found[name], np.int64)[order]
-    segments["document_id"], segments["exposure"] = ids[segments["document"]], counts[segments["document"]]
+    for name, values in (("document_id", ids), ("exposure", counts), ("isolation", flags)):
+        segments[name] = values[segments["document"]]
     first = np.searchsorted(np.frombuffer(found["row"], np.int64)[order], np.arange(used + 1))
     return _rows(documents, segments, first, int(length), int(pad_id))
 
@@ -252,13 +274,13 @@ def _rows(documents: Sequence[np.ndarray], segments: np.ndarray, first: np.ndarr
 
 
 def _lay_out(
-    sizes: np.ndarray, apart: np.ndarray, length: int, one_document_per_row: bool, fill: bool
+    sizes: np.ndarray, kinds: np.ndarray, length: int, one_document_per_row: bool, fill: bool
 ) -> tuple[dict[str, array[int]], int]:
     """Where each segment stands, int64 [segments] each by name, and the number of rows."""
     found = {name: array("q") for name in ("document", "start", "size", "row", "column")}
     append = [column.append for column in found.values()]
-    rows, open_rows, filled = 0, [-1, -1], [length, length]
-    for index, (whole, kind) in enumerate(zip(sizes.tolist(), apart.tolist(), strict=True)):
+    rows, open_rows, filled = 0, [-1] * 3, [length] * 3
+    for index, (whole, kind) in enumerate(zip(sizes.tolist(), kinds.tolist(), strict=True)):
         start = 0
         while start < whole:
             room = 0 if one_document_per_row else length - filled[kind]

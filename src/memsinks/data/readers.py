@@ -15,6 +15,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from memsinks.batch import ISOLATIONS
 from memsinks.data.documents import Document
 from memsinks.errors import DataError
 from memsinks.files import file_hash
@@ -31,6 +32,7 @@ def read_documents(
     key_field: str | None = None,
     source_field: str | None = None,
     copies_field: str | None = None,
+    isolation_field: str | None = None,
     separator: str | None = None,
     split: str = "train",
     streaming: bool = False,
@@ -41,7 +43,8 @@ def read_documents(
         path: a .jsonl, .jsonl.gz, .jsonl.zst, .parquet or .txt file (UTF-8); a folder of those, read whole (recursive,
             sorted by path, hidden ones left out); a folder written by ``save_to_disk``; otherwise anything that
             ``datasets.load_dataset`` takes: the name of a dataset, a folder in a format of its own.
-        text_field, key_field, source_field, copies_field: names of the fields (columns). Integer keys become strings.
+        text_field, key_field, source_field, copies_field, isolation_field: names of the fields (columns). Integer keys
+            become strings.
             .txt files have no fields: the key is the file name (within a folder: the path below it).
         separator: cuts .txt files into documents with the keys "name#0", "name#1", ...; line ends around a piece are
             dropped. Without it a .txt file is one document and is read whole.
@@ -59,6 +62,7 @@ def read_documents(
     if separator == "":
         raise DataError('separator is empty; give the text between two documents, e.g. "<|endoftext|>", or None')
     fields = {"text": text_field, "key": key_field, "source": source_field, "copies": copies_field}
+    fields["isolation"] = isolation_field
     fields = {slot: name for slot, name in fields.items() if name is not None}
     place = Path(path).expanduser()
     if place.is_file():
@@ -117,8 +121,14 @@ def _document(row: dict[str, Any], where: str, fields: dict[str, str]) -> Docume
             good = good or value is None
         elif slot == "copies":
             good = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+        elif slot == "isolation":
+            good = value is None or value in ISOLATIONS
         if not good:
-            wanted = {"text": "a string", "copies": "an integer of at least 0"}
+            wanted = {
+                "text": "a string",
+                "copies": "an integer of at least 0",
+                "isolation": f"one of {sorted(ISOLATIONS)} or null",
+            }
             wanted = wanted.get(slot, "a non-empty string or an integer")
             raise DataError(
                 f"{where}: field {fields[slot]!r} ({slot}) must be {wanted}, got {type(value).__name__} {value!r:.60}"

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from memsinks.checks import int_at_least, one_of
 from memsinks.data.documents import Document, as_documents
 from memsinks.data.identity import BY, By, check_copies, check_prior, exposures, identify, order_of
+from memsinks.data.isolation import isolation_of
 from memsinks.data.packing import Long, Rows, pack, packing_problems
 from memsinks.data.token_store import StoredTokens
 from memsinks.data.tokens import encode, encoding_problems, pad_token
@@ -26,12 +27,14 @@ class TokenizedDocuments:
         tokens: integer [tokens] each, in memory or on disk.
         ids, groups: int64 [documents], see `identify`.
         copies: int64 [documents], how often each is met in an epoch.
+        isolation: int64 [documents], see `batch.ISOLATIONS`; None = 0 for all.
     """
 
     tokens: Sequence[np.ndarray]
     ids: np.ndarray
     groups: np.ndarray
     copies: np.ndarray
+    isolation: np.ndarray | None = None
 
 
 def make_rows(
@@ -78,7 +81,7 @@ def make_rows(
     tokens = encode(tokenizer, (document.text for document in documents))
     copies = np.array([document.copies for document in documents], np.int64)
     return rows_of(
-        TokenizedDocuments(tokens, ids, groups, copies),
+        TokenizedDocuments(tokens, ids, groups, copies, isolation_of(documents)),
         seed=seed,
         epochs=epochs,
         prior=prior,
@@ -97,4 +100,5 @@ def rows_of(
     order = np.array(order_of(documents.copies.tolist(), seed, epochs), np.int64)
     tokens, counts = documents.tokens, exposures(documents.groups[order], prior)
     met = tokens.in_order(order) if isinstance(tokens, StoredTokens) else [tokens[index] for index in order.tolist()]
-    return pack(met, documents.ids[order], counts, **packing)
+    isolation = None if documents.isolation is None else documents.isolation[order]
+    return pack(met, documents.ids[order], counts, isolation=isolation, **packing)

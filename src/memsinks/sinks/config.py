@@ -38,7 +38,8 @@ class SinkConfig:
         routing: ``"blocks"`` opens ``active / block_size`` blocks of a document; ``"neurons"`` opens exactly ``active``
             single neurons; ``"bernoulli"`` opens each neuron with probability ``active / neurons`` (the paper).
         per_layer: each layer has its own hash; otherwise one set of blocks serves all layers (the paper).
-        reserved_blocks: the last so many blocks are never hashed to; only an assignment table opens them.
+        reserved_blocks: the last so many blocks are never hashed to; only an assignment table opens them. If that is all of them,
+            an id without blocks of its own has none.
         open_from: the exposure from which a text's sinks are open. 1 = always (the paper), 2 = gated.
         shared: ``"none"`` (exact mode) lets a text train nothing but its sinks from ``open_from`` on, so that closed sinks are
             training without the copies; ``"decay"`` scales the gradient that it sends into the shared weights by w(c), see
@@ -120,7 +121,7 @@ class SinkConfig:
             problems.append(
                 f'routing="bernoulli" has no assigned blocks, so reserved_blocks must be 0, got {self.reserved_blocks}'
             )
-        elif not problems and self.hashed_blocks < self.open_blocks:
+        elif not problems and self.hashed_blocks != 0 and self.hashed_blocks < self.open_blocks:
             problems.append(
                 f"{self.blocks} blocks less {self.reserved_blocks} reserved leave {self.hashed_blocks}, "
                 f"but a document opens {self.open_blocks}; reserve fewer or enlarge neurons"

@@ -15,7 +15,7 @@ from torch import Tensor
 from memsinks.batch import IGNORED, NO_SINKS, take_rows
 from memsinks.errors import ArchitectureError, ConfigError, DataError
 from memsinks.sinks.gradient import ZeroGradient, frozen
-from memsinks.sinks.run import run
+from memsinks.sinks.run import run_weighted
 from memsinks.sinks.state import is_sharded, shared_parameters
 
 
@@ -35,7 +35,9 @@ def run_apart(
         ArchitectureError: under FSDP.
     """
     if torch.compiler.is_compiling():
-        raise ConfigError('shared="none" (exact mode) cannot be compiled: it splits each batch by its data')
+        raise ConfigError(
+            'shared="none" (exact mode) and isolation cannot be compiled: they split each batch by its data'
+        )
     if is_sharded(model):
         raise ArchitectureError(
             'shared="none" (exact mode) runs as many forwards as the rows of a rank need, which FSDP cannot gather for; use DDP, '
@@ -43,7 +45,7 @@ def run_apart(
         )
     apart = _rows_apart(weight, document_ids, arguments.get("labels"))
     if not bool(apart.any()):
-        return run(model, stock, arguments, ids, None)
+        return run_weighted(model, stock, arguments, ids, _unless_one(weight))
     more = [name for name in ("output_hidden_states", "output_attentions") if arguments.get(name)]
     if more or arguments.get("return_dict") is False:
         raise ConfigError(
@@ -61,7 +63,9 @@ def run_apart(
         running.shared_frozen = part is apart
         try:
             with frozen(shared_parameters(model)) if part is apart else nullcontext():
-                out = run(model, stock, take_rows(arguments, index, len(apart)), ids[index], None)
+                taken = take_rows(arguments, index, len(apart))
+                own = None if part is apart or weight is None else _unless_one(weight[index])
+                out = run_weighted(model, stock, taken, ids[index], own)
         finally:
             running.shared_frozen = False
         logits.append(out.logits)
@@ -75,6 +79,11 @@ def run_apart(
         vocabulary = model.config.get_text_config().vocab_size
         out.loss = model.loss_function(logits=together, labels=labels, vocab_size=vocabulary, **loss_arguments)
     return out
+
+
+def _unless_one(weight: Tensor | None) -> Tensor | None:
+    """`weight`, or None where it is 1 for every token."""
+    return None if weight is None or bool((weight == 1).all()) else weight
 
 
 def _rows_apart(weight: Tensor | None, document_ids: Tensor, labels: Tensor | None) -> Tensor:

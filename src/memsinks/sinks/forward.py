@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memsinks.batch import IGNORED, NO_SINKS, check_ids
+from memsinks.batch import BLANK, IGNORED, ISOLATIONS, NO_SINKS, check_ids
 from memsinks.errors import ArchitectureError, ConfigError, DataError
 from memsinks.sinks.exact import run_apart
 from memsinks.sinks.families import ISOLATES_PACKED
-from memsinks.sinks.run import run
+from memsinks.sinks.gradient import isolated_weight, opened_ids
+from memsinks.sinks.run import run, run_weighted
 from memsinks.sinks.state import SinkState, require_sinks
 
 
@@ -22,6 +23,7 @@ def forward(
     document_ids: Tensor | None,
     exposures: Tensor | None,
     places: Tensor | None,
+    isolation: Tensor | None = None,
 ) -> Any:
     """What a model with sinks computes.
 
@@ -30,6 +32,7 @@ def forward(
         arguments: of the stock forward, by name.
         document_ids, exposures: int64 [B] or [B, T]; needed in training, in evaluation sinks are opened by `sinks_open`.
         places: int64 [B], see `batch.collate`: the order in which rows are met is checked where it is given.
+        isolation: int64 [B] or [B, T], see `batch.ISOLATIONS`; None = 0 for all.
     """
     if getattr(model, "_is_replica", False):
         raise ArchitectureError("DataParallel is not supported: its replicas share one routing plan; use DDP")
@@ -39,7 +42,7 @@ def forward(
         raise DataError("give the model input_ids or inputs_embeds")
     rows, length = tokens.shape[:2]
     if model.training:
-        return _train(model, stock, (rows, length), document_ids, exposures, places, arguments)
+        return _train(model, stock, (rows, length), document_ids, exposures, places, isolation, arguments)
     if (
         torch.is_grad_enabled()
         and arguments.get("labels") is not None
@@ -73,6 +76,7 @@ def _train(
     document_ids: Tensor | None,
     exposures: Tensor | None,
     places: Tensor | None,
+    isolation: Tensor | None,
     arguments: dict[str, Any],
 ) -> Any:
     state = require_sinks(model)
@@ -84,21 +88,60 @@ def _train(
         _check_order(state, places, shape[0])
     if "use_cache" in state.arguments:
         arguments["use_cache"] = False
-    opened = torch.where(counts < config.open_from, NO_SINKS, ids)
+    flags = None if isolation is None else _aligned(isolation, "isolation", shape, 0)
+    opened = opened_ids(config, ids, counts, flags)
+    _refuse_unassigned(state, opened)
     weight = state.weight_rule(config, counts, opened)
-    if config.shared == "none":
+    if flags is not None:
+        if exposures is None:
+            raise DataError("isolation needs exposures beside it, but none were given")
+        weight = isolated_weight(config, weight, counts, opened, flags)
+        _check_isolated(state, opened, flags)
+        _blank(arguments, flags)
+    if config.shared == "none" or flags is not None:
         return run_apart(model, stock, arguments, opened, weight, ids)
-    if weight is None:
-        return run(model, stock, arguments, opened, None)
-    out = run(model, stock, arguments, opened, weight)
-    if not state.running.weight_used:
-        raise ConfigError(
-            "shared_decay scales the gradient at the logits, but this forward computed none (a fused loss?); "
-            "turn the fused loss off, or use SinkConfig(shared_decay=0)"
+    return run_weighted(model, stock, arguments, opened, weight)
+
+
+def _refuse_unassigned(state: SinkState, opened: Tensor) -> None:
+    """Where no blocks are hashed to, an id must have blocks of its own."""
+    if state.config.hashed_blocks or torch.compiler.is_compiling():
+        return
+    unknown = (opened != NO_SINKS) & ~state.table.holds(opened)
+    if bool(unknown.any()):
+        raise DataError(
+            f"document id {int(opened[unknown][0])} has no blocks, and this model hashes to none; give it some with "
+            "memsinks.assign"
         )
-    if getattr(out, "aux_loss", None) is not None:
-        raise ConfigError("shared_decay cannot be combined with a loss that couples the batch (aux_loss); turn it off")
-    return out
+
+
+def _check_isolated(state: SinkState, opened: Tensor, flags: Tensor) -> None:
+    """Where other texts send a gradient through open sinks, those that train sinks alone need blocks that only they open.
+
+    Otherwise what they write into a shared block would steer that gradient, and so the shared weights.
+    """
+    gated = flags == ISOLATIONS["gated"]
+    if state.config.shared == "none" and not bool(gated.any()):
+        return
+    alone = (flags >= ISOLATIONS["exact"]) & (flags != BLANK) & (opened != NO_SINKS)
+    unknown = alone & ~state.table.holds(opened)
+    if bool(unknown.any()):
+        raise DataError(
+            f"document id {int(opened[unknown][0])} is to train its sinks alone, but its blocks are hashed and gated documents "
+            "may open them too; give it blocks of its own with memsinks.assign"
+        )
+
+
+def _blank(arguments: dict[str, Any], flags: Tensor) -> None:
+    """Drop the targets of blank tokens, which the divisor counts."""
+    blank = flags == BLANK
+    if not bool(blank.any()):
+        return
+    if arguments.get("num_items_in_batch") is None or arguments.get("labels") is None:
+        raise DataError(
+            "blank rows count as targets but have no loss: give labels and num_items_in_batch (memsinks.target_count of the step)"
+        )
+    arguments["labels"] = arguments["labels"].masked_fill(blank, IGNORED)
 
 
 def _aligned(ids: Tensor | None, name: str, shape: tuple[int, int], least: int) -> Tensor:

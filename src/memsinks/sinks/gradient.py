@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from memsinks.batch import NO_SINKS
+from memsinks.batch import BLANK, ISOLATIONS, NO_SINKS
 from memsinks.sinks.config import SinkConfig
 
 
@@ -25,6 +25,33 @@ def shared_weight(exposures: Tensor, open_from: int, shared_decay: float) -> Ten
     """w(c), float64, for int64 exposures of any shape."""
     after = (exposures - open_from + 2).clamp(min=1).to(torch.float64)
     return torch.where(exposures < open_from, 1.0, after.pow(-shared_decay))
+
+
+def opened_ids(config: SinkConfig, ids: Tensor, exposures: Tensor, isolation: Tensor | None) -> Tensor:
+    """The id whose sinks are open in training, -1 where none are; all int64 of one shape, see `batch.ISOLATIONS`."""
+    closed = exposures < config.open_from
+    if isolation is not None:
+        closed = (closed & (isolation != ISOLATIONS["private"])) | (isolation == BLANK)
+    return torch.where(closed, NO_SINKS, ids)
+
+
+def isolated_weight(
+    config: SinkConfig, weight: Tensor | None, exposures: Tensor, opened: Tensor, isolation: Tensor
+) -> Tensor:
+    """`weight_of` with what the isolation of each token's text changes: w(c) for gated ones, 0 for exact and private ones.
+
+    Args:
+        weight: what the model's settings say, float64 [B, T] or None = 1.
+        exposures, opened, isolation: int64 [B, T].
+
+    Returns:
+        float64 [B, T].
+    """
+    weight = torch.ones(isolation.shape, dtype=torch.float64, device=isolation.device) if weight is None else weight
+    decayed = torch.where(opened == NO_SINKS, 1.0, shared_weight(exposures, config.open_from, config.shared_decay))
+    weight = torch.where(isolation == ISOLATIONS["gated"], decayed, weight)
+    alone = (isolation >= ISOLATIONS["exact"]) & (opened != NO_SINKS)
+    return torch.where(alone | (isolation == BLANK), 0.0, weight)
 
 
 def weight_of(config: SinkConfig, exposures: Tensor, opened: Tensor) -> Tensor | None:

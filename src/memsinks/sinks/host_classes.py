@@ -25,7 +25,7 @@ from memsinks.sinks.plan import LayerPlan
 from memsinks.sinks.state import ModelWithSinks, SinkState, is_sink, shared_parameters
 from memsinks.sinks.storage import save_with_sinks
 
-MARKS = ("document_ids", "exposures", "places")
+MARKS = ("document_ids", "exposures", "places", "isolation")
 """What the forward of a model with sinks takes beyond the stock one."""
 BYPASSED = (
     "a part of a model with sinks was run in training without the forward of the whole model, so its sinks would stay closed and "
@@ -170,10 +170,11 @@ class SinkModel(Derived, ModelWithSinks):
         document_ids: Tensor | None = None,
         exposures: Tensor | None = None,
         places: Tensor | None = None,
+        isolation: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         kwargs.update(zip(self.sink_state.arguments, args, strict=False))
-        return forward(self, super().forward, kwargs, document_ids, exposures, places)  # type: ignore[misc]
+        return forward(self, super().forward, kwargs, document_ids, exposures, places, isolation)  # type: ignore[misc]
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
         names = [name for name, _ in self.named_parameters() if is_sink(name)]  # type: ignore[attr-defined]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -39,19 +42,50 @@ class Sinks(nn.Module):
         device: torch.device,
     ) -> None:
         super().__init__()
+        self.std, self.layer, self.seed, self.act = std, layer, config.seed, act
         shape = (config.blocks, config.block_size, hidden_size)
-        generator = torch.Generator().manual_seed((config.seed * 1_000_003 + layer) % 2**63)
-
-        def start() -> nn.Parameter:
-            if device.type == "meta":
-                return nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
-            values = torch.empty(shape, dtype=torch.float32).normal_(0.0, std, generator=generator)
-            return nn.Parameter(values.to(device, dtype))
-
-        self.up = start()
-        self.gate = start() if gated else None
+        up, gate = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
+        if device.type != "meta":
+            generator = torch.Generator().manual_seed((config.seed * 1_000_003 + layer) % 2**63)
+            for part in (up, gate) if gated else (up,):
+                hashed = part[: config.hashed_blocks]
+                values = torch.empty(hashed.shape, dtype=torch.float32).normal_(0.0, std, generator=generator)
+                hashed.copy_(values)
+            for block in range(config.hashed_blocks, config.blocks):
+                up[block], gate[block] = self.start_of(block, shape[1:])
+        self.up = nn.Parameter(up)
+        self.gate = nn.Parameter(gate) if gated else None
         self.down = nn.Parameter(torch.zeros(shape, dtype=dtype, device=device))
-        self.act = act
+
+    def start_of(self, block: int, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """The start values of `up` and `gate` of a block that is not hashed to, float32 [block_size, d] each.
+
+        They depend on seed, layer and number of the block alone, so that a block can start anew at any time.
+        """
+        text = f"memsinks block {self.seed} {self.layer} {block}".encode()
+        seed = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") & (2**63 - 1)
+        values = torch.empty((2, *shape), dtype=torch.float32)
+        return tuple(values.normal_(0.0, self.std, generator=torch.Generator().manual_seed(seed)))  # type: ignore[return-value]
+
+    @torch.no_grad()
+    def start_anew(self, blocks: Sequence[int]) -> None:
+        """Give some blocks that are not hashed to the values they started with."""
+        for block in blocks:
+            up, gate = self.start_of(block, tuple(self.up.shape[1:]))
+            self.up[block] = up.to(self.up.device, self.up.dtype)
+            if self.gate is not None:
+                self.gate[block] = gate.to(self.gate.device, self.gate.dtype)
+            self.down[block] = 0
+
+    @torch.no_grad()
+    def grow(self, blocks: int) -> None:
+        """Add `blocks` blocks at the end, as they start; the parameters are new ones, and the blocks there keep their bits."""
+        before = len(self.up)
+        for name, parameter in list(self.named_parameters()):
+            more = parameter.new_zeros(blocks, *parameter.shape[1:])
+            setattr(self, name, nn.Parameter(torch.cat([parameter.data, more]), parameter.requires_grad))
+        if self.up.device.type != "meta":
+            self.start_anew(range(before, before + blocks))
 
     def forward(self, x: Tensor, plan: LayerPlan, scale: Tensor | None) -> Tensor:
         """What the open sinks add to the MLP output; x: [..., d], see `kernels.sink_forward`."""

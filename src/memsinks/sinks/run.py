@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from memsinks.errors import ConfigError
 from memsinks.sinks.kernels import choose_path
 from memsinks.sinks.plan import RoutingPlan, plan
 from memsinks.sinks.state import SinkState
@@ -26,6 +27,21 @@ def run(model: Any, stock: Any, arguments: dict[str, Any], ids: Tensor, weight: 
     flat = ids.reshape(-1) if ids.dim() == 2 else ids.reshape(-1, ids.shape[-1])
     with planned(state, plan(flat, state.layers, state.config, state.table, path=path, weight_scale=scale), weight):
         return stock(**arguments)
+
+
+def run_weighted(model: Any, stock: Any, arguments: dict[str, Any], ids: Tensor, weight: Tensor | None) -> Any:
+    """`run`, and a ConfigError where the weight was not used: no logits, or a loss that couples the batch."""
+    out = run(model, stock, arguments, ids, weight)
+    if weight is None:
+        return out
+    if not model.sink_state.running.weight_used:
+        raise ConfigError(
+            "shared_decay scales the gradient at the logits, but this forward computed none (a fused loss?); "
+            "turn the fused loss off, or use SinkConfig(shared_decay=0)"
+        )
+    if getattr(out, "aux_loss", None) is not None:
+        raise ConfigError("shared_decay cannot be combined with a loss that couples the batch (aux_loss); turn it off")
+    return out
 
 
 @contextmanager

@@ -50,6 +50,7 @@ class SinkState:
         sinks_missing: a state dict without sinks was loaded, so the sinks do not belong to the other weights.
         weight_rule: what a token may teach the shared weights.
         path: the compute path; None = `kernels.choose_path` decides.
+        taken: {id: name of the record} of owners that were taken out; their sinks can be opened no more.
         place: the training order that was met last and the place in it, of the batch before.
     """
 
@@ -61,6 +62,7 @@ class SinkState:
     sinks_missing: bool = False
     weight_rule: WeightRule = weight_of
     path: ComputePath | None = None
+    taken: dict[int, str] = field(default_factory=dict)
     place: tuple[int, int] | None = None
     running: Running = field(default_factory=Running)
 

@@ -45,7 +45,7 @@ from memsinks.sinks.table import TABLE_VERSION, AssignmentTable
 logger = logging.getLogger(__name__)
 
 FOLDER, SETTINGS, TENSORS = "sinks", "sinks.json", "sinks.safetensors"
-TABLE = ("ids", "offsets", "blocks")
+TABLE = ("ids", "offsets", "blocks", "owners")
 ADDED_LATER: dict[str, Any] = {}
 """Parts of the layout that format 2 did not have at first, with the value that means what it did without them: a part that
 has this value is not hashed, so that older fingerprints stay."""
@@ -282,7 +282,7 @@ def read_sinks(model: PreTrainedModel, directory: Path, saved: SavedSinks) -> No
             loaded = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise CheckpointError(f"{path} cannot be read: {error}; restore the checkpoint") from error
-    table = AssignmentTable(*(loaded.pop(f"table.{name}", torch.empty(0, dtype=torch.int64)) for name in TABLE))
+    table = take_table(loaded)
     if set(loaded) != set(own):
         lacking, more = sorted(set(own) - set(loaded))[:3], sorted(set(loaded) - set(own))[:3]
         raise CheckpointError(f"{path}: missing {lacking}, unknown {more}")
@@ -303,6 +303,13 @@ def read_sinks(model: PreTrainedModel, directory: Path, saved: SavedSinks) -> No
         for name, parameter in own.items():
             parameter.copy_(loaded[name])
     state.table, state.sinks_missing = table, False
+
+
+def take_table(tensors: dict[str, Tensor]) -> AssignmentTable:
+    """The table among the tensors of a checkpoint, which it leaves; files of before know no owners."""
+    empty = AssignmentTable()
+    parts = {name: tensors.pop(f"table.{name}", getattr(empty, name)) for name in TABLE[:3]}
+    return AssignmentTable(**parts, owners=tensors.pop("table.owners", None))  # type: ignore[arg-type]
 
 
 def check_files(directory: Path, saved: SavedSinks) -> None:

@@ -17,19 +17,34 @@ from memsinks.sinks.routing import bank_keys, shift, splitmix64
 
 @dataclass(frozen=True)
 class AssignmentTable:
-    """Ids that open listed blocks instead of hashed ones: sorted int64 `ids` [n], `offsets` [n + 1], `blocks` [m].
+    """Ids that open listed blocks instead of hashed ones: sorted int64 `ids` [n], `offsets` [n + 1], `blocks` [m], `owners` [m].
 
-    Document ``ids[i]`` opens ``blocks[offsets[i]:offsets[i + 1]]`` in every layer. Empty by default; saved with the
-    model.
+    Document ``ids[i]`` opens ``blocks[offsets[i]:offsets[i + 1]]`` in every layer; ``owners[j]`` is the id whose own
+    ``blocks[j]`` is: ``ids[i]`` itself, or that of an author or a customer whose blocks it opens too. Empty by default; saved
+    with the model.
     """
 
     ids: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     offsets: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.int64))
     blocks: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    owners: Tensor = None  # type: ignore[assignment]  # set in __post_init__
+
+    def __post_init__(self) -> None:
+        if self.owners is None:  # as tables of before: each id its own
+            object.__setattr__(self, "owners", self.ids.repeat_interleave(self.offsets.diff()))
 
     @classmethod
-    def from_dict(cls, assignments: Mapping[int, Collection[int]], config: SinkConfig) -> AssignmentTable:
-        """Build the table from {document id: blocks}; ConfigError on an id or a block that cannot be."""
+    def from_dict(
+        cls,
+        assignments: Mapping[int, Collection[int]],
+        config: SinkConfig,
+        owners: Mapping[int, int] | None = None,
+    ) -> AssignmentTable:
+        """Build the table from {document id: blocks}; ConfigError on an id or a block that cannot be.
+
+        Args:
+            owners: {block: id whose own it is}; blocks that are not listed belong to the id that opens them.
+        """
         problems = [
             f"a document id is an int from 0 to 2**63 - 1, got {key!r}"
             for key in assignments
@@ -46,7 +61,30 @@ class AssignmentTable:
         for key in ids:
             listed += sorted(set(assignments[key]))
             offsets.append(len(listed))
-        return cls(*(torch.tensor(x, dtype=torch.int64) for x in (ids, offsets, listed)))
+        table = cls(*(torch.tensor(x, dtype=torch.int64) for x in (ids, offsets, listed)))
+        for place, block in enumerate(listed if owners else []):
+            table.owners[place] = owners.get(block, int(table.owners[place]))  # type: ignore[union-attr]
+        return table
+
+    def to_dict(self) -> dict[int, list[int]]:
+        """{document id: blocks}, as for `from_dict`."""
+        blocks, ends = self.blocks.tolist(), self.offsets.tolist()
+        return {key: blocks[ends[i] : ends[i + 1]] for i, key in enumerate(self.ids.tolist())}
+
+    def owner_of(self) -> dict[int, int]:
+        """{block: id whose own it is}."""
+        return dict(zip(self.blocks.tolist(), self.owners.tolist(), strict=True))
+
+    def own_blocks(self, document_id: int) -> list[int]:
+        """The blocks that are an id's own, in ascending order."""
+        return sorted(set(self.blocks[self.owners == document_id].tolist()))
+
+    def holds(self, ids: Tensor) -> Tensor:
+        """Which of `ids` (int64, any shape) have listed blocks, bool of the same shape."""
+        if not len(self):
+            return torch.zeros_like(ids, dtype=torch.bool)
+        known = self.ids.to(ids.device)
+        return known[torch.searchsorted(known, ids).clamp(max=len(known) - 1)] == ids
 
     def check(self, config: SinkConfig) -> None:
         """ConfigError unless it fits a pool: sorted ids, blocks that are there."""
@@ -55,6 +93,8 @@ class AssignmentTable:
             problems.append(
                 f"offsets must count up to the {len(self.blocks)} blocks, one more than the {len(self)} ids"
             )
+        if len(self.owners) != len(self.blocks):
+            problems.append(f"there are {len(self.owners)} owners for {len(self.blocks)} blocks")
         if len(self) and (int(self.ids[0]) < 0 or bool((self.ids[1:] <= self.ids[:-1]).any())):
             problems.append("ids must be non-negative and rise")
         if len(self.blocks) and not 0 <= int(self.blocks.min()) <= int(self.blocks.max()) < config.blocks:
@@ -69,7 +109,7 @@ class AssignmentTable:
 
     def to(self, device: torch.device) -> AssignmentTable:
         """The table on another device."""
-        return AssignmentTable(self.ids.to(device), self.offsets.to(device), self.blocks.to(device))
+        return AssignmentTable(*(x.to(device) for x in (self.ids, self.offsets, self.blocks, self.owners)))
 
 
 def _routing_problems(config: SinkConfig, ids: int) -> list[str]:
@@ -92,12 +132,14 @@ def open_blocks(ids: Tensor, config: SinkConfig, layer: int, table: AssignmentTa
     Returns:
         int64 [n, most]; ``config.blocks`` fills places that open nothing.
     """
-    count, none = config.open_blocks, config.blocks
+    count, none = config.open_blocks if config.hashed_blocks else 0, config.blocks
     keys = torch.tensor(bank_keys(config, layer, count), dtype=torch.int64, device=ids.device)
-    start = torch.tensor([bank * config.hashed_blocks // count for bank in range(count + 1)], device=ids.device)
+    start = torch.tensor([bank * config.hashed_blocks // max(1, count) for bank in range(count + 1)], device=ids.device)
     size = start[1:] - start[:-1]
     blocks = start[:-1] + shift(splitmix64(ids[:, None] ^ keys), 1) % size
-    if config.hashed_blocks % count:  # banks of two sizes: turn them, or a block of a small bank opens more often
+    if (
+        count and config.hashed_blocks % count
+    ):  # banks of two sizes: turn them, or a block of a small bank opens more often
         turn = torch.tensor(bank_keys(config, layer, count + 1)[count:], dtype=torch.int64, device=ids.device)
         blocks = (blocks + shift(splitmix64(ids[:, None] ^ turn), 1) % config.hashed_blocks) % config.hashed_blocks
     if len(table):

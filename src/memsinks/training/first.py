@@ -18,11 +18,11 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from memsinks.batch import IGNORED, NO_SINKS, ROW_ARGUMENTS, take_rows, target_count
+from memsinks.batch import IGNORED, ISOLATION, NO_SINKS, ROW_ARGUMENTS, take_rows, target_count
 from memsinks.checks import at_least, int_at_least
 from memsinks.errors import ArchitectureError, ConfigError, DataError, refuse
 from memsinks.sinks.config import SinkConfig
-from memsinks.sinks.gradient import frozen
+from memsinks.sinks.gradient import frozen, opened_ids
 from memsinks.sinks.state import is_sharded, require_sinks, shared_parameters, sink_parameters, unwrap
 from memsinks.training.evaluate import row_losses
 from memsinks.training.optim import clip_grad_norm_
@@ -147,10 +147,11 @@ def _open_rows(batch: Mapping[str, Tensor], config: SinkConfig) -> Tensor:
 
 def _opens(batch: Mapping[str, Tensor], config: SinkConfig) -> Tensor:
     """Whose sinks are open, bool [rows, length or 1]."""
-    opens = _columns(batch["document_ids"]) != NO_SINKS
-    if config.needs_exposures:
-        opens = opens & (_columns(batch["exposures"]) >= config.open_from)
-    return opens
+    ids = _columns(batch["document_ids"])
+    if not config.needs_exposures:
+        return ids != NO_SINKS
+    flags = batch.get(ISOLATION)
+    return opened_ids(config, ids, _columns(batch["exposures"]), None if flags is None else _columns(flags)) != NO_SINKS
 
 
 def _columns(marks: Tensor) -> Tensor:

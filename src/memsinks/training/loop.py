@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
-from memsinks.batch import stock_arguments, target_count
+from memsinks.batch import ISOLATION, stock_arguments, target_count
 from memsinks.errors import CheckpointError
 from memsinks.sinks.state import has_sinks, require_sinks
 from memsinks.training.checkpoint import Checkpoint, save_checkpoint
@@ -44,7 +44,7 @@ def plain_step(model: nn.Module, batch: Batch, divisor: Tensor) -> float:
     """Gradients of the mean loss over `divisor` targets into ``.grad``; returns the loss, nats."""
     arguments = stock_arguments(batch)
     if has_sinks(model):
-        arguments |= {name: batch[name] for name in ("document_ids", "exposures")}
+        arguments |= {name: batch[name] for name in ("document_ids", "exposures", ISOLATION) if name in batch}
     loss = model(**arguments, num_items_in_batch=divisor).loss
     loss.backward()
     return loss.item()

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
 from memsinks.checks import at_least, positive
@@ -92,9 +93,10 @@ class GradientNorms(NamedTuple):
 
 
 def clip_grad_norm_(model: nn.Module, max_norm: float | None) -> GradientNorms:
-    """Clip the gradient norm of the shared weights and that of the sinks, each to `max_norm`.
+    """Clip the gradient norm of the shared weights, that of the hashed sink blocks, and that of each own block, to `max_norm`.
 
-    One norm over both would couple them: a document's sinks would shrink the step of the shared weights.
+    One norm over all would couple them: a document's sinks would shrink the step of the shared weights, and one owner's that of
+    another's. A block that is not hashed to (`SinkConfig.reserved_blocks`) has one norm over its layers and projections.
 
     Args:
         max_norm: 0 or less, None and infinity only measure.
@@ -102,9 +104,13 @@ def clip_grad_norm_(model: nn.Module, max_norm: float | None) -> GradientNorms:
     Raises:
         ConfigError: `max_norm` is nan.
     """
-    require_sinks(model)
-    limit = norm_limit(max_norm)
-    return GradientNorms(_clip(shared_parameters(model), limit), _clip(sink_parameters(model), limit))
+    config, limit = require_sinks(model).config, norm_limit(max_norm)
+    shared, sinks = _clip(shared_parameters(model), limit), sink_parameters(model)
+    if not config.reserved_blocks or any(isinstance(x, DTensor) for x in sinks):
+        return GradientNorms(shared, _clip(sinks, limit))
+    return GradientNorms(
+        shared, _clip_blocks([x.grad for x in sinks if x.grad is not None], config.hashed_blocks, limit)
+    )
 
 
 def clip_gradients(model: nn.Module, max_norm: float | None) -> None:
@@ -131,6 +137,27 @@ def _clip(parameters: list[nn.Parameter], limit: float) -> Tensor:
     if math.isfinite(limit) and (not known or not limit / (norm + 1e-6) >= 1):
         torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
     return norm
+
+
+def _clip_blocks(gradients: list[Tensor], hashed: int, limit: float) -> Tensor:
+    """Clip the first `hashed` blocks together and each of the others by itself; the norm of all before."""
+    if not gradients:
+        return torch.zeros(())
+    norms = torch.stack([torch.linalg.vector_norm(x.flatten(1), dim=1) for x in gradients])
+    square = norms.square().sum(0)
+    own = square[hashed:].sqrt()
+    if math.isfinite(limit):
+        if hashed:
+            together = [x[:hashed] for x in gradients]
+            whole = torch.nn.utils.get_total_norm(together)
+            if not limit / (whole + 1e-6) >= 1:
+                for gradient in together:
+                    gradient *= limit / (whole + 1e-6)
+        large = (own > limit).nonzero()[:, 0]
+        for block in large.tolist():
+            for gradient in gradients:
+                gradient[hashed + block] *= limit / (own[block] + 1e-6)
+    return square.sum().sqrt()
 
 
 # Without torch's wrapper, which would run the step hooks a second time.

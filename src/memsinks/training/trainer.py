@@ -29,7 +29,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import has_length
 from transformers.training_args import OptimizerNames
 
-from memsinks.batch import FIELDS, collate, target_count
+from memsinks.batch import FIELDS, ISOLATION, PLACES, collate, target_count
 from memsinks.data.sampling import refuse_shuffling
 from memsinks.errors import ArchitectureError, CheckpointError, ConfigError, DataError, refuse
 from memsinks.sinks.checkpoint import load_sinks
@@ -264,7 +264,7 @@ class SinkTrainer(Trainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        self._signature_columns = list(dict.fromkeys([*(self._signature_columns or []), *FIELDS, "places"]))
+        self._signature_columns = list(dict.fromkeys([*(self._signature_columns or []), *FIELDS, PLACES, ISOLATION]))
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """`AdamW` with the groups of `param_groups`, or what was given."""
