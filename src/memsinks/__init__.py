@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from memsinks.data.sampling import refuse_shuffling
     from memsinks.data.tokens import encode, load_tokenizer, train_tokenizer
     from memsinks.errors import ArchitectureError, CheckpointError, ConfigError, DataError, MemsinksError
+    from memsinks.removal.erase import Erased, blocks_of, collateral, erase
     from memsinks.removal.export import export
     from memsinks.removal.settle import SettleConfig, Settled, SettleResult, repeated_and_once, settle, settling_texts
     from memsinks.runs.recipe import Recipe, parse_recipe, read_recipe
@@ -75,6 +76,7 @@ _HOMES = {
     "memsinks.data.sampling": "refuse_shuffling",
     "memsinks.data.tokens": "encode load_tokenizer train_tokenizer",
     "memsinks.errors": "ArchitectureError CheckpointError ConfigError DataError MemsinksError",
+    "memsinks.removal.erase": "Erased blocks_of collateral erase",
     "memsinks.removal.export": "export",
     "memsinks.removal.settle": "SettleConfig SettleResult Settled repeated_and_once settle settling_texts",
     "memsinks.runs.recipe": "Recipe parse_recipe read_recipe",
@@ -110,6 +112,7 @@ __all__ = [
     "ConfigError",
     "DataError",
     "Document",
+    "Erased",
     "GradientNorms",
     "MemsinksError",
     "Recipe",
@@ -128,11 +131,14 @@ __all__ = [
     "assign",
     "assign_blocks",
     "audit",
+    "blocks_of",
     "clip_grad_norm_",
     "collate",
+    "collateral",
     "document_id",
     "encode",
     "equal_repetition",
+    "erase",
     "export",
     "exposures",
     "fingerprint",

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from memsinks.data.documents import Document, cut_documents, require_unique_keys
+from memsinks.data.isolation import isolate
 from memsinks.data.readers import read_documents, source_hash
 from memsinks.data.synthetic import corpus
 from memsinks.errors import ConfigError
@@ -39,6 +40,9 @@ def choose_documents(data: DataRecipe, seed: int) -> Chosen:
         ConfigError, DataError: the corpus has too few documents for what is asked, or cannot be read.
     """
     documents, unseen, fresh = _read(data)
+    for name in ("exact", "private"):
+        by = "source" if data.by == "source" else "key"
+        documents = isolate(documents, name, getattr(data, name), by) if getattr(data, name) else documents
     if data.unique_keys:
         require_unique_keys(documents)
     held_out, repeated = _choose(documents, data, seed)
@@ -60,6 +64,7 @@ def _read(data: DataRecipe) -> Chosen:
         key_field=data.key_field,
         source_field=data.source_field,
         copies_field=data.copies_field,
+        isolation_field=data.isolation_field,
         separator=data.separator,
         split=data.split,
         streaming=data.streaming,

@@ -21,7 +21,7 @@ import warnings
 import zipfile
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from transformers import PreTrainedTokenizerBase
 
 from memsinks.data.documents import Document, load_documents, write_documents
 from memsinks.data.identity import document_id, equal_repetition, identify
+from memsinks.data.isolation import isolation_of
 from memsinks.data.packing import Rows, pack
 from memsinks.data.rows import TokenizedDocuments, rows_of
 from memsinks.data.token_store import StoredTokens, write_tokens
@@ -41,6 +42,7 @@ from memsinks.provenance import refuse_other_settings
 from memsinks.runs.corpus import background_documents, choose_documents, expanded, source_hashes
 from memsinks.runs.recipe import BackgroundRecipe, DataRecipe, Recipe
 from memsinks.sinks.checkpoint import load_config
+from memsinks.sinks.config import SinkConfig
 from memsinks.sinks.families import ISOLATES_PACKED
 
 logger = logging.getLogger(__name__)
@@ -112,7 +114,7 @@ def prepare(recipe: Recipe, one_document_per_row: bool = False, folder: Path | N
         epochs=training.epochs,
         length=training.length,
         pad_id=pad_token(corpus.tokenizer),
-        apart_from=recipe.sinks.open_from if recipe.sinks and recipe.sinks.shared == "none" else None,
+        apart_from=_apart_from(recipe.sinks, corpus.documents),
         one_document_per_row=data.alone(one_document_per_row) or _model_type(recipe) not in ISOLATES_PACKED,
         long=data.long,
     )
@@ -120,6 +122,12 @@ def prepare(recipe: Recipe, one_document_per_row: bool = False, folder: Path | N
         raise DataError(f"the corpus fills {len(rows)} rows, one step needs {training.batch_rows}; lower batch_rows")
     unseen, fresh = (_rows_aside(documents, corpus, recipe) for documents in (corpus.unseen, corpus.fresh))
     return PreparedCorpus(rows, corpus.members, corpus.controls, unseen, fresh, corpus.tokenizer)
+
+
+def _apart_from(sinks: SinkConfig | None, documents: TokenizedDocuments) -> int | None:
+    if sinks is None or (sinks.shared == "decay" and documents.isolation is None):
+        return None
+    return sinks.open_from
 
 
 def _warn_of_equal_repetition(recipe: Recipe, documents: TokenizedDocuments) -> None:
@@ -179,9 +187,19 @@ def _tokenize(recipe: Recipe, file: Path | None = None) -> TokenizedCorpus:
     kept = list(everything) if file is None else StoredTokens(file, write_tokens(file, everything))
     background = np.array(more_ids, np.int64)
     found = TokenizedDocuments(
-        kept, np.r_[ids, background], np.r_[groups, background], np.r_[copies, np.ones_like(background)]
+        kept,
+        np.r_[ids, background],
+        np.r_[groups, background],
+        np.r_[copies, np.ones_like(background)],
+        _isolation(members, len(background)),
     )
     return TokenizedCorpus(found, members, controls, unseen, fresh, tokenizer)
+
+
+def _isolation(members: Sequence[Document], background: int) -> np.ndarray | None:
+    """The isolation of all documents, int64 [documents]; background documents have none."""
+    found = isolation_of(members)
+    return None if found is None else np.r_[found, np.zeros(background, np.int64)]
 
 
 def load_tokenizer_of(recipe: Recipe, members: Sequence[Document]) -> PreTrainedTokenizerBase:
@@ -289,6 +307,7 @@ def _load(folder: Path, facts: dict[str, Any], data: DataRecipe) -> TokenizedCor
         tokens = StoredTokens(folder / "tokens.bin", index["offsets"])
         documents = TokenizedDocuments(tokens, index["ids"], index["groups"], index["copies"])
     members, controls = (load_documents(folder / f"{name}.jsonl") for name in ("members", "controls"))
+    documents = replace(documents, isolation=_isolation(members, len(documents.copies) - len(members)))
     if (len(members), len(controls)) != (facts["members"], facts["controls"]):
         raise DataError("members.jsonl or controls.jsonl is cut short")
     unseen, fresh = (

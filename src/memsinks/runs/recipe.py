@@ -89,7 +89,8 @@ class DataRecipe:
     Args:
         path: a file, folder or data set name for `read_documents`; ``$NAME`` is replaced from the environment. None =
             the built-in corpus.
-        text_field, key_field, source_field, copies_field, separator, split, streaming: as for `read_documents`.
+        text_field, key_field, source_field, copies_field, isolation_field, separator, split, streaming: as for `read_documents`.
+        exact, private: keys of documents (sources, where `by` is ``source``) that are isolated so, see `batch.ISOLATIONS`.
         cut_characters: cut documents into pieces of at most so many characters, each a document of its own, see
             `cut_documents`.
         limit: read at most so many documents (or pieces).
@@ -112,6 +113,9 @@ class DataRecipe:
     key_field: str | None = None
     source_field: str | None = None
     copies_field: str | None = None
+    isolation_field: str | None = None
+    exact: list[str] = field(default_factory=list)
+    private: list[str] = field(default_factory=list)
     separator: str | None = None
     split: str = "train"
     streaming: bool = False
@@ -156,6 +160,24 @@ class DataRecipe:
 
 
 @dataclass(frozen=True, kw_only=True)
+class OwnRecipe:
+    """Which ids get sink blocks of their own: those of exact and private documents, and of documents that are repeated often.
+
+    Args:
+        blocks: each gets so many; there must be enough ``sinks.reserved_blocks``.
+        from_copies: documents with so many copies get some too; None = no others.
+    """
+
+    blocks: int = 1
+    from_copies: int | None = None
+
+    def __post_init__(self) -> None:
+        problems = int_at_least("blocks", self.blocks, 1)
+        problems += [] if self.from_copies is None else int_at_least("from_copies", self.from_copies, 1)
+        refuse(problems, "own")
+
+
+@dataclass(frozen=True, kw_only=True)
 class TokenizerRecipe:
     """The tokenizer: load one from `path` (folder, JSON file or name), or train one of `vocab_size` on the corpus."""
 
@@ -188,13 +210,15 @@ class ModelRecipe:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Everything one run needs. `sinks` None trains an ordinary model, `settle` None leaves behind what sinks leave."""
+    """Everything one run needs. `sinks` None trains an ordinary model, `settle` None leaves behind what sinks leave, `own` None
+    gives nobody sink blocks of his own."""
 
     output: str
     model: ModelRecipe
     data: DataRecipe = field(default_factory=DataRecipe)
     tokenizer: TokenizerRecipe = field(default_factory=lambda: TokenizerRecipe(vocab_size=1024))
     sinks: SinkConfig | None = None
+    own: OwnRecipe | None = None
     settle: SettleConfig | None = None
     training: TrainingConfig = field(default_factory=TrainingConfig)
 
@@ -204,6 +228,8 @@ class Recipe:
             problems.append(
                 "settle needs data.unseen beside data.background: texts met once are then of another kind than the documents"
             )
+        if self.own is not None and (self.sinks is None or not self.sinks.reserved_blocks):
+            problems.append("own gives away blocks that are not hashed to; set sinks.reserved_blocks")
         if self.sinks is not None and self.sinks.shared == "none":
             if self.settle is not None:
                 problems.append(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,15 @@ from transformers import PreTrainedModel
 
 from memsinks._version import versions
 from memsinks.batch import collate
-from memsinks.data.documents import texts_hash
+from memsinks.data.documents import Document, texts_hash
+from memsinks.data.identity import By, identify
 from memsinks.data.packing import Rows
 from memsinks.removal.settle import repeated_and_once, require_settleable, settle, settling_texts
 from memsinks.runs.folder import RunFolder
 from memsinks.runs.model import build_model
 from memsinks.runs.prepare import PreparedCorpus, prepare
-from memsinks.runs.recipe import Recipe
+from memsinks.runs.recipe import OwnRecipe, Recipe
+from memsinks.sinks.own import assign
 from memsinks.training.checkpoint import last_checkpoint
 from memsinks.training.config import TrainingConfig
 from memsinks.training.evaluate import AnyRows
@@ -64,6 +67,8 @@ def train(recipe: Recipe, *, resume: bool = False, label: str = "") -> Path:
         texts = settling_texts(prepared.rows, prepared.unseen) if recipe.settle is not None else None
         repeated = _texts_of_sinks(recipe, prepared.rows)
         model: Any = build_model(recipe, prepared.tokenizer)
+        if recipe.own is not None:
+            _give_own_blocks(model, recipe.own, prepared.members, recipe.data.by)
         if texts is not None:
             require_settleable(model)
         transformers.set_seed(recipe.training.seed)
@@ -84,6 +89,17 @@ def train(recipe: Recipe, *, resume: bool = False, label: str = "") -> Path:
         folder.finish(model, prepared.tokenizer, facts | {"seconds": round(time.time() - started, 1)})
         folder.drop_checkpoint(training.total)
     return folder.model
+
+
+def _give_own_blocks(model: PreTrainedModel, own: OwnRecipe, members: Sequence[Document], by: By) -> None:
+    """Assign own blocks to the ids that the recipe asks for, in the order of the documents."""
+    owners = {}
+    for document, document_id in zip(members, identify(members, by)[0].tolist(), strict=True):
+        isolated = document.isolation in ("exact", "private")
+        if isolated or (own.from_copies is not None and document.copies >= own.from_copies):
+            owners[document_id] = None
+    assign(model, owners, blocks=own.blocks)
+    logger.info("%d owners have %d sink blocks each of their own", len(owners), own.blocks)
 
 
 def rows_per_step(config: TrainingConfig) -> int:

@@ -13,7 +13,7 @@ from memsinks.sinks.exact import run_apart
 from memsinks.sinks.families import ISOLATES_PACKED
 from memsinks.sinks.gradient import isolated_weight, opened_ids
 from memsinks.sinks.run import run, run_weighted
-from memsinks.sinks.state import SinkState, require_sinks
+from memsinks.sinks.state import SinkState, refuse_taken, require_sinks
 
 
 def forward(
@@ -90,6 +90,8 @@ def _train(
         arguments["use_cache"] = False
     flags = None if isolation is None else _aligned(isolation, "isolation", shape, 0)
     opened = opened_ids(config, ids, counts, flags)
+    if state.taken and not torch.compiler.is_compiling():
+        refuse_taken(state, ids)
     _refuse_unassigned(state, opened)
     weight = state.weight_rule(config, counts, opened)
     if flags is not None:

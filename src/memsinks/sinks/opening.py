@@ -15,7 +15,7 @@ from memsinks.batch import NO_SINKS, check_ids
 from memsinks.errors import ConfigError, DataError
 from memsinks.sinks.families import read_mlp
 from memsinks.sinks.host_classes import SinkMlp
-from memsinks.sinks.state import SinkState, require_sinks, sink_modules, unwrap
+from memsinks.sinks.state import SinkState, refuse_taken, require_sinks, sink_modules, unwrap
 from memsinks.sinks.table import open_mask
 
 OpenIds = int | Iterable[int] | Tensor | np.ndarray | Sequence[Iterable[int]]
@@ -60,10 +60,13 @@ def sinks_open(model: nn.Module, ids: OpenIds) -> Iterator[None]:
     They are open in this thread alone: a thread that is started within the block opens its own. Another ``sinks_open`` within the
     block replaces them until its end.
     """
-    running = require_sinks(model).running
+    state = require_sinks(model)
+    running = state.running
     if model.training:
         raise ConfigError("sinks_open is for evaluation, the model is in training mode; call model.eval() first")
-    before, running.opened = running.opened, _parse_open(ids)
+    opened = _parse_open(ids)
+    refuse_taken(state, opened)
+    before, running.opened = running.opened, opened
     try:
         yield
     finally:

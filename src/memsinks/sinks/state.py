@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from memsinks.errors import ArchitectureError, CheckpointError
+from memsinks.errors import ArchitectureError, CheckpointError, DataError
 from memsinks.sinks.config import SinkConfig
 from memsinks.sinks.gradient import weight_of
 from memsinks.sinks.layer import Sinks
@@ -131,6 +131,16 @@ def assign_blocks(model: nn.Module, assignments: Mapping[int, Iterable[int]] | A
     else:
         state.table = AssignmentTable.from_dict(
             {key: list(blocks) for key, blocks in assignments.items()}, state.config
+        )
+
+
+def refuse_taken(state: SinkState, ids: Tensor) -> None:
+    """DataError if any of `ids` (int64, any shape) was taken out, by the name of the record."""
+    if not state.taken:
+        return
+    for document_id in set(ids.unique().tolist()) & state.taken.keys():
+        raise DataError(
+            f"the sinks of document id {document_id} were taken out ({state.taken[document_id]}) and can be opened no more"
         )
 
 

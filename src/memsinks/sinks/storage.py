@@ -69,6 +69,11 @@ class SavedSinks:
         """Of the files that these sinks were saved with, by their path in the checkpoint."""
         return self.stored["sha256"]
 
+    @property
+    def taken(self) -> dict[int, str]:
+        """{id: name of the record} of owners that were taken out."""
+        return {int(key): name for key, name in self.stored.get("taken", {}).items()}
+
     def fingerprint(self, shapes: Mapping[str, list[int]]) -> str:
         """As the version that wrote the file makes it, for tensors of these shapes."""
         if self.version > 1:
@@ -187,6 +192,7 @@ def _write_sinks(model: PreTrainedModel, tensors: dict[str, Tensor], folder: Pat
         "layers": list(state.layers),
         "intermediate_size": state.intermediate_size,
         "alone": stock is None,
+        "taken": {str(key): name for key, name in sorted(state.taken.items())},
         "sha256": {path.name: file_hash(path) for path in stock or ()} | hashes,
     }
     (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
@@ -302,7 +308,7 @@ def read_sinks(model: PreTrainedModel, directory: Path, saved: SavedSinks) -> No
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(loaded[name])
-    state.table, state.sinks_missing = table, False
+    state.table, state.sinks_missing, state.taken = table, False, saved.taken
 
 
 def take_table(tensors: dict[str, Tensor]) -> AssignmentTable:
