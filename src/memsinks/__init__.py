@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from memsinks.batch import NO_SINKS, collate, target_count
     from memsinks.data.documents import Document, load_documents, require_unique_keys, write_documents
     from memsinks.data.identity import document_id, equal_repetition, exposures, identify, training_order
+    from memsinks.data.matching import find_copies
     from memsinks.data.packing import Rows, pack
     from memsinks.data.readers import read_documents
     from memsinks.data.rows import make_rows
@@ -65,6 +66,7 @@ _HOMES = {
     "memsinks.batch": "NO_SINKS collate target_count",
     "memsinks.data.documents": "Document load_documents require_unique_keys write_documents",
     "memsinks.data.identity": "document_id equal_repetition exposures identify training_order",
+    "memsinks.data.matching": "find_copies",
     "memsinks.data.packing": "Rows pack",
     "memsinks.data.readers": "read_documents",
     "memsinks.data.rows": "make_rows",
@@ -128,6 +130,7 @@ __all__ = [
     "equal_repetition",
     "export",
     "exposures",
+    "find_copies",
     "fingerprint",
     "has_sinks",
     "identify",
