@@ -6,11 +6,12 @@ errors      the error types                         checks    numbers in range, 
 files       written beside and renamed, hashes      batch     the contract of a batch, and its collator
 provenance  what was made with which settings
 data        text -> rows: documents, readers, identity, tokens, packing, rows (all in one call), sampling, the built-in corpus;
-            imports no model
+            matching, which finds copies of a text; imports no model
 sinks       the mechanism, for any decoder: config, routing, table, plan, layer, kernels, families, host classes, attach,
             opening, storage, checkpoint
 training    the one loop, its settings, sinks first, optimizer, evaluation, the Hugging Face Trainer
-removal     expected losses, settle, export, the check in a fresh process, the model card
+removal     expected losses, settle, export, the check in a fresh process, the model card; of a take-down the tombstone and the
+            record: statement, page, signature
 auditing    what a model remembers: scores -> attacks -> figures -> report
 runs        a recipe in YAML, its corpus, its run folder, its estimate, the demo
 research    rivals, comparisons, the paper's study: nothing above imports it
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from memsinks.data.tokens import encode, load_tokenizer, train_tokenizer
     from memsinks.errors import ArchitectureError, CheckpointError, ConfigError, DataError, MemsinksError
     from memsinks.removal.export import export
+    from memsinks.removal.record import verify_record
     from memsinks.removal.settle import SettleConfig, Settled, SettleResult, repeated_and_once, settle, settling_texts
     from memsinks.runs.recipe import Recipe, parse_recipe, read_recipe
     from memsinks.runs.run import train
@@ -74,6 +76,7 @@ _HOMES = {
     "memsinks.data.tokens": "encode load_tokenizer train_tokenizer",
     "memsinks.errors": "ArchitectureError CheckpointError ConfigError DataError MemsinksError",
     "memsinks.removal.export": "export",
+    "memsinks.removal.record": "verify_record",
     "memsinks.removal.settle": "SettleConfig SettleResult Settled repeated_and_once settle settling_texts",
     "memsinks.runs.recipe": "Recipe parse_recipe read_recipe",
     "memsinks.runs.run": "train",
@@ -161,6 +164,7 @@ __all__ = [
     "train",
     "train_tokenizer",
     "training_order",
+    "verify_record",
     "write_documents",
 ]
 

@@ -220,6 +220,12 @@ def find_tombstoned(
     return found
 
 
+def shares_words(text: str, tombstone: Tombstone) -> bool:
+    """Whether `SIZE` words in a row of `text` stand in a text of the tombstone; shorter texts are not looked at."""
+    cut = words_of(normal_form(text))
+    return len(cut) >= SIZE and any(x in tombstone.owners for x in hash_runs(_start(tombstone.salt), runs(cut)))
+
+
 def stride(shingles: int, threshold: float) -> int:
     """How many shingles apart a document may be probed so that a copy is met.
 
