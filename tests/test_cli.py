@@ -24,7 +24,7 @@ COMMANDS = {"demo": ["--out"], "train": ["recipe", "--set", "--resume"], "estima
             "prepare": ["comparison", "--seeds"], "compare": ["--arms", "--jobs", "--dry-run"],
             "reproduce": ["FIGURE", "--size", "--finished"], "audit": ["--documents", "--controls", "--state", "--by"],
             "lm-eval-task": ["--documents", "--out"], "export": ["checkpoint", "directory", "--rescale"],
-            "info": ["checkpoint"]}  # fmt: skip
+            "info": ["checkpoint"], "verify": ["record", "--run", "--public-key"]}  # fmt: skip
 
 
 @pytest.fixture

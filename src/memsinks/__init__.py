@@ -6,11 +6,12 @@ errors      the error types                         checks    numbers in range, 
 files       written beside and renamed, hashes      batch     the contract of a batch, and its collator
 provenance  what was made with which settings
 data        text -> rows: documents, readers, identity, tokens, packing, rows (all in one call), sampling, the built-in corpus;
-            imports no model
+            matching, which finds copies of a text; imports no model
 sinks       the mechanism, for any decoder: config, routing, table, plan, layer, kernels, families, host classes, attach,
             opening, storage, checkpoint
 training    the one loop, its settings, sinks first, optimizer, evaluation, the Hugging Face Trainer
-removal     expected losses, settle, export, the check in a fresh process, the model card
+removal     expected losses, settle, export, the check in a fresh process, the model card; of a take-down the tombstone and the
+            record: statement, page, signature
 auditing    what a model remembers: scores -> attacks -> figures -> report
 runs        a recipe in YAML, its corpus, its run folder, its estimate, the demo
 research    rivals, comparisons, the paper's study: nothing above imports it
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from memsinks.data.documents import Document, load_documents, require_unique_keys, write_documents
     from memsinks.data.identity import document_id, equal_repetition, exposures, identify, training_order
     from memsinks.data.isolation import isolate
+    from memsinks.data.matching import find_copies
     from memsinks.data.packing import Rows, pack
     from memsinks.data.readers import read_documents
     from memsinks.data.rows import make_rows
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
     from memsinks.errors import ArchitectureError, CheckpointError, ConfigError, DataError, MemsinksError
     from memsinks.removal.erase import Erased, blocks_of, collateral, erase
     from memsinks.removal.export import export
+    from memsinks.removal.record import verify_record
     from memsinks.removal.settle import SettleConfig, Settled, SettleResult, repeated_and_once, settle, settling_texts
     from memsinks.runs.recipe import Recipe, parse_recipe, read_recipe
     from memsinks.runs.run import train
@@ -70,6 +73,7 @@ _HOMES = {
     "memsinks.data.documents": "Document load_documents require_unique_keys write_documents",
     "memsinks.data.identity": "document_id equal_repetition exposures identify training_order",
     "memsinks.data.isolation": "isolate",
+    "memsinks.data.matching": "find_copies",
     "memsinks.data.packing": "Rows pack",
     "memsinks.data.readers": "read_documents",
     "memsinks.data.rows": "make_rows",
@@ -78,6 +82,7 @@ _HOMES = {
     "memsinks.errors": "ArchitectureError CheckpointError ConfigError DataError MemsinksError",
     "memsinks.removal.erase": "Erased blocks_of collateral erase",
     "memsinks.removal.export": "export",
+    "memsinks.removal.record": "verify_record",
     "memsinks.removal.settle": "SettleConfig SettleResult Settled repeated_and_once settle settling_texts",
     "memsinks.runs.recipe": "Recipe parse_recipe read_recipe",
     "memsinks.runs.run": "train",
@@ -141,6 +146,7 @@ __all__ = [
     "erase",
     "export",
     "exposures",
+    "find_copies",
     "fingerprint",
     "free_blocks",
     "grow",
@@ -176,6 +182,7 @@ __all__ = [
     "train",
     "train_tokenizer",
     "training_order",
+    "verify_record",
     "write_documents",
 ]
 

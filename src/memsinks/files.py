@@ -36,12 +36,12 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_json(path: Path) -> Any:
-    """What a JSON file of ours holds; CheckpointError if it is missing or damaged."""
+def read_json(path: Path, remedy: str = "remove it, and it is made again") -> Any:
+    """What a JSON file of ours holds; CheckpointError, ending with `remedy`, if it is missing or damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}; remove it, and it is made again") from error
+        raise CheckpointError(f"cannot read {path}: {error}; {remedy}") from error
 
 
 def write_json(path: Path, value: Any, indent: int | None = 2) -> None:

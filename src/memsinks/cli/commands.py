@@ -8,6 +8,7 @@ from memsinks._version import __version__
 from memsinks.cli.audits import add_audit, add_lm_eval_task
 from memsinks.cli.checkpoints import add_export, add_info
 from memsinks.cli.comparisons import add_compare, add_prepare, add_reproduce
+from memsinks.cli.records import add_verify
 from memsinks.cli.runs import add_demo, add_estimate, add_train
 
 DESCRIPTION = """\
@@ -23,6 +24,7 @@ Train language models whose memorization can be taken out again.
   memsinks reproduce fig4                the paper's controlled study, figure by figure
   memsinks export runs/NAME/model clean/ a plain checkpoint without sinks
   memsinks info runs/NAME/model          what a checkpoint holds
+  memsinks verify RECORD --run RUN       check the record of a take-down
 """
 
 
@@ -44,6 +46,7 @@ def parser() -> argparse.ArgumentParser:
         add_reproduce,
         add_export,
         add_info,
+        add_verify,
     ):
         add(commands)
     return whole
