@@ -106,6 +106,23 @@ def _locked(folder: Path) -> Iterator[None]:
             os.close(descriptor)
 
 
+@contextmanager
+def locked(folder: Path, busy: str) -> Iterator[None]:
+    """Hold the lock of a folder; CheckpointError, which ends with `busy`, if another process holds it. Without locks, nothing."""
+    descriptor = None
+    try:
+        descriptor = _lock(folder) if fcntl is not None else None
+    except BlockingIOError:
+        raise CheckpointError(f"{folder} is locked: {busy}") from None
+    except OSError:  # a file system without locks
+        pass
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
 def _lock(path: Path) -> int:
     """The descriptor that holds the lock of `path`; OSError if another holds it, or there are no locks here."""
     if fcntl is None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from memsinks.errors import ConfigError, DataError
-from memsinks.sinks.state import SinkState, named_sinks, require_sinks, sink_modules
+from memsinks.sinks.state import SinkState, require_sinks, sink_modules
 from memsinks.sinks.table import AssignmentTable, open_mask
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
@@ -49,7 +49,11 @@ def blocks_of(model: nn.Module, owner: int) -> Erased:
         DataError: the owner was taken out already, is within another and has no own blocks, or has no blocks at all.
         ConfigError: single neurons by chance (Bernoulli routing), which all texts share.
     """
-    state = require_sinks(model)
+    return blocks_in(require_sinks(model), owner)
+
+
+def blocks_in(state: SinkState, owner: int) -> Erased:
+    """`blocks_of` a model with this state."""
     table = state.table
     if owner in state.taken:
         raise DataError(f"id {owner} was taken out already, see the record {state.taken[owner]!r}")
@@ -87,7 +91,11 @@ def _hashed(state: SinkState, owner: int) -> dict[int, list[int]]:
 
 def collateral(model: nn.Module, erased: Erased, others: Collection[int]) -> np.ndarray:
     """The share of each other id's open blocks, over all layers, that `erase` would erase: float64 [others], 0 for own blocks."""
-    state = require_sinks(model)
+    return collateral_in(require_sinks(model), erased, others)
+
+
+def collateral_in(state: SinkState, erased: Erased, others: Collection[int]) -> np.ndarray:
+    """`collateral` in a model with this state."""
     ids = torch.tensor(list(others), dtype=torch.int64)
     hit, opened = torch.zeros(len(ids)), torch.zeros(len(ids))
     for layer, blocks in erased.blocks.items():
@@ -127,12 +135,17 @@ def erase(
                     parameter.grad[blocks] = 0
                 if optimizer is not None:
                     forget(_state_of(optimizer, parameter), blocks)
+    strike_out(state, erased, record)
+    return erased
+
+
+def strike_out(state: SinkState, erased: Erased, record: str) -> None:
+    """Free the blocks of erased ids, and keep the ids closed for ever."""
     if erased.own:
         gone = set(erased.ids)
         entries = {key: blocks for key, blocks in state.table.to_dict().items() if key not in gone}
         state.table = AssignmentTable.from_dict(entries, state.config, state.table.owner_of())
     state.taken |= dict.fromkeys(erased.ids, record)
-    return erased
 
 
 def _state_of(optimizer: Any, parameter: nn.Parameter) -> Mapping[str, Any]:
@@ -149,12 +162,3 @@ def forget(moments: Mapping[str, Any], blocks: Sequence[int]) -> None:
             raise ConfigError(
                 f"the optimizer keeps {name!r}, of which it is not known how to erase blocks; use memsinks.AdamW or torch's AdamW"
             )
-
-
-def sink_names(model: nn.Module) -> dict[int, list[str]]:
-    """The names of the sinks' parameters by layer, as they stand in a state dict."""
-    state = require_sinks(model)
-    names: dict[int, list[str]] = {layer: [] for layer in state.layers}
-    for layer, module in zip(state.layers, sink_modules(model), strict=True):
-        names[layer] = [name for name in named_sinks(model) if name.startswith(f"{module}.")]
-    return names

@@ -52,26 +52,16 @@ class Sinks(nn.Module):
                 values = torch.empty(hashed.shape, dtype=torch.float32).normal_(0.0, std, generator=generator)
                 hashed.copy_(values)
             for block in range(config.hashed_blocks, config.blocks):
-                up[block], gate[block] = self.start_of(block, shape[1:])
+                up[block], gate[block] = start_of(self.seed, layer, block, std, shape[1:])
         self.up = nn.Parameter(up)
         self.gate = nn.Parameter(gate) if gated else None
         self.down = nn.Parameter(torch.zeros(shape, dtype=dtype, device=device))
-
-    def start_of(self, block: int, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """The start values of `up` and `gate` of a block that is not hashed to, float32 [block_size, d] each.
-
-        They depend on seed, layer and number of the block alone, so that a block can start anew at any time.
-        """
-        text = f"memsinks block {self.seed} {self.layer} {block}".encode()
-        seed = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") & (2**63 - 1)
-        values = torch.empty((2, *shape), dtype=torch.float32)
-        return tuple(values.normal_(0.0, self.std, generator=torch.Generator().manual_seed(seed)))  # type: ignore[return-value]
 
     @torch.no_grad()
     def start_anew(self, blocks: Sequence[int]) -> None:
         """Give some blocks that are not hashed to the values they started with."""
         for block in blocks:
-            up, gate = self.start_of(block, tuple(self.up.shape[1:]))
+            up, gate = start_of(self.seed, self.layer, block, self.std, tuple(self.up.shape[1:]))
             self.up[block] = up.to(self.up.device, self.up.dtype)
             if self.gate is not None:
                 self.gate[block] = gate.to(self.gate.device, self.gate.dtype)
@@ -95,3 +85,15 @@ class Sinks(nn.Module):
     def extra_repr(self) -> str:
         blocks, size, hidden_size = self.up.shape
         return f"blocks={blocks}, block_size={size}, hidden_size={hidden_size}, gated={self.gate is not None}"
+
+
+def start_of(seed: int, layer: int, block: int, std: float, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """The start values of `up` and `gate` of a block that is not hashed to, float32 [block_size, d] each.
+
+    They depend on seed, layer and number of the block alone, so that a block can start anew at any time.
+    """
+    text = f"memsinks block {seed} {layer} {block}".encode()
+    number = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") & (2**63 - 1)
+    values = torch.empty((2, *shape), dtype=torch.float32)
+    up, gate = values.normal_(0.0, std, generator=torch.Generator().manual_seed(number))
+    return up, gate

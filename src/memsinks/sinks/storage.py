@@ -38,6 +38,7 @@ from memsinks.sinks.state import (
     named_sinks,
     refuse_adapters,
     require_sinks,
+    sink_modules,
     unwrap,
 )
 from memsinks.sinks.table import TABLE_VERSION, AssignmentTable
@@ -192,6 +193,7 @@ def _write_sinks(model: PreTrainedModel, tensors: dict[str, Tensor], folder: Pat
         "layers": list(state.layers),
         "intermediate_size": state.intermediate_size,
         "alone": stock is None,
+        "start_std": {str(layer): x.std for layer, x in zip(state.layers, sink_modules(model).values(), strict=True)},
         "taken": {str(key): name for key, name in sorted(state.taken.items())},
         "sha256": {path.name: file_hash(path) for path in stock or ()} | hashes,
     }

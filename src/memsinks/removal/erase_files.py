@@ -1,0 +1,155 @@
+"""Erasing an owner in files: the sinks of a checkpoint, and what training resumes from. Written anew, beside the old ones.
+
+No model is built: a sinks file holds all that says which blocks are whose and how they started.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from memsinks.errors import CheckpointError
+from memsinks.files import file_hash
+from memsinks.removal.erase import Erased, blocks_in, forget, strike_out
+from memsinks.sinks.layer import start_of
+from memsinks.sinks.state import SinkState
+from memsinks.sinks.storage import FOLDER, SETTINGS, TABLE, TENSORS, check_files, read_settings, take_table
+from memsinks.training.checkpoint import MARKER, STATE
+
+PARTS = ("up", "gate", "down")
+"""The parameters of a layer's sinks, in the order in which a model has them."""
+
+
+class SinksFile:
+    """The sinks of a checkpoint folder, read, for erasing.
+
+    Attributes:
+        folder: of the checkpoint. state: what the model would have as its sink state. tensors: by name, on the CPU.
+
+    Raises:
+        CheckpointError: no sinks there, damaged files, or files that do not say how blocks started.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        saved = read_settings(folder)
+        check_files(folder, saved)
+        self.folder, self.stored = folder, saved.stored
+        self.tensors = load_file(folder / FOLDER / TENSORS)
+        table = take_table(self.tensors)
+        layout = saved.layout
+        self.state = SinkState(
+            saved.config, tuple(layout["layers"]), layout["intermediate_size"], (), table=table, taken=saved.taken
+        )
+        if "start_std" not in self.stored:
+            raise CheckpointError(
+                f"{folder} was saved by an earlier memsinks and does not say how its sinks started; load it with "
+                "memsinks.load and save it again"
+            )
+
+    def erase(self, owners: Sequence[int], record: str) -> list[Erased]:
+        """Erase owners in memory, as `removal.erase.erase` does in a model."""
+        done = []
+        for owner in owners:
+            if owner in self.state.taken and self.state.taken[owner] == record:
+                continue  # within one that came before it
+            erased = blocks_in(self.state, owner)
+            self.erase_in(self.tensors, erased)
+            strike_out(self.state, erased, record)
+            done.append(erased)
+        return done
+
+    def erase_in(self, tensors: Mapping[str, Tensor], erased: Erased) -> None:
+        """Give the erased blocks their start values in `tensors`, which have the names of a state dict, in place."""
+        for name, layer, part in sink_parts(tensors):
+            value, blocks = tensors[name], erased.blocks.get(layer, [])
+            for block in blocks:
+                std = float(self.stored["start_std"][str(layer)])
+                up, gate = start_of(self.state.config.seed, layer, block, std, tuple(value.shape[1:]))
+                value[block] = {"up": up, "gate": gate}[part].to(value.dtype) if part != "down" else 0
+
+    def write(self, folder: Path) -> None:
+        """Write the two files into `folder`."""
+        folder.mkdir(parents=True, exist_ok=True)
+        table = {f"table.{name}": getattr(self.state.table, name) for name in TABLE}
+        save_file({**self.tensors, **table}, folder / TENSORS, metadata={"format": "pt"})
+        stored = self.stored | {
+            "taken": {str(key): name for key, name in sorted(self.state.taken.items())},
+            "sha256": self.stored["sha256"] | {f"{FOLDER}/{TENSORS}": file_hash(folder / TENSORS)},
+        }
+        (folder / SETTINGS).write_text(json.dumps(stored, indent=2) + "\n")
+
+
+def sink_parts(names: Any) -> list[tuple[str, int, str]]:
+    """(name, layer, part) of each sink parameter among names of a state dict, in the order of the model."""
+    found = []
+    for name in names:
+        match = re.search(r"\.(\d+)\..*\bsinks\.(up|gate|down)$", f".{name}")
+        if match:
+            found.append((name, int(match[1]), match[2]))
+    return sorted(found, key=lambda x: (x[1], PARTS.index(x[2])))
+
+
+def changed_blocks(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> tuple[dict[int, list[int]], int]:
+    """({layer: blocks that differ in a bit}, number of blocks that do not) between two sets of sink tensors."""
+    different: dict[int, set[int]] = {}
+    same = 0
+    for name, layer, _ in sink_parts(before):
+        one, other = (x[name].view(len(x[name]), -1).contiguous().view(torch.uint8) for x in (before, after))
+        moved = (one != other).any(1)
+        different.setdefault(layer, set()).update(moved.nonzero()[:, 0].tolist())
+        same += int((~moved).sum())
+    return {layer: sorted(blocks) for layer, blocks in different.items()}, same
+
+
+def erase_in_checkpoint(folder: Path, sinks: SinksFile, erased: Sequence[Erased], target: Path) -> None:
+    """Write what a training checkpoint of ours is without some owners: sinks and their moments.
+
+    Raises:
+        CheckpointError: the state cannot be read.
+    """
+    state = _load(folder / STATE)
+    for one in erased:
+        sinks.erase_in(state["model"], one)
+    if "optimizer" in state:
+        _forget(state["optimizer"], list(state["model"]), erased, folder / STATE)
+    target.mkdir(parents=True, exist_ok=True)
+    torch.save(state, target / STATE)
+    marker = json.loads((folder / MARKER).read_text()) | {"sha256": file_hash(target / STATE)}
+    (target / MARKER).write_text(json.dumps(marker, indent=2) + "\n")
+
+
+def erase_in_optimizer(path: Path, sinks: SinksFile, erased: Sequence[Erased], target: Path) -> None:
+    """Write what an ``optimizer.pt`` of the Trainer is without some owners."""
+    state = _load(path)
+    _forget(state, list(sinks.tensors), erased, path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(state, target)
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # pickle, zip and torch raise half a dozen types
+        raise CheckpointError(f"{path} cannot be read ({error}); remove it, or restore it") from error
+
+
+def _forget(optimizer: dict[str, Any], names: Sequence[str], erased: Sequence[Erased], path: Path) -> None:
+    """Set the moments of erased blocks to zero in the state dict of an optimizer with the groups of `param_groups`."""
+    group = next((x for x in optimizer["param_groups"] if x.get("name") == "sinks"), None)
+    parts = sink_parts(names)
+    if group is None or len(group["params"]) != len(parts):
+        raise CheckpointError(
+            f"{path} does not say which of its moments are those of sinks (no group named 'sinks' of {len(parts)}); remove it, "
+            "or train with memsinks.param_groups"
+        )
+    for number, (_, layer, _) in zip(group["params"], parts, strict=True):
+        for one in erased:
+            if number in optimizer["state"] and one.blocks.get(layer):
+                forget(optimizer["state"][number], one.blocks[layer])

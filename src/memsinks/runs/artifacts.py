@@ -1,0 +1,246 @@
+"""What lies in the folder of a run, or of one's own training, and what becomes of each file when an owner is taken out."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from memsinks.errors import CheckpointError
+from memsinks.removal.erase import Erased
+from memsinks.removal.erase_files import SinksFile, erase_in_checkpoint, erase_in_optimizer
+from memsinks.removal.tombstone import Tombstone, shares_words
+from memsinks.sinks.storage import FOLDER, SETTINGS, TENSORS, has_saved_sinks
+from memsinks.training.checkpoint import MARKER, STATE
+
+RECORDS = "takedowns"
+"""Where the records of a run lie; no take-down touches those of others."""
+READABLE = (".json", ".jsonl", ".md", ".html", ".txt", ".csv", ".yaml", ".yml", ".log")
+PREPARED = "index.npz"
+"""Beside the tokens of a corpus, see `prepare`."""
+REPORT = "audit.json"
+MOST_READ = 2**28
+"""Bytes of a text file that is searched for the texts."""
+
+
+@dataclass(frozen=True)
+class Fate:
+    """What becomes of a file.
+
+    Args:
+        path: within the folder.
+        fate: "rewritten", "deleted" or "untouched".
+        why: a few words.
+        write: writes what takes its place at the path it is given; beside "rewritten" alone.
+    """
+
+    path: str
+    fate: str
+    why: str
+    write: Callable[[Path], None] | None = None
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is to go.
+
+    Args:
+        ids: document ids. texts: of the owner. tombstone: of the texts; None where none is known. record: its name.
+    """
+
+    ids: Sequence[int]
+    record: str
+    texts: frozenset[str] = frozenset()
+    tombstone: Tombstone | None = None
+
+
+@dataclass
+class Fates:
+    """The fates of all files of a folder, and what was erased where.
+
+    sinks: by the folder of each checkpoint, read and erased in memory. erased: by the same.
+    """
+
+    folder: Path
+    wanted: Wanted
+    files: list[Fate] = field(default_factory=list)
+    sinks: dict[str, SinksFile] = field(default_factory=dict)
+    erased: dict[str, list[Erased]] = field(default_factory=dict)
+
+
+def fates_of(folder: Path, wanted: Wanted) -> Fates:
+    """What becomes of every file below `folder`; nothing is written.
+
+    Raises:
+        CheckpointError: a checkpoint that is damaged or cannot be rewritten, so that the owner would stay in it.
+        DataError, ConfigError: an owner that cannot be erased from the sinks there, see `removal.erase.blocks_of`.
+    """
+    found = Fates(folder, wanted)
+    everything = sorted(_files(folder))
+    for path in everything:
+        if path.name == SETTINGS and path.parent.name == FOLDER:
+            _erase_sinks(found, path.parent.parent)
+    known: set[Path] = set()
+    for path in everything:
+        if path in known:
+            continue
+        group = list(_group(found, path, everything))
+        known |= {folder / fate.path for fate in group}
+        found.files += group
+    found.files.sort(key=lambda fate: fate.path)
+    return found
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    for where, folders, names in os.walk(folder):
+        if Path(where) == folder:
+            folders[:] = [x for x in folders if x != RECORDS and not x.startswith(".takedown.")]
+        for name in names:
+            yield Path(where) / name
+
+
+def _erase_sinks(found: Fates, checkpoint: Path) -> None:
+    name = checkpoint.relative_to(found.folder).as_posix()
+    sinks = SinksFile(checkpoint)
+    missing = [x for x in found.wanted.ids if sinks.state.taken.get(x)]
+    ids = [x for x in found.wanted.ids if x not in missing]
+    found.sinks[name], found.erased[name] = sinks, sinks.erase(ids, found.wanted.record)
+
+
+def _group(found: Fates, path: Path, everything: Sequence[Path]) -> Iterator[Fate]:
+    """The fate of a file, and of those that share it."""
+    where, name = path.parent, path.relative_to(found.folder).as_posix()
+    checkpoint = where.parent.relative_to(found.folder).as_posix()
+    if where.name == FOLDER and checkpoint in found.sinks and path.name in (SETTINGS, TENSORS):
+        yield from _of_sinks(found, name, checkpoint)
+    elif path.name == STATE and (where / MARKER).is_file():
+        yield from _of_checkpoint(found, where)
+    elif path.name == "optimizer.pt" and has_saved_sinks(where):
+        sinks = where.relative_to(found.folder).as_posix()
+        erased = found.erased[sinks]
+        yield Fate(
+            name,
+            "rewritten" if erased else "untouched",
+            "moments of the erased blocks are zero",
+            (lambda to: erase_in_optimizer(path, found.sinks[sinks], erased, to)) if erased else None,
+        )
+    elif path.name == PREPARED:
+        yield from (
+            Fate(x.relative_to(found.folder).as_posix(), "deleted", "tokens of the corpus; made again from its sources")
+            for x in everything
+            if where in x.parents
+        )
+    elif path.name == REPORT and _quotes(found.wanted, [x for x in everything if where in x.parents]):
+        yield from (
+            Fate(x.relative_to(found.folder).as_posix(), "deleted", "an audit that measured and quotes the text")
+            for x in everything
+            if where in x.parents
+        )
+    else:
+        yield _of_file(found, path, name)
+
+
+def _of_sinks(found: Fates, name: str, checkpoint: str) -> Iterator[Fate]:
+    sinks, erased = found.sinks[checkpoint], found.erased[checkpoint]
+    prefix = name.rpartition("/")[0]
+    if not erased:
+        yield from (Fate(f"{prefix}/{x}", "untouched", "taken out before") for x in (SETTINGS, TENSORS))
+        return
+    yield Fate(f"{prefix}/{TENSORS}", "rewritten", "the owner's blocks start anew", lambda to: sinks.write(to.parent))
+    yield Fate(f"{prefix}/{SETTINGS}", "rewritten", "the owner's ids stay closed", lambda to: None)
+
+
+def _of_checkpoint(found: Fates, where: Path) -> Iterator[Fate]:
+    """A checkpoint of ours has the sinks of the model of its run."""
+    prefix = where.relative_to(found.folder).as_posix()
+    if "model" not in found.sinks:
+        raise CheckpointError(
+            f"{where} is of a run that is not finished (there is no model/sinks), so it is not known which blocks are whose; "
+            "finish the run first"
+        )
+    sinks, erased = found.sinks["model"], found.erased["model"]
+    yield Fate(
+        f"{prefix}/{STATE}",
+        "rewritten",
+        "the owner's blocks start anew, their moments are zero",
+        lambda to: erase_in_checkpoint(where, sinks, erased, to.parent),
+    )
+    yield Fate(f"{prefix}/{MARKER}", "rewritten", "its hash", lambda to: None)
+
+
+def _of_file(found: Fates, path: Path, name: str) -> Fate:
+    if path.suffix == ".jsonl" and (documents := _without(path, found.wanted)) is not None:
+        kept, gone = documents
+        if gone:
+            return Fate(name, "rewritten", "lines that hold the text are left out", lambda to: _write(to, kept))
+        return Fate(name, "untouched", "documents of others")
+    if path.suffix in READABLE and _quotes(found.wanted, [path]):
+        return Fate(name, "deleted", "quotes the text")
+    if path.suffix == ".safetensors":
+        return Fate(name, "untouched", "weights that no take-down changes")
+    if path.name.startswith("tokenizer"):
+        return Fate(name, "untouched", "a tokenizer; its entries may be words of any text")
+    if path.suffix in READABLE:
+        return Fate(name, "untouched", "the text does not stand in it")
+    return Fate(name, "untouched", "no file that memsinks knows; see for yourself whether it holds the text")
+
+
+def _quotes(wanted: Wanted, paths: Sequence[Path]) -> bool:
+    """Whether five words in a row of the texts stand in one of these files; texts of fewer words are looked for whole."""
+    short = [text for text in wanted.texts if len(text.split()) < 5]
+    for path in paths:
+        if path.suffix not in READABLE or path.stat().st_size > MOST_READ:
+            continue
+        content = path.read_text(encoding="utf-8", errors="replace")
+        if any(text in content for text in short):
+            return True
+        if wanted.tombstone is not None and any(shares_words(x, wanted.tombstone) for x in _plain(path, content)):
+            return True
+    return False
+
+
+def _plain(path: Path, content: str) -> Iterator[str]:
+    """The texts in a file: strings of JSON without their escapes, else all of it."""
+    try:
+        lines = content.splitlines() if path.suffix == ".jsonl" else [content]
+        values = [json.loads(x) for x in lines if x.strip()] if path.suffix in (".json", ".jsonl") else None
+    except ValueError:
+        values = None
+    yield from _strings(values) if values is not None else [content]
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield str(key)
+            yield from _strings(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _strings(inner)
+
+
+def _without(path: Path, wanted: Wanted) -> tuple[list[bytes], int] | None:
+    """The lines of a file of documents that hold none of the texts, and how many do; None for another file."""
+    kept, gone = [], 0
+    for line in path.read_bytes().splitlines(keepends=True):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            return None
+        if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+            return None
+        if row["text"] in wanted.texts:
+            gone += 1
+        else:
+            kept.append(line)
+    return kept, gone
+
+
+def _write(path: Path, lines: list[bytes]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"".join(lines))

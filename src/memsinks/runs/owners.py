@@ -1,0 +1,124 @@
+"""Who is meant: from a key, an id, a source or a text to document ids, with the copies that others have."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import yaml
+
+from memsinks.data.documents import Document, load_documents
+from memsinks.data.identity import By, identify
+from memsinks.data.matching import Copy, find_copies
+from memsinks.errors import CheckpointError, DataError
+from memsinks.sinks.config import SinkConfig
+
+AskedBy = Literal["key", "id", "source", "text"]
+
+
+@dataclass(frozen=True)
+class Owner:
+    """Who is to be taken out.
+
+    Args:
+        name: as asked for; the id where it was a text. by: what the name is.
+        ids: document ids, each once.
+        documents: indices of his documents among those of the run.
+        copies: of his texts among the documents of others.
+    """
+
+    name: str
+    by: AskedBy
+    ids: list[int]
+    documents: list[int]
+    copies: list[Copy]
+
+
+def read_members(run: Path) -> tuple[list[Document], By, int]:
+    """The documents of a run, what gives them their id, and its epochs.
+
+    Raises:
+        CheckpointError: no run of a recipe. DataError: a damaged file.
+    """
+    if not (run / "members.jsonl").is_file() or not (run / "recipe.yaml").is_file():
+        raise CheckpointError(
+            f"{run} is not the folder of a finished run: members.jsonl or recipe.yaml is missing; give the folder that "
+            "memsinks train wrote, or documents and by"
+        )
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    return load_documents(run / "members.jsonl"), recipe["data"]["by"], int(recipe["training"].get("epochs", 1))
+
+
+def find_owner(documents: Sequence[Document], by: By, name: str | int, asked_by: AskedBy, near: float = 0.8) -> Owner:
+    """The owner, his documents, and copies of his texts among the documents of others.
+
+    Args:
+        documents: of the run.
+        by: what gave them their id, see `identify`.
+        name: a key, a source, a text, or a document id.
+        asked_by: which of them it is.
+        near: see `find_copies`.
+
+    Raises:
+        DataError: nobody has that name, with the nearest ones; a key whose documents share their sinks with others of a source.
+    """
+    ids = identify(documents, by)[0] if documents else []
+    if asked_by == "id":
+        chosen = [index for index, one in enumerate(ids) if int(one) == int(name)]
+    elif asked_by == "text":
+        chosen = [index for index, document in enumerate(documents) if document.text == name]
+    else:
+        chosen = [index for index, document in enumerate(documents) if getattr(document, asked_by) == name]
+    if not chosen:
+        raise DataError(_nobody(documents, name, asked_by))
+    wanted = {int(ids[index]) for index in chosen}
+    more = [index for index, one in enumerate(ids) if int(one) in wanted and index not in set(chosen)]
+    if more and asked_by != "id":
+        shared = getattr(documents[more[0]], "source" if by == "source" else "key")
+        raise DataError(
+            f"the documents of {asked_by} {str(name)[:60]!r} share their sinks with {len(more)} others of the {by} {shared!r}; take "
+            f"that {by} out"
+        )
+    texts = [documents[index].text for index in chosen]
+    own = set(chosen)
+    copies = [copy for copy in find_copies(texts, documents, near) if copy.index not in own]
+    shown = str(min(wanted)) if asked_by == "text" else str(name)
+    return Owner(shown, asked_by, sorted(wanted), chosen, copies)
+
+
+def with_copies(owner: Owner, documents: Sequence[Document], by: By) -> Owner:
+    """The owner and those who have copies of his texts."""
+    ids = identify(documents, by)[0]
+    theirs = {int(ids[copy.index]) for copy in owner.copies}
+    everyone = sorted({*owner.ids, *theirs})
+    chosen = [index for index, one in enumerate(ids) if int(one) in everyone]
+    return Owner(owner.name, owner.by, everyone, chosen, owner.copies)
+
+
+def require_sinks_of(owner: Owner, documents: Sequence[Document], config: SinkConfig, epochs: int) -> None:
+    """DataError if none of the owner's texts ever opened its sinks, so that there is nothing to erase."""
+    for index in owner.documents:
+        document = documents[index]
+        if document.isolation == "private" or document.copies * epochs >= config.open_from:
+            return
+    raise DataError(
+        f"{owner.by} {owner.name[:60]!r} has no sinks: each text was met {config.open_from - 1} times or less, and its sinks open at "
+        f"exposure {config.open_from}. What a text that was met once teaches lies in the shared weights: only training again "
+        "without it takes it out; make such documents private (isolation) before training"
+    )
+
+
+def _nobody(documents: Sequence[Document], name: str | int, asked_by: AskedBy) -> str:
+    if asked_by == "id":
+        return f"no document of the run has the id {name}"
+    if asked_by == "text":
+        near = find_copies(str(name), documents)[:3]
+        hint = "; near copies are documents " + ", ".join(str(x.index) for x in near) if near else ""
+        return f"the text is none of the run's {len(documents)} documents{hint}"
+    known = sorted({x for document in documents if (x := getattr(document, asked_by))})
+    near = difflib.get_close_matches(str(name), known, 3)
+    hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else f"; there are {len(known)}"
+    return f"no document of the run has the {asked_by} {name!r}{hint}"
