@@ -8,9 +8,9 @@ provenance  what was made with which settings
 data        text -> rows: documents, readers, identity, tokens, packing, rows (all in one call), sampling, the built-in corpus;
             imports no model
 sinks       the mechanism, for any decoder: config, routing, table, plan, layer, kernels, families, host classes, attach,
-            opening, storage, checkpoint
+            opening, caches, storage, checkpoint
 training    the one loop, its settings, sinks first, optimizer, evaluation, the Hugging Face Trainer
-removal     expected losses, settle, export, the check in a fresh process, the model card
+removal     expected losses, settle, export, sinks that stay in it, the check in a fresh process, the model card
 auditing    what a model remembers: scores -> attacks -> figures -> report
 runs        a recipe in YAML, its corpus, its run folder, its estimate, the demo
 research    rivals, comparisons, the paper's study: nothing above imports it
