@@ -23,7 +23,7 @@ from memsinks.sinks.storage import read_settings
 COMMANDS = {"demo": ["--out"], "train": ["recipe", "--set", "--resume"], "estimate": ["recipe", "--gpus", "--scale"],
             "prepare": ["comparison", "--seeds"], "compare": ["--arms", "--jobs", "--dry-run"],
             "reproduce": ["FIGURE", "--size", "--finished"], "audit": ["--documents", "--controls", "--state", "--by"],
-            "lm-eval-task": ["--documents", "--out"], "export": ["checkpoint", "directory", "--rescale"],
+            "lm-eval-task": ["--documents", "--out"], "export": ["checkpoint", "directory", "--open", "--rescale"],
             "info": ["checkpoint"], "verify": ["record", "--run", "--public-key"]}  # fmt: skip
 
 

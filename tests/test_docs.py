@@ -147,6 +147,19 @@ def check_after_training(world: dict[str, Any]) -> None:
     exported(world)
 
 
+def check_export_open(world: dict[str, Any]) -> None:
+    model = world["model"].eval()
+    with torch.no_grad():
+        for down in (value for name, value in model.named_parameters() if name.endswith("sinks.down")):
+            down.normal_()
+    run("docs/guide.md", "export open", world)
+    tokens = world["rows"][0]["input_ids"][None]
+    wide = AutoModelForCausalLM.from_pretrained("with-one/").eval()
+    with torch.no_grad(), ms.sinks_open(model, ms.document_id(world["text"])):
+        torch.testing.assert_close(wide(tokens).logits, model(tokens).logits, atol=1e-5, rtol=1e-4)
+    assert "the first text" in Path("with-one/README.md").read_text()
+
+
 def check_sinks_last(world: dict[str, Any]) -> None:
     sinks_learn_alone("docs/removal.md", "sinks last", world)
 
@@ -199,6 +212,7 @@ CHECKS: dict[tuple[str, str], Callable[[dict[str, Any]], None]] = {
     ("README.md", "trainer"): check_trainer,
     ("docs/audit.md", "audit"): check_audit,
     ("docs/faq.md", "peft"): check_peft,
+    ("docs/guide.md", "export open"): check_export_open,
     ("docs/guide.md", "loop"): check_loop,
     ("docs/guide.md", "opening"): check_opening,
     ("docs/guide.md", "rows"): check_rows,

@@ -8,10 +8,10 @@ provenance  what was made with which settings
 data        text -> rows: documents, readers, identity, tokens, packing, rows (all in one call), sampling, the built-in corpus;
             matching, which finds copies of a text; imports no model
 sinks       the mechanism, for any decoder: config, routing, table, plan, layer, kernels, families, host classes, attach,
-            opening, storage, checkpoint
+            opening, caches, storage, checkpoint
 training    the one loop, its settings, sinks first, optimizer, evaluation, the Hugging Face Trainer
-removal     expected losses, settle, export, the check in a fresh process, the model card; of a take-down the tombstone and the
-            record: statement, page, signature
+removal     expected losses, settle, export, sinks that stay in it, the check in a fresh process, the model card; of a take-down
+            erasing in a model and in files, the tombstone and the record: statement, page, signature
 auditing    what a model remembers: scores -> attacks -> figures -> report
 runs        a recipe in YAML, its corpus, its run folder, its estimate, the demo
 research    rivals, comparisons, the paper's study: nothing above imports it

@@ -1,17 +1,20 @@
-"""The plain checkpoint: the stock part alone."""
+"""The plain checkpoint: the stock part, alone or with the sinks of chosen documents as neurons of its own."""
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from pathlib import Path
 
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from memsinks.errors import CheckpointError
+from memsinks.errors import CheckpointError, ConfigError
 from memsinks.files import written_beside
 from memsinks.removal.model_card import model_card
-from memsinks.removal.verify import verify_closed
+from memsinks.removal.opened import OpenDocuments, Opening, open_for_export
+from memsinks.removal.verify import verify_closed, verify_open
 from memsinks.sinks.opening import down_modules, rescale_factor
 from memsinks.sinks.state import is_sink, refuse_adapters, require_sinks, unwrap
 
@@ -21,6 +24,7 @@ def export(
     directory: str | os.PathLike[str],
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    open: OpenDocuments | None = None,
     rescale: str = "none",
     notes: str = "",
     verify: bool = True,
@@ -29,12 +33,15 @@ def export(
 
     The folder holds the stock weights, config.json, the tokenizer if one is given, and a model card. It is written beside
     and renamed when it is whole. With `verify`, that is only after a fresh process, in which memsinks cannot be imported,
-    has loaded it with stock transformers and computed the logits that this model has with its sinks closed (to rounding).
+    has loaded it with stock transformers and computed the logits that this model has with its sinks closed, or with those
+    of `open` open (to rounding).
 
     Args:
         model: a model with sinks, in any mode and wrapped or not; not changed.
         directory: must not exist or be empty.
         tokenizer: written along if given.
+        open: the documents whose sinks stay, as neurons of a wider MLP, see `removal.opened`: an id, a list or set of ids
+            (their union), or {name: id}, the names for the model card. None = nobody's.
         rescale: factor of the general neurons, see `SinkConfig.rescale_factors`; their down projection is multiplied.
         notes: text for the model card: what it was trained on, what for.
         verify: run the check (about 5 s and, in the fresh process, the memory of a second copy of the model).
@@ -43,15 +50,37 @@ def export(
         The directory.
 
     Raises:
-        ArchitectureError: the model has no sinks.
-        ConfigError: an unknown `rescale`.
+        ArchitectureError: the model has no sinks; its MLPs cannot be widened (BLOOM, MPT, MLPs of different widths).
+        ConfigError: an unknown `rescale`, or one other than ``"none"`` together with `open`.
+        DataError: `open` is empty, or names something that is no id or an id that opens nothing (-1).
         CheckpointError: the directory is not empty, the model is sharded, writing failed, or the check did not pass.
             Nothing is left behind.
     """
     state = require_sinks(model)
     refuse_adapters(model)
-    model = unwrap(model)
-    target = Path(directory)
+    model, target = unwrap(model), Path(directory)
+    _check_place(model, target)
+    factor = rescale_factor(state, rescale)
+    if open is not None and rescale != "none":
+        raise ConfigError(f'rescale={rescale!r} stands in for closed sinks; with open use rescale="none"')
+    tensors = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if not is_sink(name)}
+    opening = None if open is None else open_for_export(model, open, tensors)
+    tensors = _rescaled(model, tensors, factor) if opening is None else opening.tensors
+    with written_beside(target) as part:
+        model.stock_class.save_pretrained(model, part, state_dict=tensors)  # type: ignore[attr-defined]
+        if tokenizer is not None:
+            tokenizer.save_pretrained(part)
+        _mend_config(part / "config.json", model, opening)
+        if verify and opening is None:
+            verify_closed(model, part, rescale)
+        elif verify and opening is not None:
+            verify_open(model, part, opening.ids)
+        (part / "README.md").write_text(model_card(model, rescale, notes, verify, opening), encoding="utf-8")
+    return target
+
+
+def _check_place(model: PreTrainedModel, target: Path) -> None:
+    """CheckpointError unless all of the model is here and the target is free."""
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
         raise CheckpointError(
             f"{target} is not an empty folder; export into a new one, so that no other file gets into it"
@@ -60,26 +89,20 @@ def export(
         raise CheckpointError(
             "the model is sharded; save it, load it in one process with memsinks.load, and export that"
         )
-    factor = rescale_factor(state, rescale)
+
+
+def _rescaled(model: PreTrainedModel, tensors: dict[str, Tensor], factor: float) -> dict[str, Tensor]:
+    """The tensors, the down projections beside sinks multiplied by the factor."""
     scaled = {id(host.weight) for host in down_modules(model)} if factor != 1.0 else set()
-    tensors = {
-        name: tensor * factor if id(tensor) in scaled else tensor.detach()
-        for name, tensor in model.state_dict(keep_vars=True).items()
-        if not is_sink(name)
-    }
-    with written_beside(target) as part:
-        model.stock_class.save_pretrained(model, part, state_dict=tensors)  # type: ignore[attr-defined]
-        if tokenizer is not None:
-            tokenizer.save_pretrained(part)
-        _drop_quantization(part / "config.json")
-        if verify:
-            verify_closed(model, part, rescale)
-        (part / "README.md").write_text(model_card(model, rescale, notes, verify))
-    return target
+    return {name: tensor * factor if id(tensor) in scaled else tensor.detach() for name, tensor in tensors.items()}
 
 
-def _drop_quantization(path: Path) -> None:
-    """A model that was loaded quantized and dequantized keeps the entry, which would say that these weights are quantized."""
-    values = json.loads(path.read_text(encoding="utf-8"))
-    if values.pop("quantization_config", None) is not None:
+def _mend_config(path: Path, model: PreTrainedModel, opening: Opening | None) -> None:
+    """Put in the width of opened MLPs, and drop an entry that a model keeps which was loaded quantized and dequantized."""
+    before = json.loads(path.read_text(encoding="utf-8"))
+    values = copy.deepcopy(before)
+    values.pop("quantization_config", None)
+    if opening is not None:
+        opening.write(values, model.config)
+    if values != before:
         path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from memsinks.errors import CheckpointError
-from memsinks.sinks.opening import sinks_closed
+from memsinks.sinks.opening import sinks_closed, sinks_open
 from memsinks.training.evaluate import evaluating
 
 CHECK_ROWS, CHECK_TOKENS = 2, 32
@@ -66,17 +67,22 @@ def verify(expected: Mapping[Path, Tensor], tokens: Tensor, tolerance: float = T
 
 def verify_closed(model: PreTrainedModel, folder: Path, rescale: str = "none") -> None:
     """`verify` a folder against `model` with its sinks closed and its general neurons rescaled; its mode is kept."""
+    _verify_within(sinks_closed(model, rescale), model, folder)
+
+
+def verify_open(model: PreTrainedModel, folder: Path, ids: Sequence[int]) -> None:
+    """`verify` a folder against `model` with the sinks of these documents open, their union; its mode is kept."""
+    _verify_within(sinks_open(model, ids), model, folder)
+
+
+def _verify_within(state: AbstractContextManager[None], model: PreTrainedModel, folder: Path) -> None:
+    """`verify` a folder against what `model` computes within `state`, which is entered in evaluation mode."""
     config = model.config.get_text_config()
     length = min(CHECK_TOKENS, getattr(config, "max_position_embeddings", None) or CHECK_TOKENS)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, config.vocab_size, (CHECK_ROWS, length), generator=generator)
     # Without the autocast that accelerate leaves around a model's forward.
-    with (
-        evaluating(model),
-        torch.no_grad(),
-        sinks_closed(model, rescale),
-        torch.autocast(model.device.type, enabled=False),
-    ):
+    with evaluating(model), torch.no_grad(), state, torch.autocast(model.device.type, enabled=False):
         logits = type(model).forward(model, input_ids=tokens.to(model.device)).logits
     whole = model.dtype in (torch.float32, torch.float64)
     verify({folder: logits}, tokens, TOLERANCE if whole else HALF_TOLERANCE)

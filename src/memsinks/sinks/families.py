@@ -49,14 +49,25 @@ ACTIVATIONS = ("act_fn", "activation_fn", "act", "gelu_impl")
 
 @dataclass(frozen=True)
 class Mlp:
-    """What the sinks need to know of their host: its sizes, its activation, whether it has a gate, the spread of its weights."""
+    """What the sinks need to know of their host: its sizes, its activation, its projections, the spread of its weights.
+
+    up, down, gate: modules with a weight. gate is None without a gate, and `up` itself where one projection holds both, the gate
+    in its first half. transposed: weights are [in, out] (Conv1D) instead of [out, in].
+    """
 
     intermediate_size: int
     hidden_size: int
     act: Callable[[Tensor], Tensor]
-    gated: bool
     std: float
+    up: Any
     down: Any
+    gate: Any
+    transposed: bool
+
+    @property
+    def gated(self) -> bool:
+        """Whether there is a gate."""
+        return self.gate is not None
 
 
 def decoder_layers(model: nn.Module) -> tuple[nn.ModuleList, str]:
@@ -110,20 +121,20 @@ def read_mlp(mlp: nn.Module, model_type: str) -> Mlp:
             )
     transposed = type(down).__name__ == "Conv1D"
     hidden_size, intermediate_size = down.weight.shape if not transposed else down.weight.shape[::-1]
-    fused = layout.up == layout.gate
+    gate = getattr(mlp, layout.gate) if layout.gate else None
 
     def plain(x: Tensor) -> Tensor:
-        if not layout.gate:
+        if gate is None:
             return down(act(up(x)))
-        gate, inner = up(x).chunk(2, -1) if fused else (getattr(mlp, layout.gate)(x), up(x))
-        return down(act(gate) * inner)
+        first, inner = up(x).chunk(2, -1) if gate is up else (gate(x), up(x))
+        return down(act(first) * inner)
 
     if up.weight.device.type != "meta":
         _prove(mlp, plain, hidden_size, model_type)
     std = 0.02 if up.weight.device.type == "meta" else float(up.weight.detach().float().std())
     if std == 0:
         raise ArchitectureError(f"the weights of {name} are all equal (not initialized?); sinks start at their spread")
-    return Mlp(intermediate_size, hidden_size, act, bool(layout.gate), std, down)
+    return Mlp(intermediate_size, hidden_size, act, std, up, down, gate, transposed)
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from memsinks.batch import BLANK, IGNORED, ISOLATIONS, NO_SINKS, check_ids
 from memsinks.errors import ArchitectureError, ConfigError, DataError
+from memsinks.sinks.caches import cache_of, check_cache, mark_cache
 from memsinks.sinks.exact import run_apart
 from memsinks.sinks.families import ISOLATES_PACKED
 from memsinks.sinks.gradient import isolated_weight, opened_ids
@@ -57,16 +58,14 @@ def forward(
     packed = arguments.get("labels") is not None or arguments.get("position_ids") is not None
     if packed and "use_cache" in state.arguments and arguments.get("use_cache") is None:
         arguments["use_cache"] = False
-    opened = state.running.opened
+    opened, cache = state.running.opened, arguments.get("past_key_values")
+    check_cache(cache, opened)
     if opened is None:
         return stock(**arguments)
-    return run(
-        model,
-        stock,
-        arguments,
-        _opened_ids(opened, rows, length, tokens.device, arguments.get("past_key_values")),
-        None,
-    )
+    out = run(model, stock, arguments, _opened_ids(opened, rows, length, tokens.device, cache), None)
+    if cache is None and not torch.compiler.is_compiling():
+        mark_cache(cache_of(out), opened)
+    return out
 
 
 def _train(
@@ -215,7 +214,12 @@ def _opened_ids(opened: Tensor, rows: int, length: int, device: torch.device, ca
     """The ids of `sinks_open` as [rows, length, union]; tokens past the last column have the ids of the last column."""
     generating = cache is not None
     if rows != opened.shape[0] and not (opened.shape[0] == 1 or (generating and rows % opened.shape[0] == 0)):
-        raise DataError(f"sinks_open was given ids for {opened.shape[0]} rows, the input has {rows}")
+        hint = (
+            ""
+            if generating or rows % opened.shape[0]
+            else " (beams and returned sequences of a row need use_cache=True)"
+        )
+        raise DataError(f"sinks_open was given ids for {opened.shape[0]} rows, the input has {rows}{hint}")
     opened = opened.repeat_interleave(
         rows // opened.shape[0], 0
     )  # beams and returned sequences of a row stand together

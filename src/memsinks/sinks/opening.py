@@ -21,7 +21,7 @@ from memsinks.sinks.table import open_mask
 OpenIds = int | Iterable[int] | Tensor | np.ndarray | Sequence[Iterable[int]]
 
 
-def _parse_open(ids: OpenIds) -> Tensor:
+def parse_open(ids: OpenIds) -> Tensor:
     """Any form that `sinks_open` takes, as int64 [rows or 1, columns, union], padded with -1."""
     if isinstance(ids, np.ndarray):
         ids = torch.from_numpy(ids)
@@ -58,13 +58,13 @@ def sinks_open(model: nn.Module, ids: OpenIds) -> Iterator[None]:
             each row or token; or a list with one set of ids for each row (their union). -1 opens nothing.
 
     They are open in this thread alone: a thread that is started within the block opens its own. Another ``sinks_open`` within the
-    block replaces them until its end.
+    block replaces them until its end. A key-value cache that was filled while other sinks were open is refused with a DataError.
     """
     state = require_sinks(model)
     running = state.running
     if model.training:
         raise ConfigError("sinks_open is for evaluation, the model is in training mode; call model.eval() first")
-    opened = _parse_open(ids)
+    opened = parse_open(ids)
     refuse_taken(state, opened)
     before, running.opened = running.opened, opened
     try:
