@@ -39,7 +39,7 @@ def test_it_is_short() -> None:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").rglob("*.yaml")), ids=lambda path: path.name)
 def test_recipes_are_read(path: Path) -> None:
-    compared = path.name.startswith(("compare-", "regimes-")) or path.parent.name == "paper"
+    compared = path.name.startswith(("compare-", "regimes")) or path.parent.name == "paper"
     read = read_comparison if compared else ms.read_recipe
     read(path)
 

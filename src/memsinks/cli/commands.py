@@ -10,6 +10,7 @@ from memsinks.cli.checkpoints import add_export, add_info
 from memsinks.cli.comparisons import add_compare, add_prepare, add_reproduce
 from memsinks.cli.records import add_verify
 from memsinks.cli.runs import add_demo, add_estimate, add_train
+from memsinks.cli.takedowns import add_takedown
 
 DESCRIPTION = """\
 Train language models whose memorization can be taken out again.
@@ -46,6 +47,7 @@ def parser() -> argparse.ArgumentParser:
         add_reproduce,
         add_export,
         add_info,
+        add_takedown,
         add_verify,
     ):
         add(commands)

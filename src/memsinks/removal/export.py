@@ -11,12 +11,16 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from memsinks.errors import CheckpointError, ConfigError
-from memsinks.files import written_beside
+from memsinks.files import read_json, written_beside
 from memsinks.removal.model_card import model_card
 from memsinks.removal.opened import OpenDocuments, Opening, open_for_export
 from memsinks.removal.verify import verify_closed, verify_open
 from memsinks.sinks.opening import down_modules, rescale_factor
 from memsinks.sinks.state import is_sink, refuse_adapters, require_sinks, unwrap
+from memsinks.sinks.storage import fingerprint
+
+OPEN_SINKS = "memsinks.json"
+"""In a checkpoint in which sinks stay: whose they are."""
 
 
 def export(
@@ -75,8 +79,17 @@ def export(
             verify_closed(model, part, rescale)
         elif verify and opening is not None:
             verify_open(model, part, opening.ids)
+        if opening is not None:
+            owners = {"open": {str(key): name for key, name in zip(opening.ids, opening.names, strict=True)}}
+            (part / OPEN_SINKS).write_text(json.dumps(owners | {"fingerprint": fingerprint(model)}, indent=2) + "\n")
         (part / "README.md").write_text(model_card(model, rescale, notes, verify, opening), encoding="utf-8")
     return target
+
+
+def whose_sinks(directory: str | os.PathLike[str]) -> list[int]:
+    """The ids whose sinks an exported checkpoint holds as neurons; none for any other folder."""
+    path = Path(directory) / OPEN_SINKS
+    return [int(key) for key in read_json(path)["open"]] if path.is_file() else []
 
 
 def _check_place(model: PreTrainedModel, target: Path) -> None:

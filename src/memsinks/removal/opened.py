@@ -20,7 +20,7 @@ from memsinks.errors import ArchitectureError, DataError
 from memsinks.sinks.families import Mlp, decoder_layers, read_mlp
 from memsinks.sinks.layer import Sinks
 from memsinks.sinks.opening import parse_open
-from memsinks.sinks.state import SinkState, require_sinks
+from memsinks.sinks.state import SinkState, refuse_taken, require_sinks
 from memsinks.sinks.table import open_mask
 
 OpenDocuments = int | Iterable[int] | Tensor | np.ndarray | Mapping[str, int]
@@ -70,6 +70,7 @@ def open_for_export(model: PreTrainedModel, documents: OpenDocuments, tensors: d
     """
     ids, names = read_documents_to_open(documents)
     state = require_sinks(model)
+    refuse_taken(state, torch.tensor(ids, dtype=torch.int64))
     chosen = _open_blocks(state, ids)
     layers, mlp_name = decoder_layers(model)
     mlps: list[Any] = [getattr(layer, mlp_name) for layer in layers]

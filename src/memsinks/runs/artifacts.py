@@ -113,9 +113,9 @@ def _erase_sinks(found: Fates, checkpoint: Path) -> None:
 def _group(found: Fates, path: Path, everything: Sequence[Path]) -> Iterator[Fate]:
     """The fate of a file, and of those that share it."""
     where, name = path.parent, path.relative_to(found.folder).as_posix()
-    checkpoint = where.parent.relative_to(found.folder).as_posix()
-    if where.name == FOLDER and checkpoint in found.sinks and path.name in (SETTINGS, TENSORS):
-        yield from _of_sinks(found, name, checkpoint)
+    if where.name == FOLDER and path.name in (SETTINGS, TENSORS):
+        if path.name == SETTINGS:  # stands for both
+            yield from _of_sinks(found, name, where.parent.relative_to(found.folder).as_posix())
     elif path.name == STATE and (where / MARKER).is_file():
         yield from _of_checkpoint(found, where)
     elif path.name == "optimizer.pt" and has_saved_sinks(where):

@@ -79,8 +79,8 @@ def find_owner(documents: Sequence[Document], by: By, name: str | int, asked_by:
     if more and asked_by != "id":
         shared = getattr(documents[more[0]], "source" if by == "source" else "key")
         raise DataError(
-            f"the documents of {asked_by} {str(name)[:60]!r} share their sinks with {len(more)} others of the {by} {shared!r}; take "
-            f"that {by} out"
+            f"the documents of {asked_by} {str(name)[:60]!r} share their sinks with {len(more)} others of the {by} {shared!r}; "
+            f"take that {by} out"
         )
     texts = [documents[index].text for index in chosen]
     own = set(chosen)
@@ -105,9 +105,9 @@ def require_sinks_of(owner: Owner, documents: Sequence[Document], config: SinkCo
         if document.isolation == "private" or document.copies * epochs >= config.open_from:
             return
     raise DataError(
-        f"{owner.by} {owner.name[:60]!r} has no sinks: each text was met {config.open_from - 1} times or less, and its sinks open at "
-        f"exposure {config.open_from}. What a text that was met once teaches lies in the shared weights: only training again "
-        "without it takes it out; make such documents private (isolation) before training"
+        f"{owner.by} {owner.name[:60]!r} has no sinks: each text was met less than {config.open_from} times, at which its sinks "
+        "open. What it taught then lies in the shared weights: only training again without it takes it out; make such documents "
+        "private (isolation) before training"
     )
 
 

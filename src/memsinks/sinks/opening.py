@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import numpy as np
@@ -113,24 +113,38 @@ def down_modules(model: nn.Module) -> list[nn.Module]:
     return [read_mlp(part, inner.config.model_type).down for part in inner.modules() if issubclass(type(part), SinkMlp)]
 
 
+def documents_closed(model: nn.Module, ids: Sequence[int]) -> AbstractContextManager[None]:
+    """Within the block, the sink blocks of these documents give nothing, whoever opens them; see `blocks_closed`."""
+    state = require_sinks(model)
+    config, wanted = state.config, torch.tensor([int(x) for x in ids], dtype=torch.int64)
+    return blocks_closed(
+        model,
+        {
+            layer: open_mask(wanted, config, layer if config.per_layer else 0, state.table)
+            .any(0)
+            .nonzero()[:, 0]
+            .tolist()
+            for layer in state.layers
+        },
+    )
+
+
 @contextmanager
-def documents_closed(model: nn.Module, ids: Sequence[int]) -> Iterator[None]:
-    """Within the block, the sink blocks of these documents give nothing, for any document that opens them.
+def blocks_closed(model: nn.Module, blocks: Mapping[int, Sequence[int]]) -> Iterator[None]:
+    """Within the block, these sink blocks, by layer, give nothing.
 
     Their down rows are set to zero and put back, bit for bit, at the end.
     """
     state = require_sinks(model)
-    config, wanted = state.config, torch.tensor([int(x) for x in ids], dtype=torch.int64)
     kept: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
     try:
         with torch.no_grad():
             for layer, module in zip(state.layers, sink_modules(model).values(), strict=True):
-                mask = open_mask(wanted, config, layer if config.per_layer else 0, state.table).any(0)
-                mask = mask.to(module.down.device)
-                kept.append((module.down, mask, module.down[mask].clone()))
-                module.down[mask] = 0
+                chosen = torch.tensor(list(blocks.get(layer, ())), dtype=torch.int64, device=module.down.device)
+                kept.append((module.down, chosen, module.down[chosen].clone()))
+                module.down[chosen] = 0
         yield
     finally:
         with torch.no_grad():
-            for down, mask, values in kept:
-                down[mask] = values
+            for down, chosen, values in kept:
+                down[chosen] = values

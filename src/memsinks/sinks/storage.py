@@ -310,6 +310,8 @@ def read_sinks(model: PreTrainedModel, directory: Path, saved: SavedSinks) -> No
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(loaded[name])
+    for layer, sinks in zip(state.layers, sink_modules(model).values(), strict=True):
+        sinks.std = saved.stored.get("start_std", {}).get(str(layer), sinks.std)
     state.table, state.sinks_missing, state.taken = table, False, saved.taken
 
 

@@ -1,0 +1,62 @@
+"""takedown: take one owner out of a run."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from typing import Any
+
+from memsinks.cli.options import Commands, add_command
+
+
+def add_takedown(commands: Commands) -> None:
+    parser = add_command(
+        commands,
+        "takedown",
+        run_takedown,
+        "take one document, person, customer or source out of a run",
+        "Find the owner, show what would happen, erase his sinks everywhere in the run folder, audit before and after, and write "
+        "a record that memsinks verify checks. All of it happens or nothing does.",
+        again=lambda _: "the same command finishes it",
+    )
+    parser.add_argument("folder", metavar="RUN", help="folder that memsinks train wrote")
+    who = parser.add_mutually_exclusive_group(required=True)
+    who.add_argument("--key", help="the key of the documents")
+    who.add_argument("--id", type=int, help="a document id, as memsinks.document_id gives it")
+    who.add_argument("--source", help="the source of the documents")
+    who.add_argument("--text", metavar="FILE", help="a file that holds the text")
+    parser.add_argument("--dry-run", action="store_true", help="show what would happen, change nothing")
+    parser.add_argument("--copies", action="store_true", help="take out those too who have copies of the texts")
+    parser.add_argument(
+        "--collateral",
+        type=float,
+        default=None,
+        metavar="SHARE",
+        help="largest share of somebody else's sink blocks that may be erased (0.05; own blocks: 0)",
+    )
+    parser.add_argument("--also", nargs="+", default=[], metavar="FOLDER", help="exports and copies to look through")
+    parser.add_argument("--signing-key", metavar="FILE", help="private key (PEM) that signs the record")
+
+
+def run_takedown(arguments: Namespace) -> None:
+    from pathlib import Path
+
+    from memsinks.runs.takedown import MOST_COLLATERAL, TakedownFinished, take_down
+    from memsinks.runs.takedown_table import format_takedown
+
+    asked: dict[str, Any] = {name: getattr(arguments, name) for name in ("key", "id", "source")}
+    if arguments.text is not None:
+        asked["text"] = Path(arguments.text).read_text(encoding="utf-8")
+    try:
+        done = take_down(
+            arguments.folder,
+            **asked,
+            dry_run=arguments.dry_run,
+            copies=arguments.copies,
+            most_collateral=MOST_COLLATERAL if arguments.collateral is None else arguments.collateral,
+            also=arguments.also,
+            signing_key=arguments.signing_key,
+        )
+    except TakedownFinished as finished:
+        print(finished)
+        return
+    print(format_takedown(done))

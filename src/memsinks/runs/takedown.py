@@ -1,0 +1,294 @@
+"""Take one out of a finished run: found, shown, erased everywhere in its folder, verified, recorded.
+
+    memsinks takedown RUN --key alice [--dry-run]
+
+All of it happens or nothing does: new versions of files are staged beside and put in place together (`staging`); what a kill
+leaves is finished, or dropped, by the next take-down there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from memsinks._version import versions
+from memsinks.data.documents import Document, load_documents
+from memsinks.data.identity import By, identify
+from memsinks.data.tokens import load_tokenizer
+from memsinks.errors import CheckpointError, ConfigError, DataError
+from memsinks.files import file_hash
+from memsinks.removal.erase import Erased, collateral_in
+from memsinks.removal.erase_files import SinksFile, changed_blocks
+from memsinks.removal.export import whose_sinks
+from memsinks.removal.record import write_record
+from memsinks.removal.tombstone import make_tombstone
+from memsinks.runs.artifacts import RECORDS, Fates, Wanted, fates_of
+from memsinks.runs.owners import AskedBy, Owner, find_owner, read_members, require_sinks_of, with_copies
+from memsinks.runs.staging import bind, finish, staged
+from memsinks.runs.takedown_audit import audit_takedown
+from memsinks.sinks.checkpoint import load
+from memsinks.sinks.state import named_sinks
+from memsinks.sinks.storage import has_saved_sinks
+
+logger = logging.getLogger(__name__)
+
+MOST_COLLATERAL = 0.05
+"""Share of anybody else's open blocks that may be erased unless told otherwise."""
+AUDITED = 64
+"""Documents of others, and controls, that are audited at most."""
+
+
+@dataclass(frozen=True)
+class Takedown:
+    """A take-down, planned or done.
+
+    Args:
+        owner: who. erased: by checkpoint within the run. fates: of all files of the run.
+        collateral: share of the open blocks of each other document with sinks that is erased too, by document id; only those
+            above 0.
+        elsewhere: {folder: what of the owner is in it}, of the folders that were named.
+        audit: figures before and after, {} of one that is only planned or has no whole model. record: its folder; None = planned.
+    """
+
+    owner: Owner
+    documents: list[Document]
+    erased: dict[str, list[Erased]]
+    fates: Fates
+    collateral: dict[int, float]
+    elsewhere: dict[str, str]
+    audit: dict[str, Any] = field(default_factory=dict)
+    same_blocks: int = 0
+    record: Path | None = None
+
+
+def take_down(
+    run: str | os.PathLike[str],
+    *,
+    key: str | None = None,
+    id: int | None = None,
+    source: str | None = None,
+    text: str | None = None,
+    dry_run: bool = False,
+    copies: bool = False,
+    most_collateral: float = MOST_COLLATERAL,
+    documents: Sequence[Document] | None = None,
+    by: By | None = None,
+    also: Sequence[str | os.PathLike[str]] = (),
+    signing_key: str | os.PathLike[str] | None = None,
+) -> Takedown:
+    """Take one owner out of a run.
+
+    Args:
+        run: the folder that `train` wrote; or any folder with checkpoints of `save_pretrained`, then with `documents` and `by`.
+        key, id, source, text: who: give one.
+        dry_run: only find, and say what would happen.
+        copies: take out those too who have copies of his texts (`Takedown.owner.copies`).
+        most_collateral: largest share of somebody else's open sink blocks that may go; 0 for own blocks.
+        documents, by: all documents that were trained on and what gave them their ids, where the folder does not say.
+        also: folders of exports and copies of the model, which are looked through, not changed.
+        signing_key: signs the record, see `write_record`.
+
+    Returns:
+        What was done; a record lies in ``run/takedowns/``.
+
+    Raises:
+        ConfigError: none or several of key, id, source, text. DataError: nobody of that name, no sinks of his own, taken out
+            already; hashed blocks that too many share. CheckpointError: a folder that is damaged, locked, read-only or full;
+            nothing was changed.
+    """
+    folder = Path(run)
+    name, asked_by = _asked(key, id, source, text)
+    record = f"{asked_by}-{hashlib.sha256(str(name).encode()).hexdigest()[:12]}"
+    if not folder.is_dir():
+        raise CheckpointError(f"there is no folder {folder}")
+    documents, by, epochs = (list(documents), by or "content", 1) if documents is not None else _members(folder, record)
+    if (folder / RECORDS / record).is_dir():
+        raise DataError(f"{asked_by} {str(name)[:60]!r} was taken out already, see {folder / RECORDS / record}")
+    owner = find_owner(documents, by, name, asked_by)
+    owner = with_copies(owner, documents, by) if copies else owner
+    texts = [documents[index].text for index in owner.documents]
+    tombstone = make_tombstone(texts, record=record)
+    fates = fates_of(folder, Wanted(owner.ids, record, frozenset(texts), tombstone))
+    if not fates.sinks:
+        raise CheckpointError(f"there is no checkpoint with sinks below {folder}")
+    main = "model" if "model" in fates.sinks else next(iter(fates.sinks))
+    require_sinks_of(owner, documents, fates.sinks[main].state.config, epochs)
+    others = _others(owner, documents, by, fates.sinks[main], epochs)
+    hit = _collateral(folder / main, fates.erased[main], others)
+    done = Takedown(owner, documents, fates.erased, fates, hit, _elsewhere(also, owner, fates.sinks[main]))
+    if dry_run:
+        return done
+    if hit and max(hit.values()) > most_collateral:
+        raise DataError(
+            f"{asked_by} {str(name)[:60]!r} has no blocks of its own: {len(hit)} other documents would lose up to "
+            f"{max(hit.values()):.0%} of theirs, allowed are {most_collateral:.0%}; give a higher most_collateral "
+            "(--collateral), or train with own blocks"
+        )
+    audit, same = _audit(folder, main, done, others, by, record)
+    done = replace(done, audit=audit, same_blocks=same, record=folder / RECORDS / record)
+    with staged(folder) as files:
+        _stage(done, files)
+        predicate = _predicate(done, folder, files, by)
+        write_record(files / RECORDS / record, predicate, tombstone=tombstone, key=signing_key)
+        bind(folder, record, [fate.path for fate in fates.files if fate.fate == "deleted"])
+    return done
+
+
+def _asked(key: str | None, id: int | None, source: str | None, text: str | None) -> tuple[str | int, AskedBy]:
+    given: list[tuple[str | int, AskedBy]] = [
+        (value, name)
+        for value, name in ((key, "key"), (id, "id"), (source, "source"), (text, "text"))
+        if value is not None
+    ]  # type: ignore[misc]
+    if len(given) != 1:
+        raise ConfigError(f"give one of key, id, source and text, got {len(given)}")
+    return given[0]
+
+
+def _members(folder: Path, record: str) -> tuple[list[Document], By, int]:
+    """The documents of a run; what an interrupted take-down has left is finished first."""
+    finished = finish(folder)
+    if finished is not None:
+        logger.info("finished the take-down %s, which was interrupted", finished)
+        if finished == record:
+            raise TakedownFinished(folder / RECORDS / record)
+    return read_members(folder)
+
+
+class TakedownFinished(DataError):
+    """What an interrupted run of the same command had begun is finished now; there is nothing left to do."""
+
+    def __init__(self, record: Path) -> None:
+        super().__init__(f"the take-down was interrupted before and is finished now: {record}")
+        self.record = record
+
+
+def _others(
+    owner: Owner, documents: Sequence[Document], by: By, sinks: SinksFile, epochs: int
+) -> list[tuple[int, Document]]:
+    """(id, document) of the others whose sinks opened in training."""
+    mine = set(owner.ids)
+    found = []
+    for document, one in zip(documents, identify(documents, by)[0].tolist(), strict=True):
+        opened = document.isolation == "private" or document.copies * epochs >= sinks.state.config.open_from
+        if one not in mine and opened and one not in sinks.state.taken:
+            found.append((one, document))
+    return found
+
+
+def _collateral(checkpoint: Path, erased: Sequence[Erased], others: Sequence[tuple[int, Document]]) -> dict[int, float]:
+    ids = sorted({one for one, _ in others})
+    if not ids or not erased or all(one.own for one in erased):
+        return {}
+    state = SinksFile(checkpoint).state  # as it was before
+    shares = np.max([collateral_in(state, one, ids) for one in erased], axis=0)
+    return {one: float(share) for one, share in zip(ids, shares, strict=True) if share}
+
+
+def _elsewhere(also: Sequence[str | os.PathLike[str]], owner: Owner, sinks: SinksFile) -> dict[str, str]:
+    """What of the owner is in other folders: sinks of the same model, exports in which his sinks are neurons."""
+    found = {}
+    for folder in map(Path, also):
+        if not folder.is_dir():
+            raise CheckpointError(f"there is no folder {folder}")
+        for where in [folder, *(x for x in folder.rglob("*") if x.is_dir())]:
+            if set(whose_sinks(where)) & set(owner.ids):
+                found[str(where)] = "an export with the owner's sinks as neurons: delete it"
+            elif has_saved_sinks(where):
+                other = SinksFile(where)
+                same = other.stored["fingerprint"] == sinks.stored["fingerprint"]
+                if same and not set(owner.ids) <= other.state.taken.keys():
+                    found[str(where)] = "the sinks of the same model: take the owner out there too"
+    return found
+
+
+def _audit(
+    folder: Path, main: str, plan: Takedown, others: Sequence[tuple[int, Document]], by: By, record: str
+) -> tuple[dict[str, Any], int]:
+    """Figures before and after, and how many blocks keep every bit; the files to be written must be the erased model's."""
+    checkpoint, sinks = folder / main, plan.fates.sinks[main]
+    before = SinksFile(checkpoint)
+    moved, same = changed_blocks(before.tensors, sinks.tensors)
+    for layer, blocks in moved.items():
+        allowed = {block for one in plan.erased[main] for block in one.blocks.get(layer, ())}
+        if not set(blocks) <= allowed:
+            raise CheckpointError(
+                f"layer {layer}: blocks {sorted(set(blocks) - allowed)} would change, which are others'"
+            )
+    if before.stored.get("alone") or not (checkpoint / "tokenizer_config.json").is_file():
+        logger.info("no audit: %s is no whole model with a tokenizer", checkpoint)
+        return {}, same
+    model = load(checkpoint)
+    owner = plan.owner
+    ids = identify([plan.documents[x] for x in owner.documents], by)[0].tolist()
+    texts = [plan.documents[x].text for x in owner.documents]
+    close = sorted(others, key=lambda x: -plan.collateral.get(x[0], 0.0))[:AUDITED]
+    controls = load_documents(folder / "controls.jsonl")[:AUDITED] if (folder / "controls.jsonl").is_file() else []
+    audit = audit_takedown(
+        model,
+        load_tokenizer(checkpoint),
+        plan.erased[main],
+        (texts[:AUDITED], ids[:AUDITED]),
+        ([document.text for _, document in close], [one for one, _ in close]),
+        [document.text for document in controls],
+        record,
+    )
+    for name, value in named_sinks(model).items():
+        if not torch.equal(value.detach().cpu(), sinks.tensors[name]):
+            raise CheckpointError(
+                f"{name} of the erased model and of the file to be written differ; nothing was changed"
+            )
+    return audit, same
+
+
+def _stage(plan: Takedown, files: Path) -> None:
+    for fate in plan.fates.files:
+        if fate.write is not None:
+            fate.write(files / fate.path)
+
+
+def _predicate(plan: Takedown, folder: Path, files: Path, by: By) -> dict[str, Any]:
+    kinds, asked_by = [copy.kind for copy in plan.owner.copies], plan.owner.by
+    blocks = {
+        f"{checkpoint}, layer {layer}": sorted({x for one in erased for x in one.blocks.get(layer, ())})
+        for checkpoint, erased in plan.erased.items()
+        for layer in sorted({layer for one in erased for layer in one.blocks})
+    }
+    listed = []
+    for fate in plan.fates.files:
+        path = folder / fate.path
+        after = {"deleted": None, "untouched": path, "rewritten": files / fate.path}[fate.fate]
+        entry = {"path": fate.path, "fate": fate.fate, "why": fate.why, "before": file_hash(path)}
+        listed.append(entry | {"after": None if after is None else file_hash(after)})
+    return {
+        "asked": {
+            "owner": plan.owner.name,
+            "by": by if asked_by in ("text", "id") else asked_by,
+            "id": plan.owner.ids[0],
+        },
+        "matched": {
+            "counts": {"documents": len(plan.owner.documents)}
+            | {f"copies of others, {kind}": kinds.count(kind) for kind in dict.fromkeys(kinds)},
+            "ids": plan.owner.ids,
+        },
+        "erased": {"layers": sorted({int(x.rpartition(" ")[2]) for x in blocks}), "blocks": blocks},
+        "files": listed,
+        "audit": plan.audit,
+        "kept": {
+            "sink blocks that kept every bit": plan.same_blocks,
+            "others with erased blocks": len(plan.collateral),
+        },
+        "settings": {
+            "own blocks": all(one.own for erased in plan.erased.values() for one in erased),
+            "largest share of another's blocks": max(plan.collateral.values(), default=0.0),
+        },
+        "versions": versions("torch", "transformers", "numpy", "safetensors"),
+    }
