@@ -56,6 +56,8 @@ MIXED = [*FLAGS, GATED, GATED, EXACT, PRIVATE, *FLAGS, PRIVATE, PRIVATE, OTHER, 
 def owned_llama(**settings):
     """Eight blocks that are hashed to and four that are not, of which the flagged owners have one each."""
     model = sink_llama(torch.float32, neurons=96, active=16, reserved_blocks=4, **settings)
+    for sinks in sink_modules(model).values():
+        sinks.start_anew(range(8, 12))
     ms.assign(model, OWNED)
     return model
 

@@ -41,11 +41,11 @@ def regime(text: str, share: int) -> Comparison:
     return read_comparison(RECIPE, changes)
 
 
-def run(comparison: Comparison, seeds: list[int]) -> None:
+def run(comparison: Comparison, seeds: list[int], asked: list[str] | None) -> None:
     """Train and audit, a seed after the other."""
     for seed in seeds:
         every = seed != comparison.seeds[0]
-        arms = EVERY_SEED if every else [arm.name for arm in comparison.arms]
+        arms = asked or (EVERY_SEED if every else [arm.name for arm in comparison.arms])
         compare(comparison, arms=arms, seeds=[seed], attacks="all")
 
 
@@ -54,11 +54,12 @@ def main() -> None:
     parser.add_argument("text", choices=list(TEXTS))
     parser.add_argument("--regimes", nargs="+", type=int, default=list(REGIMES), choices=list(REGIMES))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--arms", nargs="+", help="only these, with every seed")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     torch.set_num_threads(1)
     for share in arguments.regimes:
-        run(regime(arguments.text, share), arguments.seeds)
+        run(regime(arguments.text, share), arguments.seeds, arguments.arms)
 
 
 if __name__ == "__main__":

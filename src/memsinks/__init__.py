@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from memsinks.removal.settle import SettleConfig, Settled, SettleResult, repeated_and_once, settle, settling_texts
     from memsinks.runs.recipe import Recipe, parse_recipe, read_recipe
     from memsinks.runs.run import train
+    from memsinks.runs.takedown import Takedown, take_down
     from memsinks.sinks.attach import Added, SinkReport, add_sinks, remove_sinks
     from memsinks.sinks.checkpoint import load, load_any, load_sinks
     from memsinks.sinks.config import SinkConfig
@@ -86,6 +87,7 @@ _HOMES = {
     "memsinks.removal.settle": "SettleConfig SettleResult Settled repeated_and_once settle settling_texts",
     "memsinks.runs.recipe": "Recipe parse_recipe read_recipe",
     "memsinks.runs.run": "train",
+    "memsinks.runs.takedown": "Takedown take_down",
     "memsinks.sinks.attach": "Added SinkReport add_sinks remove_sinks",
     "memsinks.sinks.checkpoint": "load load_any load_sinks",
     "memsinks.sinks.config": "SinkConfig",
@@ -131,6 +133,7 @@ __all__ = [
     "SinkTrainer",
     "SinksLastResult",
     "Subject",
+    "Takedown",
     "__version__",
     "add_sinks",
     "assign",
@@ -178,6 +181,7 @@ __all__ = [
     "sinks_first",
     "sinks_last",
     "sinks_open",
+    "take_down",
     "target_count",
     "train",
     "train_tokenizer",

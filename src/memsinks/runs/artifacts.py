@@ -83,14 +83,12 @@ def fates_of(folder: Path, wanted: Wanted) -> Fates:
     for path in everything:
         if path.name == SETTINGS and path.parent.name == FOLDER:
             _erase_sinks(found, path.parent.parent)
-    known: set[Path] = set()
+    fates: dict[str, Fate] = {}
     for path in everything:
-        if path in known:
-            continue
-        group = list(_group(found, path, everything))
-        known |= {folder / fate.path for fate in group}
-        found.files += group
-    found.files.sort(key=lambda fate: fate.path)
+        fates |= {fate.path: fate for fate in _group(found, path, everything)}
+    for path in everything:
+        name = path.relative_to(folder).as_posix()
+        found.files.append(fates[name] if name in fates else _of_file(found, path, name))
     return found
 
 
@@ -111,11 +109,10 @@ def _erase_sinks(found: Fates, checkpoint: Path) -> None:
 
 
 def _group(found: Fates, path: Path, everything: Sequence[Path]) -> Iterator[Fate]:
-    """The fate of a file, and of those that share it."""
+    """The fates of the files that a file stands for; none for most."""
     where, name = path.parent, path.relative_to(found.folder).as_posix()
-    if where.name == FOLDER and path.name in (SETTINGS, TENSORS):
-        if path.name == SETTINGS:  # stands for both
-            yield from _of_sinks(found, name, where.parent.relative_to(found.folder).as_posix())
+    if where.name == FOLDER and path.name == SETTINGS:
+        yield from _of_sinks(found, name, where.parent.relative_to(found.folder).as_posix())
     elif path.name == STATE and (where / MARKER).is_file():
         yield from _of_checkpoint(found, where)
     elif path.name == "optimizer.pt" and has_saved_sinks(where):
@@ -139,8 +136,6 @@ def _group(found: Fates, path: Path, everything: Sequence[Path]) -> Iterator[Fat
             for x in everything
             if where in x.parents
         )
-    else:
-        yield _of_file(found, path, name)
 
 
 def _of_sinks(found: Fates, name: str, checkpoint: str) -> Iterator[Fate]:

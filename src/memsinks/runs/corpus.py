@@ -16,6 +16,9 @@ from memsinks.data.isolation import isolate
 from memsinks.data.readers import read_documents, source_hash
 from memsinks.data.synthetic import corpus
 from memsinks.errors import ConfigError
+from memsinks.removal.record import TOMBSTONE
+from memsinks.removal.tombstone import Tombstone, read_tombstone
+from memsinks.runs.artifacts import RECORDS
 from memsinks.runs.recipe import BackgroundRecipe, DataRecipe, Recipe
 
 AUDITED = "audited"
@@ -105,6 +108,17 @@ def _choose(documents: list[Document], data: DataRecipe, seed: int) -> tuple[lis
             f"({len(times)} different texts) to be seen once; lower them"
         )
     return held_out, rest[:repeated]
+
+
+def tombstones_of(recipe: Recipe) -> list[Tombstone]:
+    """Those that the recipe names, and those of the take-downs in its output."""
+    found = [*Path(recipe.output).glob(f"{RECORDS}/*/{TOMBSTONE}")]
+    for name in recipe.data.tombstones:
+        path = Path(expanded(name, "data.tombstones"))
+        if not path.exists():
+            raise ConfigError(f"data.tombstones names {path}, which does not exist")
+        found += sorted(path.rglob(TOMBSTONE)) if path.is_dir() else [path]
+    return [read_tombstone(path) for path in found]
 
 
 def background_documents(background: BackgroundRecipe) -> Iterator[Document]:

@@ -39,7 +39,8 @@ from memsinks.data.tokens import encode, load_tokenizer, pad_token, train_tokeni
 from memsinks.errors import CheckpointError, ConfigError, DataError
 from memsinks.files import file_hash, written_beside
 from memsinks.provenance import refuse_other_settings
-from memsinks.runs.corpus import background_documents, choose_documents, expanded, source_hashes
+from memsinks.removal.tombstone import refuse_tombstoned
+from memsinks.runs.corpus import background_documents, choose_documents, expanded, source_hashes, tombstones_of
 from memsinks.runs.recipe import BackgroundRecipe, DataRecipe, Recipe
 from memsinks.sinks.checkpoint import load_config
 from memsinks.sinks.config import SinkConfig
@@ -54,8 +55,8 @@ TAUGHT = 10_000
 """Background documents that a new tokenizer is trained on, besides the documents themselves."""
 SAID = 20_000_000
 """Background tokens from one line of progress to the next."""
-OF_ROWS = ("long", "one_document_per_row")
-"""Settings of the section `data` that say how rows are cut, which is not kept in a folder."""
+OF_ROWS = ("long", "one_document_per_row", "tombstones")
+"""Settings of the section `data` on which the tokens do not depend."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,7 @@ def prepare(recipe: Recipe, one_document_per_row: bool = False, folder: Path | N
     """
     data, training = recipe.data, recipe.training
     corpus = _tokenize(recipe) if folder is None else _stored(recipe, folder)
+    refuse_tombstoned([*corpus.members, *corpus.fresh], tombstones_of(recipe))
     _warn_of_equal_repetition(recipe, corpus.documents)
     rows = rows_of(
         corpus.documents,

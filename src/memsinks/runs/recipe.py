@@ -91,6 +91,8 @@ class DataRecipe:
             the built-in corpus.
         text_field, key_field, source_field, copies_field, isolation_field, separator, split, streaming: as for `read_documents`.
         exact, private: keys of documents (sources, where `by` is ``source``) that are isolated so, see `batch.ISOLATIONS`.
+        tombstones: files, or folders in which any ``tombstone.json`` counts, of texts that were taken down: a document that comes
+            back is refused, as are those of the take-downs in the output folder.
         cut_characters: cut documents into pieces of at most so many characters, each a document of its own, see
             `cut_documents`.
         limit: read at most so many documents (or pieces).
@@ -116,6 +118,7 @@ class DataRecipe:
     isolation_field: str | None = None
     exact: list[str] = field(default_factory=list)
     private: list[str] = field(default_factory=list)
+    tombstones: list[str] = field(default_factory=list)
     separator: str | None = None
     split: str = "train"
     streaming: bool = False

@@ -266,8 +266,9 @@ def _predicate(plan: Takedown, folder: Path, files: Path, by: By) -> dict[str, A
     for fate in plan.fates.files:
         path = folder / fate.path
         after = {"deleted": None, "untouched": path, "rewritten": files / fate.path}[fate.fate]
-        entry = {"path": fate.path, "fate": fate.fate, "why": fate.why, "before": file_hash(path)}
-        listed.append(entry | {"after": None if after is None else file_hash(after)})
+        digests = {"before": file_hash(path), "after": None if after is None else file_hash(after)}
+        same = digests["before"] == digests["after"]  # a checkpoint from before the owner was met
+        listed.append({"path": fate.path, "fate": "untouched" if same else fate.fate, "why": fate.why} | digests)
     return {
         "asked": {
             "owner": plan.owner.name,

@@ -55,7 +55,7 @@ def _files(done: Takedown) -> list[str]:
         if not chosen:
             continue
         lines.append(f"{fate}: {len(chosen)} files")
-        if len(chosen) <= MOST_SHOWN:
+        if fate != "untouched" or len(chosen) <= MOST_SHOWN:
             lines += [f"  {x.path}  ({x.why})" for x in chosen]
         else:
             lines += [f"  {count} x {why}" for why, count in Counter(x.why for x in chosen).most_common()]

@@ -1,0 +1,395 @@
+"""Take one out: what is found, what is erased and what is not, the record, faults, and that he cannot come back."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_isolation import EXACT, MIXED, OTHER, PRIVATE, flagged_rows, own_hash, owned_llama, trained
+from tiny import sink_llama
+from transformers import TrainingArguments
+
+import memsinks as ms
+from memsinks.cli import main
+from memsinks.runs.recipe import parse_recipe
+from memsinks.runs.run import train
+from memsinks.sinks.state import named_sinks
+from memsinks.training.optim import AdamW
+
+ALICE, BOB = "record-8-001", "record-8-002"
+
+
+@pytest.fixture(scope="session")
+def run_with_owners(tmp_path_factory) -> Path:
+    """A run in which every document of eight copies has own blocks; do not change it."""
+    output = tmp_path_factory.mktemp("owners") / "run"
+    recipe = {
+        "output": str(output),
+        "data": {
+            "synthetic": {"stories": 40, "people_per_level": 4, "canaries_per_level": 2, "held_out_stories": 6,
+                          "copies": [0, 1, 8]},
+            "by": "key",
+        },
+        "tokenizer": {"vocab_size": 300},
+        "model": {"config": {
+            "model_type": "llama", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
+            "num_attention_heads": 2, "num_key_value_heads": 2, "tie_word_embeddings": True,
+        }},
+        "sinks": {"neurons": 256, "active": 16, "block_size": 8, "reserved_blocks": 16},
+        "own": {"from_copies": 8},
+        "training": {"length": 256, "batch_rows": 8, "lr": 3e-3, "save_every": 2, "log_every": 1, "keep": 9,
+                     "sinks_last": 3},
+    }  # fmt: skip
+    train(parse_recipe(recipe))
+    return output
+
+
+@pytest.fixture
+def run(run_with_owners, tmp_path) -> Path:
+    return Path(shutil.copytree(run_with_owners, tmp_path / "run"))
+
+
+def hashes(folder: Path) -> dict[str, bytes]:
+    return {x.relative_to(folder).as_posix(): x.read_bytes() for x in sorted(folder.rglob("*")) if x.is_file()}
+
+
+def text_of(run: Path, key: str) -> str:
+    return next(x.text for x in ms.load_documents(run / "members.jsonl") if x.key == key)
+
+
+# In memory
+
+
+def test_an_erased_owner_was_never_there_bit_for_bit():
+    """The model is then the one that was trained with his rows blank, and so is the optimizer where it is his."""
+    rows = flagged_rows(MIXED)
+    config = owned_llama().sink_state.config
+    model, without = trained(rows), trained(ms.shadow_rows(rows, config, [OTHER]))
+    erased = ms.erase(model, OTHER, record="request 7")
+    assert erased.ids == [OTHER] and erased.own and "own" in str(erased)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, without.state_dict()[name]), name
+    assert ms.free_blocks(model) == [10, 11]
+    model.eval()
+    with pytest.raises(ms.DataError, match="taken out \\(request 7\\)"), ms.sinks_open(model, [OTHER]):
+        pass
+    model.train()
+    tokens = torch.arange(6)[None]
+    with pytest.raises(ms.DataError, match="request 7"):
+        model(input_ids=tokens, document_ids=torch.tensor([OTHER]), exposures=torch.tensor([1]))
+    with pytest.raises(ms.DataError, match="taken out already.*request 7"):
+        ms.erase(model, OTHER)
+    with pytest.raises(ms.ConfigError, match="was taken out"):
+        ms.assign(model, [OTHER])
+
+
+def test_moments_and_gradients_go_with_him_and_nobody_elses():
+    model = owned_llama()
+    optimizer = AdamW(ms.param_groups(model, 1e-2))
+    for parameter in named_sinks(model).values():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    before = {name: own_hash(model, owner) for name, owner in (("exact", EXACT), ("private", PRIVATE))}
+    ms.erase(model, OTHER, optimizer=optimizer)
+    for parameter in named_sinks(model).values():
+        state = optimizer.state[parameter]
+        assert not state["exp_avg"][10].any() and not state["exp_avg_sq"][10].any() and state["step"][10] == 0
+        assert state["exp_avg"][8].any() and state["step"][8] == 1 and not parameter.grad[10].any()
+    assert before == {name: own_hash(model, owner) for name, owner in (("exact", EXACT), ("private", PRIVATE))}
+
+
+def test_an_owner_goes_with_the_documents_within_him():
+    model = sink_llama(neurons=96, reserved_blocks=4)
+    ms.assign(model, [100, 1])
+    ms.assign(model, [], within={1: 100, 2: 100})
+    with pytest.raises(ms.DataError, match="id 2 has no blocks of its own, it opens those of \\[100\\]"):
+        ms.erase(model, 2)
+    assert ms.erase(model, 1).ids == [1]
+    assert ms.erase(model, 100).ids == [2, 100]
+    assert ms.free_blocks(model) == [8, 9, 10, 11]
+
+
+def test_hashed_blocks_cost_others():
+    model = sink_llama()
+    erased = ms.blocks_of(model, 5)
+    assert not erased.own
+    others = list(range(15, 200))
+    shares = ms.collateral(model, erased, others)
+    assert shares.max() > 0 and (ms.collateral(owned_llama(), ms.blocks_of(owned_llama(), EXACT), others) == 0).all()
+    single = sink_llama(block_size=1, routing="bernoulli")
+    with pytest.raises(ms.ConfigError, match="no own blocks.*all texts share"):
+        ms.erase(single, 5)
+
+
+# In a run folder
+
+
+def test_one_is_taken_out_and_nothing_else_moves(run, capsys):
+    before, text = hashes(run), text_of(run, ALICE)
+    assert main(["takedown", str(run), "--key", ALICE]) == 0
+    shown = capsys.readouterr().out
+    assert "collateral: none" in shown and "owner, placebo blocks closed" in shown and "keep every bit" in shown
+    after = hashes(run)
+    changed = {name for name in before if before[name] != after.get(name)}
+    assert changed == {"members.jsonl", "model/sinks/sinks.json", "model/sinks/sinks.safetensors"} | {
+        name for name in before if name.startswith("checkpoints/")
+    }
+    assert all(text.encode() not in value for value in after.values())
+    old = {
+        name: x for name, x in load_file(Path(_write(run, before)) / "sinks.safetensors").items() if "sinks." in name
+    }
+    new = load_file(run / "model/sinks/sinks.safetensors")
+    model = ms.load(run / "model")
+    alice = ms.document_id(ALICE, "key")
+    moved = {int(b) for name in old for b in (old[name] != new[name]).flatten(1).any(1).nonzero()[:, 0]}
+    assert len(moved) == 1 and moved <= set(ms.free_blocks(model))
+    assert model.sink_state.taken.keys() == {alice}
+    [record] = (run / "takedowns").iterdir()
+    assert main(["verify", str(record), "--run", str(run)]) == 0
+    statement = json.loads((record / "statement.json").read_text())["predicate"]
+    audit = statement["audit"]
+    own = audit["before"]["owner"]["loss"]
+    assert audit["after"]["owner"]["loss"] == pytest.approx(audit["before"]["owner, sinks closed"]["loss"], abs=1e-6)
+    assert audit["placebo"]["owner"]["loss"] == pytest.approx(own, abs=1e-6) and audit["after"]["owner"]["loss"] > own
+    others = "others, own sinks open"
+    assert audit["before"][others] == audit["after"][others]
+    (run / "model/sinks/sinks.safetensors").write_bytes(before["model/sinks/sinks.safetensors"])
+    assert main(["verify", str(record), "--run", str(run)]) == 2
+
+
+def _write(run: Path, before: dict[str, bytes]) -> str:
+    folder = run.parent / "before"
+    folder.mkdir()
+    (folder / "sinks.safetensors").write_bytes(before["model/sinks/sinks.safetensors"])
+    return str(folder)
+
+
+def test_a_dry_run_shows_and_changes_nothing(run, capsys):
+    before = hashes(run)
+    assert main(["takedown", str(run), "--key", ALICE, "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert "nothing was changed" in shown and "members.jsonl" in shown and hashes(run) == before
+
+
+def test_moments_in_checkpoints_go_too(run):
+    ms_folder = sorted((run / "checkpoints").iterdir())[-1]
+    sinks = {x["name"]: x["params"] for x in _state(ms_folder)["optimizer"]["param_groups"]}["sinks"]
+    block = ms.load(run / "model").sink_state.table.own_blocks(ms.document_id(ALICE, "key"))[0]
+    before = [_state(ms_folder)["optimizer"]["state"][n]["exp_avg"].clone() for n in sinks]
+    assert any(x[block].any() for x in before)
+    ms.take_down(run, key=ALICE)
+    state = _state(ms_folder)
+    for number, old in zip(sinks, before, strict=True):
+        new = state["optimizer"]["state"][number]["exp_avg"]
+        assert not new[block].any()
+        old[block] = 0
+        assert torch.equal(old, new)
+
+
+def _state(folder: Path) -> dict:
+    return torch.load(folder / "state.pt", weights_only=True)
+
+
+def test_he_cannot_come_back(run, run_with_owners, tmp_path):
+    text = text_of(run, ALICE)
+    ms.take_down(run, key=ALICE)
+    with pytest.raises(ms.DataError, match="taken out already, see .*takedowns"):
+        ms.take_down(run, key=ALICE)
+    [record] = (run / "takedowns").iterdir()
+    for changed in (text, text.upper().replace(" ", "\u00a0")):
+        (tmp_path / "new.jsonl").write_text(
+            json.dumps({"text": changed}) + "\n" + json.dumps({"text": "other words"}) + "\n"
+        )
+        recipe = {
+            "output": str(tmp_path / "again"),
+            "data": {"path": str(tmp_path / "new.jsonl"), "tombstones": [str(run)]},
+            "model": {"config": {"model_type": "llama", "hidden_size": 16, "num_hidden_layers": 1}},
+        }
+        with pytest.raises(ms.DataError, match=f"document 0 is the text taken down under '{record.name}'"):
+            train(parse_recipe(recipe))
+
+
+def test_copies_of_others_are_shown_and_go_only_if_asked(run, capsys):
+    members = ms.load_documents(run / "members.jsonl")
+    alice = next(x for x in members if x.key == ALICE)
+    copied = [
+        ms.Document(alice.text.replace(" ", "  ").upper(), key=x.key, copies=8) if x.key == BOB else x for x in members
+    ]
+    ms.write_documents(run / "members.jsonl", copied)
+    assert main(["takedown", str(run), "--key", ALICE, "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert f"key {BOB}: normal" in shown and "--copies" in shown
+    done = ms.take_down(run, key=ALICE, copies=True)
+    assert set(done.owner.ids) == {ms.document_id(x, "key") for x in (ALICE, BOB)}
+    assert ms.load(run / "model").sink_state.taken.keys() == set(done.owner.ids)
+
+
+def test_who_cannot_be_taken_out(run, tmp_path):
+    for asked, message in (
+        ({"key": "record-8-0001"}, "no document of the run has the key 'record-8-0001'; did you mean 'record-8-001'"),
+        ({"key": "record-1-001"}, "has no sinks: each text was met less than 2 times.*private"),
+        ({"id": 5}, "no document of the run has the id 5"),
+        ({"text": "never there"}, "the text is none of the run's"),
+    ):
+        with pytest.raises(ms.DataError, match=message):
+            ms.take_down(run, **asked)
+    for asked in ({}, {"key": "a", "source": "b"}):
+        with pytest.raises(ms.ConfigError, match="give one of key, id, source and text"):
+            ms.take_down(run, **asked)
+    with pytest.raises(ms.CheckpointError, match="there is no folder"):
+        ms.take_down(tmp_path / "nowhere", key="a")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ms.CheckpointError, match="not the folder of a finished run"):
+        ms.take_down(tmp_path / "empty", key="a")
+    (run / "model/sinks/sinks.safetensors").write_bytes(b"damaged")
+    with pytest.raises(ms.CheckpointError, match="SHA-256"):
+        ms.take_down(run, key=ALICE)
+
+
+def test_by_source_many_documents_go_at_once(run):
+    done = ms.take_down(run, text=text_of(run, ALICE))
+    assert done.owner.ids == [ms.document_id(ALICE, "key")] and done.owner.name not in ("", ALICE)
+
+
+def test_hashed_blocks_need_a_permission(tiny_run, tmp_path):
+    run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
+    members = ms.load_documents(run / "members.jsonl")
+    text = next(x.text for x in members if x.copies == 8)
+    with pytest.raises(
+        ms.DataError, match="has no blocks of its own: .* other documents would lose up to .*--collateral"
+    ):
+        ms.take_down(run, text=text)
+    done = ms.take_down(run, text=text, most_collateral=1.0)
+    assert max(done.collateral.values()) > 0 and done.record is not None
+
+
+def test_folders_elsewhere_are_looked_through(run, tmp_path):
+    model = ms.load(run / "model")
+    alice = ms.document_id(ALICE, "key")
+    ms.export(model, tmp_path / "elsewhere/opened", open={"alice": alice}, verify=False)
+    ms.export(model, tmp_path / "elsewhere/closed", verify=False)
+    ms.save_sinks(model, tmp_path / "elsewhere/sinks-alone")
+    done = ms.take_down(run, key=ALICE, also=[tmp_path / "elsewhere"])
+    names = {Path(folder).name: what for folder, what in done.elsewhere.items()}
+    assert set(names) == {"opened", "sinks-alone"} and "delete it" in names["opened"]
+
+
+def test_checkpoints_of_the_trainer(tmp_path):
+    """A folder of one's own training: the documents are given, the optimizer of each checkpoint is rewritten."""
+    documents = [
+        ms.Document(f"{name} lives in the {name} house by the sea and sings", key=name, copies=6) for name in "abcd"
+    ]
+    tokenizer = ms.train_tokenizer([x.text for x in documents], 300)
+    model = sink_llama(torch.float32, neurons=64, active=16, block_size=8, reserved_blocks=4)
+    model.resize_token_embeddings(len(tokenizer))
+    ids = [ms.document_id(x.key, "key") for x in documents]
+    ms.assign(model, ids)
+    rows = ms.make_rows(documents, tokenizer, length=32, by="key", one_document_per_row=True)
+    arguments = TrainingArguments(
+        str(tmp_path / "out"),
+        per_device_train_batch_size=4,
+        save_steps=2,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    ms.SinkTrainer(model, arguments, train_dataset=rows).train()
+    checkpoints = sorted((tmp_path / "out").glob("checkpoint-*"))
+    assert checkpoints
+    done = ms.take_down(tmp_path / "out", key="b", documents=documents, by="key")
+    assert set(done.erased) == {x.name for x in checkpoints}
+    for checkpoint in checkpoints:
+        again = ms.load(checkpoint)
+        assert again.sink_state.taken.keys() == {ids[1]}
+        [block] = model.sink_state.table.own_blocks(ids[1])
+        assert all(not value[block].any() for name, value in named_sinks(again).items() if name.endswith("down"))
+        state = torch.load(checkpoint / "optimizer.pt", weights_only=True)
+        group = next(x for x in state["param_groups"] if x["name"] == "sinks")
+        assert all(not state["state"][n]["exp_avg"][block].any() for n in group["params"])
+
+
+# Faults
+
+
+KILLED = """
+import sys
+import memsinks as ms
+try:
+    ms.take_down(sys.argv[1], key=sys.argv[2])
+except ms.DataError as error:
+    if "finished now" not in str(error) and "taken out already" not in str(error):
+        raise
+"""
+
+
+@pytest.mark.long
+def test_killed_at_any_moment_all_or_nothing_happens(run_with_owners, tmp_path):
+    clean = Path(shutil.copytree(run_with_owners, tmp_path / "clean"))
+    started = time.time()
+    command = [sys.executable, "-c", KILLED]
+    subprocess.run([*command, clean, ALICE], check=True)
+    whole, rng = time.time() - started, random.Random(0)
+    wanted, untouched = _apart_from_records(clean), hashes(run_with_owners)
+    seen = {"nothing": 0, "all": 0, "finished later": 0}
+    for kill in range(30):
+        run = Path(shutil.copytree(run_with_owners, tmp_path / f"run-{kill}"))
+        process = subprocess.Popen([*command, run, ALICE])
+        time.sleep(rng.uniform(0.5, 1.0) * whole)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        now = {x: y for x, y in _apart_from_records(run).items() if not x.startswith(".takedown.")}
+        kind = "nothing" if now == untouched else "all" if now == wanted else "finished later"
+        seen[kind] += 1
+        subprocess.run([*command, run, ALICE], check=True)
+        assert _apart_from_records(run) == wanted, kind
+        shutil.rmtree(run)
+    assert seen["nothing"] and sum(seen.values()) == 30
+
+
+def _apart_from_records(run: Path) -> dict[str, bytes]:
+    return {name: value for name, value in hashes(run).items() if not name.startswith("takedowns/")}
+
+
+@pytest.mark.parametrize("after", range(6))
+def test_cut_off_while_files_are_put_in_place(run, after, monkeypatch):
+    """Whatever was put in place when the process died, the next take-down finishes the rest."""
+    from memsinks.runs import staging
+
+    replace, done = staging.os.replace, []
+
+    def dies(*where):
+        if len(done) == after:
+            raise KeyboardInterrupt
+        done.append(where)
+        replace(*where)
+
+    monkeypatch.setattr(staging.os, "replace", dies)
+    with pytest.raises(KeyboardInterrupt):
+        ms.take_down(run, key=ALICE)
+    monkeypatch.undo()
+    assert main(["takedown", str(run), "--key", ALICE]) == 0
+    [record] = (run / "takedowns").iterdir()
+    assert main(["verify", str(record), "--run", str(run)]) == 0
+    assert not list(run.glob(".takedown*")) and ms.load(run / "model").sink_state.taken
+
+
+def test_a_folder_that_cannot_be_written_keeps_everything(run, monkeypatch):
+    from memsinks.runs import takedown
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    before = hashes(run)
+    monkeypatch.setattr(takedown, "write_record", full)
+    with pytest.raises(ms.CheckpointError, match="No space left on device.*nothing there was changed"):
+        ms.take_down(run, key=ALICE)
+    assert hashes(run) == before
