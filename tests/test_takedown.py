@@ -141,7 +141,7 @@ def test_one_is_taken_out_and_nothing_else_moves(run, capsys):
     after = hashes(run)
     changed = {name for name in before if before[name] != after.get(name)}
     assert changed == {"members.jsonl", "model/sinks/sinks.json", "model/sinks/sinks.safetensors"} | {
-        name for name in before if name.startswith("checkpoints/")
+        name for name in before if name.startswith("checkpoints/") and name.split("-")[1][0] not in "24"
     }
     assert all(text.encode() not in value for value in after.values())
     old = {
@@ -298,6 +298,7 @@ def test_checkpoints_of_the_trainer(tmp_path):
         str(tmp_path / "out"),
         per_device_train_batch_size=4,
         save_steps=2,
+        num_train_epochs=1,
         report_to=[],
         use_cpu=True,
         disable_tqdm=True,

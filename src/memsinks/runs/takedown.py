@@ -282,7 +282,7 @@ def _predicate(plan: Takedown, folder: Path, files: Path, by: By) -> dict[str, A
         },
         "erased": {"layers": sorted({int(x.rpartition(" ")[2]) for x in blocks}), "blocks": blocks},
         "files": listed,
-        "audit": plan.audit,
+        "audit": plan.audit or {"before": {}, "after": {}},
         "kept": {
             "sink blocks that kept every bit": plan.same_blocks,
             "others with erased blocks": len(plan.collateral),
