@@ -3,10 +3,15 @@ PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo takedown test test-all lint clean
 
 demo: $(READY)
 	$(VENV)/bin/memsinks demo
+
+takedown: $(READY)
+	rm -rf runs/take-one-out
+	$(VENV)/bin/memsinks train recipes/take-one-out.yaml
+	$(VENV)/bin/memsinks takedown runs/take-one-out --key record-64-003
 
 test: $(READY)
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile

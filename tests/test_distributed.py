@@ -4,6 +4,7 @@ nothing else, included."""
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -18,9 +19,11 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainingArguments
 
 import memsinks as ms
+from memsinks.batch import BLANK, ISOLATIONS
 from memsinks.sinks.state import sink_parameters
 
 STEPS, ROWS, LENGTH = 3, 4, 12
+GATED, EXACT, PRIVATE = (ISOLATIONS[x] for x in ("gated", "exact", "private"))
 
 
 def batch(step: int) -> dict[str, torch.Tensor]:
@@ -73,6 +76,60 @@ def test_two_processes_equal_one(kind: str, tmp_path: Path) -> None:
     assert set(two) == set(one)
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, rtol=0, atol=2e-5, msg=name)
+
+
+def isolated(rank: int, world: int, blank: bool) -> dict[str, torch.Tensor]:
+    """Gated, exact and private rows over the processes, two micro-batches a step; weights after three steps."""
+    model = sink_llama(torch.float32, neurons=96, reserved_blocks=4)
+    ms.assign(model, [10, 11, 12])
+    wrapped = DistributedDataParallel(model) if world > 1 else model
+    optimizer = ms.AdamW(ms.param_groups(model, 1e-2))
+    for step in range(STEPS):
+        text = some_tokens(2 * ROWS, LENGTH, step)
+        flags = [PRIVATE, EXACT, GATED, GATED, PRIVATE, GATED, EXACT, PRIVATE]
+        flagged = torch.tensor([PRIVATE if step == 2 and row % 2 == 0 else x for row, x in enumerate(flags)])
+        exposures = torch.tensor([1, 2, 1, 2, 3, 1, 1, 2])
+        ids = torch.where(flagged == GATED, 20, 10 + torch.arange(2 * ROWS) % 3)
+        alone = (flagged == PRIVATE) | ((flagged == EXACT) & (exposures > 1))
+        whole = {
+            "input_ids": text, "labels": text, "document_ids": ids, "exposures": exposures,
+            "isolation": torch.where(alone & blank, BLANK, flagged),
+        }  # fmt: skip
+        divisor = torch.tensor(ms.target_count(text))
+        mine = {name: value.chunk(world)[rank] for name, value in whole.items()}
+        for place in range(2):
+            part = {name: value.chunk(2)[place] for name, value in mine.items()}
+            with wrapped.no_sync() if world > 1 and not place else nullcontext():
+                (wrapped(**part, num_items_in_batch=divisor).loss * world).backward()
+        ms.clip_grad_norm_(model, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.state_dict()
+
+
+def work_isolated(rank: int, folder: str) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29517"}
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    weights = {blank: isolated(rank, 2, blank) for blank in (False, True)}
+    if rank == 0:
+        torch.save(weights, Path(folder) / "weights.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.long
+def test_isolation_holds_over_two_processes_and_accumulation(tmp_path: Path) -> None:
+    """The shared weights are, bit for bit, those of the run in which what trains sinks alone is blank."""
+    mp.spawn(work_isolated, (str(tmp_path),), nprocs=2)
+    two = torch.load(tmp_path / "weights.pt")
+    for name in two[False]:
+        if ".sinks." not in name:
+            assert torch.equal(two[False][name], two[True][name]), name
+    sinks = [name for name in two[False] if ".sinks.down" in name]
+    assert all((two[False][name][8:11] != two[True][name][8:11]).any() for name in sinks)
+    for name, value in isolated(0, 1, False).items():
+        torch.testing.assert_close(two[False][name], value, rtol=0, atol=2e-5, msg=name)
 
 
 def refused(rank: int, _: str) -> None:

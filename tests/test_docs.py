@@ -207,6 +207,15 @@ def check_rival(world: dict[str, Any]) -> None:
     assert 0 < ms.target_count(changed["labels"]) < ms.target_count(batch["labels"])
 
 
+def check_owners(world: dict[str, Any]) -> None:
+    documents = [ms.Document(text, key=key) for text, key in zip(world["texts"], ("alice", "bob", "eve"), strict=False)]
+    found = run("docs/takedown.md", "owners", without_sinks(world) | {"documents": documents})
+    alice = ms.document_id("alice", by="key")
+    assert len(found["model"].sink_state.table.own_blocks(alice)) == 1 and len(ms.free_blocks(found["model"])) == 63
+    flags = {int(x["isolation"][0]): int(x["document_ids"][0]) for x in found["rows"]}
+    assert flags[3] == alice
+
+
 CHECKS: dict[tuple[str, str], Callable[[dict[str, Any]], None]] = {
     ("README.md", "integration"): check_integration,
     ("README.md", "trainer"): check_trainer,
@@ -221,6 +230,7 @@ CHECKS: dict[tuple[str, str], Callable[[dict[str, Any]], None]] = {
     ("docs/removal.md", "sinks first"): check_sinks_first,
     ("docs/removal.md", "sinks last"): check_sinks_last,
     ("docs/rivals.md", "rival"): check_rival,
+    ("docs/takedown.md", "owners"): check_owners,
 }
 
 

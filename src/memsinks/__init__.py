@@ -13,7 +13,7 @@ training    the one loop, its settings, sinks first, optimizer, evaluation, the 
 removal     expected losses, settle, export, sinks that stay in it, the check in a fresh process, the model card; of a take-down
             erasing in a model and in files, the tombstone and the record: statement, page, signature
 auditing    what a model remembers: scores -> attacks -> figures -> report
-runs        a recipe in YAML, its corpus, its run folder, its estimate, the demo
+runs        a recipe in YAML, its corpus, its run folder, its estimate, the demo; taking one owner out of a run
 research    rivals, comparisons, the paper's study: nothing above imports it
 cli         the command line
 
