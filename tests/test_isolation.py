@@ -349,3 +349,12 @@ def test_tables_of_before_know_no_owners(tmp_path):
     table = ms.AssignmentTable(torch.tensor([3, 5]), torch.tensor([0, 2, 3]), torch.tensor([0, 1, 1]))
     assert table.owners.tolist() == [3, 3, 5]
     assert replace(table).owner_of() == {0: 3, 1: 5}
+
+
+def test_private_texts_are_for_the_sinks_and_not_for_settling():
+    rows = flagged_rows([PRIVATE, GATED, GATED, EXACT, EXACT, 14])
+    documents, once = ms.repeated_and_once(rows)
+    assert set(documents.segments["document_id"].tolist()) == {PRIVATE, GATED, EXACT, OTHER} and not len(once)
+    once = pack([np.arange(9)] * 40, range(100, 140), [1] * 40, length=16, pad_id=0, one_document_per_row=True)
+    with pytest.raises(ms.DataError, match="must not move the shared weights"):
+        ms.settle(owned_llama(), documents, once, lr=1e-3)

@@ -26,10 +26,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from tqdm.auto import tqdm
 
-from memsinks.batch import IGNORED, NO_SINKS, target_count
+from memsinks.batch import IGNORED, ISOLATIONS, NO_SINKS, target_count
 from memsinks.checks import int_at_least, positive
 from memsinks.data.packing import Rows
-from memsinks.errors import refuse
+from memsinks.errors import DataError, refuse
 from memsinks.removal.expected import Expected, expected_losses, require_enough
 from memsinks.sinks.state import has_sinks, is_sink, shared_parameters, sink_parameters
 from memsinks.training.evaluate import evaluating, losses, row_losses, unpatched
@@ -112,8 +112,8 @@ Settled = SettleResult
 
 def repeated_and_once(rows: Rows) -> tuple[Rows, Rows]:
     """The training rows taken apart: texts that were repeated, texts that were met once; each once, in the order of their
-    first exposure, one segment a row. Texts are counted, not ids, see `Rows.texts`. Text of id -1 and segments of one token
-    are in neither."""
+    first exposure, one segment a row. Texts are counted, not ids, see `Rows.texts`. Private texts count as repeated: their
+    sinks opened. Text of id -1 and segments of one token are in neither."""
     kept = (rows.segments["document_id"] != NO_SINKS) & (rows.segments["size"] > 1)
     segments, text = rows.segments[kept], rows.texts()[kept]
     least, most = np.full(len(rows.segments), np.iinfo(np.int64).max), np.zeros(len(rows.segments), np.int64)
@@ -121,6 +121,7 @@ def repeated_and_once(rows: Rows) -> tuple[Rows, Rows]:
     np.maximum.at(most, text, segments["exposure"])
     met_first = segments["exposure"] == least[text]
     first, repeated = segments[met_first], (most > 1)[text][met_first]
+    repeated |= first["isolation"] == ISOLATIONS["private"]
     return rows.one_segment_each(first[repeated]), rows.one_segment_each(first[~repeated])
 
 
@@ -287,11 +288,16 @@ def settling_texts(rows: Rows, unseen: Rows | None = None) -> tuple[Rows, Rows, 
     """Documents, others and unseen texts for `settle` from the training rows; DataError for what it would refuse, so that it
     is said before hours of training."""
     documents, others = repeated_and_once(rows)
+    documents = documents.one_segment_each(documents.segments[documents.segments["isolation"] < ISOLATIONS["exact"]])
     _check_texts(documents, others, unseen)
     return documents, others, unseen
 
 
 def _check_texts(documents: Rows, others: Rows, unseen: Rows | None) -> None:
+    if (documents.segments["isolation"] >= ISOLATIONS["exact"]).any():
+        raise DataError(
+            "documents holds exact or private texts, which must not move the shared weights; take what settling_texts(rows) gives"
+        )
     for name, rows in (("documents", documents), ("others", others), ("unseen", unseen)):
         if rows is not None:
             why = {"documents": "no text was repeated", "others": "no text was met once", "unseen": "give None"}[name]
