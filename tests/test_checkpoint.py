@@ -19,11 +19,11 @@ from memsinks.files import file_hash
 from memsinks.removal.export import export
 from memsinks.sinks import storage
 from memsinks.sinks.attach import add_sinks, remove_sinks
-from memsinks.sinks.checkpoint import describe, load, load_sinks
+from memsinks.sinks.checkpoint import describe, load, load_sinks, save_sinks
 from memsinks.sinks.config import SinkConfig
 from memsinks.sinks.opening import sinks_open
 from memsinks.sinks.state import assign_blocks, has_sinks, shared_parameters, sink_parameters
-from memsinks.sinks.storage import fingerprint, has_saved_sinks, read_settings, save_sinks
+from memsinks.sinks.storage import fingerprint, has_saved_sinks, read_settings
 from memsinks.sinks.table import AssignmentTable
 
 SETTINGS = {

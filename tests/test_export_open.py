@@ -106,7 +106,7 @@ def test_a_fresh_process_computes_the_open_model(cases: dict[str, Case], name: s
 def test_the_folder_is_a_stock_checkpoint_with_wider_mlps(cases: dict[str, Case], name: str) -> None:
     model, folder = cases[name].model, cases[name].folder
     assert {path.name for path in folder.rglob("*")} == {
-        "README.md", "config.json", "generation_config.json", "model.safetensors",
+        "README.md", "config.json", "generation_config.json", "memsinks.json", "model.safetensors",
     }  # fmt: skip
     assert "sink" not in (folder / "config.json").read_text()
     stored = load_file(folder / "model.safetensors")

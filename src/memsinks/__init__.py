@@ -8,7 +8,7 @@ provenance  what was made with which settings
 data        text -> rows: documents, readers, identity, tokens, packing, rows (all in one call), sampling, the built-in corpus;
             matching, which finds copies of a text; imports no model
 sinks       the mechanism, for any decoder: config, routing, table, plan, layer, kernels, families, host classes, attach,
-            opening, caches, storage, checkpoint
+            opening, caches, storage, reading, owner files, checkpoint
 training    the one loop, its settings, sinks first, optimizer, evaluation, the Hugging Face Trainer
 removal     expected losses, settle, export, sinks that stay in it, the check in a fresh process, the model card; of a take-down
             erasing in a model and in files, the tombstone and the record: statement, page, signature
@@ -51,18 +51,18 @@ if TYPE_CHECKING:
     from memsinks.runs.run import train
     from memsinks.runs.takedown import Takedown, take_down
     from memsinks.sinks.attach import Added, SinkReport, add_sinks, remove_sinks
-    from memsinks.sinks.checkpoint import load, load_any, load_sinks
+    from memsinks.sinks.checkpoint import load, load_any, load_sinks, save_sinks
     from memsinks.sinks.config import SinkConfig
     from memsinks.sinks.gradient import shared_weight
     from memsinks.sinks.opening import sinks_closed, sinks_open
     from memsinks.sinks.own import assign, free_blocks, grow
-    from memsinks.sinks.state import assign_blocks, has_sinks
-    from memsinks.sinks.storage import fingerprint, save_sinks
+    from memsinks.sinks.state import assign_blocks, has_sinks, shared_hash
+    from memsinks.sinks.storage import fingerprint
     from memsinks.sinks.table import AssignmentTable
     from memsinks.training.first import sinks_first
     from memsinks.training.last import SinksLastResult, sinks_last
     from memsinks.training.optim import AdamW, GradientNorms, clip_grad_norm_, param_groups
-    from memsinks.training.shadow import shadow_rows, shared_hash
+    from memsinks.training.shadow import shadow_rows
     from memsinks.training.trainer import SinkCallback, SinkTrainer
 
 _HOMES = {
@@ -89,17 +89,17 @@ _HOMES = {
     "memsinks.runs.run": "train",
     "memsinks.runs.takedown": "Takedown take_down",
     "memsinks.sinks.attach": "Added SinkReport add_sinks remove_sinks",
-    "memsinks.sinks.checkpoint": "load load_any load_sinks",
+    "memsinks.sinks.checkpoint": "load load_any load_sinks save_sinks",
     "memsinks.sinks.config": "SinkConfig",
     "memsinks.sinks.gradient": "shared_weight",
     "memsinks.sinks.opening": "sinks_closed sinks_open",
     "memsinks.sinks.own": "assign free_blocks grow",
-    "memsinks.sinks.state": "assign_blocks has_sinks",
-    "memsinks.sinks.storage": "fingerprint save_sinks",
+    "memsinks.sinks.state": "assign_blocks has_sinks shared_hash",
+    "memsinks.sinks.storage": "fingerprint",
     "memsinks.sinks.table": "AssignmentTable",
     "memsinks.training.first": "sinks_first",
     "memsinks.training.last": "SinksLastResult sinks_last",
-    "memsinks.training.shadow": "shadow_rows shared_hash",
+    "memsinks.training.shadow": "shadow_rows",
     "memsinks.training.optim": "AdamW GradientNorms clip_grad_norm_ param_groups",
     "memsinks.training.trainer": "SinkCallback SinkTrainer",
 }

@@ -12,15 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from memsinks.errors import CheckpointError
 from memsinks.files import file_hash
 from memsinks.removal.erase import Erased, blocks_in, forget, strike_out
 from memsinks.sinks.layer import start_of
+from memsinks.sinks.reading import read_tensors
 from memsinks.sinks.state import SinkState
-from memsinks.sinks.storage import FOLDER, SETTINGS, TABLE, TENSORS, check_files, read_settings, take_table
+from memsinks.sinks.storage import FOLDER, SETTINGS, TABLE, TENSORS, check_files, read_settings
 from memsinks.training.checkpoint import MARKER, STATE
 
 PARTS = ("up", "gate", "down")
@@ -32,6 +33,7 @@ class SinksFile:
 
     Attributes:
         folder: of the checkpoint. state: what the model would have as its sink state. tensors: by name, on the CPU.
+        of_owners: whether it holds the sinks of some owners alone, see `sinks.owner_files`; to erase another is to do nothing.
 
     Raises:
         CheckpointError: no sinks there, damaged files, or files that do not say how blocks started.
@@ -41,8 +43,8 @@ class SinksFile:
         saved = read_settings(folder)
         check_files(folder, saved)
         self.folder, self.stored = folder, saved.stored
-        self.tensors = load_file(folder / FOLDER / TENSORS)
-        table = take_table(self.tensors)
+        self.of_owners = saved.of_owners
+        self.tensors, table = read_tensors(folder)
         layout = saved.layout
         self.state = SinkState(
             saved.config, tuple(layout["layers"]), layout["intermediate_size"], (), table=table, taken=saved.taken
@@ -59,6 +61,8 @@ class SinksFile:
         for owner in owners:
             if owner in self.state.taken and self.state.taken[owner] == record:
                 continue  # within one that came before it
+            if self.of_owners and owner not in self.state.table.ids.tolist():
+                continue
             erased = blocks_in(self.state, owner)
             self.erase_in(self.tensors, erased)
             strike_out(self.state, erased, record)
@@ -127,6 +131,10 @@ def erase_in_checkpoint(folder: Path, sinks: SinksFile, erased: Sequence[Erased]
 
 def erase_in_optimizer(path: Path, sinks: SinksFile, erased: Sequence[Erased], target: Path) -> None:
     """Write what an ``optimizer.pt`` of the Trainer is without some owners."""
+    if sinks.of_owners:
+        raise CheckpointError(
+            f"{path} lies beside the sinks of some owners alone, so it is not known which of its moments are theirs; remove it"
+        )
     state = _load(path)
     _forget(state, list(sinks.tensors), erased, path)
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -142,7 +142,8 @@ def _of_sinks(found: Fates, name: str, checkpoint: str) -> Iterator[Fate]:
     sinks, erased = found.sinks[checkpoint], found.erased[checkpoint]
     prefix = name.rpartition("/")[0]
     if not erased:
-        yield from (Fate(f"{prefix}/{x}", "untouched", "taken out before") for x in (SETTINGS, TENSORS))
+        why = "taken out before" if sinks.state.taken.keys() & set(found.wanted.ids) else "the sinks of others alone"
+        yield from (Fate(f"{prefix}/{x}", "untouched", why) for x in (SETTINGS, TENSORS))
         return
     yield Fate(f"{prefix}/{TENSORS}", "rewritten", "the owner's blocks start anew", lambda to: sinks.write(to.parent))
     yield Fate(f"{prefix}/{SETTINGS}", "rewritten", "the owner's ids stay closed", lambda to: None)
@@ -151,7 +152,7 @@ def _of_sinks(found: Fates, name: str, checkpoint: str) -> Iterator[Fate]:
 def _of_checkpoint(found: Fates, where: Path) -> Iterator[Fate]:
     """A checkpoint of ours has the sinks of the model of its run."""
     prefix = where.relative_to(found.folder).as_posix()
-    if "model" not in found.sinks:
+    if "model" not in found.sinks or found.sinks["model"].of_owners:
         raise CheckpointError(
             f"{where} is of a run that is not finished (there is no model/sinks), so it is not known which blocks are whose; "
             "finish the run first"

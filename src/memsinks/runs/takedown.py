@@ -119,7 +119,7 @@ def take_down(
     fates = fates_of(folder, Wanted(owner.ids, record, frozenset(texts), tombstone))
     if not fates.sinks:
         raise CheckpointError(f"there is no checkpoint with sinks below {folder}")
-    main = "model" if "model" in fates.sinks else next(iter(fates.sinks))
+    main = _main(fates)
     require_sinks_of(owner, documents, fates.sinks[main].state.config, epochs)
     others = _others(owner, documents, by, fates.sinks[main], epochs)
     hit = _collateral(folder / main, fates.erased[main], others)
@@ -140,6 +140,15 @@ def take_down(
         write_record(files / RECORDS / record, predicate, tombstone=tombstone, key=signing_key)
         bind(folder, record, [fate.path for fate in fates.files if fate.fate == "deleted"])
     return done
+
+
+def _main(fates: Fates) -> str:
+    """The checkpoint whose sinks stand for the model's; DataError if there are only sinks of others."""
+    if all(sinks.of_owners for sinks in fates.sinks.values()) and not any(fates.erased.values()):
+        raise DataError(f"the sinks below {fates.folder} are those of others alone; give the folder of his")
+    if "model" in fates.sinks:
+        return "model"
+    return min(fates.sinks, key=lambda name: (fates.sinks[name].of_owners, not fates.erased[name]))
 
 
 def _asked(key: str | None, id: int | None, source: str | None, text: str | None) -> tuple[str | int, AskedBy]:
@@ -205,7 +214,10 @@ def _elsewhere(also: Sequence[str | os.PathLike[str]], owner: Owner, sinks: Sink
             elif has_saved_sinks(where):
                 other = SinksFile(where)
                 same = other.stored["fingerprint"] == sinks.stored["fingerprint"]
-                if same and not set(owner.ids) <= other.state.taken.keys():
+                if other.of_owners:
+                    if set(owner.ids) & set(other.state.table.ids.tolist()):
+                        found[str(where)] = "the owner's sinks alone: delete them, or take the owner out there too"
+                elif same and not set(owner.ids) <= other.state.taken.keys():
                     found[str(where)] = "the sinks of the same model: take the owner out there too"
     return found
 

@@ -16,7 +16,9 @@ def format_takedown(done: Takedown) -> str:
     lines = [f"{owner.by} {owner.name}: {len(owner.documents)} documents, ids {', '.join(map(str, owner.ids[:5]))}"]
     lines += _copies(done)
     for checkpoint, erased in done.erased.items():
-        lines += [f"{checkpoint}: {one}" for one in erased] or [f"{checkpoint}: taken out before"]
+        lines += [f"{checkpoint}: {one}" for one in erased] or [
+            f"{checkpoint}: taken out before, or the sinks of others alone"
+        ]
     worst = max(done.collateral.values(), default=0.0)
     lines.append(
         f"collateral: {len(done.collateral)} other documents lose up to {worst:.0%} of their sink blocks"

@@ -1,27 +1,31 @@
-"""Loading models with their sinks, and any others."""
+"""Saving sinks alone; loading models with their sinks, sinks alone, and any others."""
 
 from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from memsinks.errors import CheckpointError
+from memsinks.checks import one_of
+from memsinks.errors import ArchitectureError, CheckpointError, ConfigError, refuse
+from memsinks.files import written_beside
 from memsinks.sinks.attach import add_sinks
 from memsinks.sinks.config import TRAINING
-from memsinks.sinks.state import has_sinks, is_sink
+from memsinks.sinks.owner_files import add_owners, describe_owners, of_owners, read_owners
+from memsinks.sinks.reading import check_fits, read_sinks
+from memsinks.sinks.state import has_sinks, is_sharded, is_sink, named_sinks, require_sinks
 from memsinks.sinks.storage import (
     FOLDER,
     TENSORS,
     check_files,
-    check_fits,
     has_saved_sinks,
     read_settings,
-    read_sinks,
+    write_sinks,
 )
 
 
@@ -38,8 +42,9 @@ def load(directory: str | os.PathLike[str], **arguments: Any) -> PreTrainedModel
     """
     saved = read_settings(directory)
     if saved.alone:
+        held = "the sinks of some owners" if saved.of_owners else "sinks"
         raise CheckpointError(
-            f"{directory} holds sinks alone; load the model that they were trained beside, then "
+            f"{directory} holds {held} alone; load the model that they were trained beside, then "
             f"memsinks.load_sinks(model, {str(directory)!r})"
         )
     check_files(Path(directory), saved)
@@ -48,25 +53,84 @@ def load(directory: str | os.PathLike[str], **arguments: Any) -> PreTrainedModel
     return model.eval()
 
 
-def load_sinks(model: PreTrainedModel, directory: str | os.PathLike[str]) -> None:
-    """Load the sinks of a checkpoint, or of a folder that `save_sinks` wrote, in place.
+def load_sinks(
+    model: PreTrainedModel,
+    directory: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+    *,
+    base: Literal["same", "any"] = "same",
+) -> None:
+    """Load the sinks of a checkpoint, or of folders that `save_sinks` wrote, in place.
+
+    The sinks of some owners (``save_sinks(..., owners=...)``) come beside those that the model has: they take free blocks
+    (`free_blocks`), and it grows where there are too few (`grow`); all that it has keeps every bit. A model without sinks gets a
+    pool of just these blocks, to which nothing is hashed.
 
     Args:
-        model: with sinks of the same layout; one without gets them first, with the settings they were saved with.
-        directory: a folder with a subfolder ``sinks/``.
+        model: with sinks of the same layout; of owners: of the same layers, routing, block size and width. One without gets
+            them first, with the settings they were saved with.
+        directory: a folder with a subfolder ``sinks/``, or several of owners, in the order in which they take blocks.
+        base: of owners: "same" refuses sinks that were saved beside other weights; "any" takes them with a warning, for instance
+            beside the same weights in another dtype.
 
     Raises:
         CheckpointError: no sinks there, another layout, a file whose hash differs (a mixture of two checkpoints), tensors
-            missing or of another shape. Sinks that the model had are unchanged then.
-        ArchitectureError: the model cannot carry sinks.
+            missing or of another shape; of owners: other weights, an id that has blocks in the model or in two folders, or was
+            taken out. Sinks that the model had are unchanged then.
+        ConfigError: several folders that are not all of owners; an unknown `base`; settings of a newer format version.
+        ArchitectureError: the model cannot carry sinks, or not grow because it is wrapped or sharded.
     """
-    directory = Path(directory)
-    saved = read_settings(directory)
-    check_files(directory, saved)
+    refuse(one_of("base", base, ("same", "any")), "cannot load sinks")
+    folders = [Path(x) for x in ([directory] if isinstance(directory, str | os.PathLike) else directory)]
+    found = [(folder, read_settings(folder)) for folder in folders]
+    whole = [str(folder) for folder, saved in found if not saved.of_owners]
+    if not found or (whole and len(found) > 1):
+        held = f"{whole[0]} holds all sinks of a model, load it first and alone" if whole else "give at least one"
+        raise ConfigError(f"several folders are loaded together where each holds the sinks of some owners; {held}")
+    for folder, saved in found:
+        check_files(folder, saved)
+    if not whole:
+        add_owners(model, [read_owners(folder, saved) for folder, saved in found], any_base=base == "any")
+        return
+    folder, saved = found[0]
     if not has_sinks(model):
         add_sinks(model, saved.config)
-    check_fits(model, directory, saved)
-    read_sinks(model, directory, saved)
+    check_fits(model, folder, saved)
+    read_sinks(model, folder, saved)
+
+
+def save_sinks(model: PreTrainedModel, directory: str | os.PathLike[str], owners: Iterable[int] | None = None) -> Path:
+    """Write the sinks alone, with their settings, into ``directory/sinks/``; see `load_sinks`.
+
+    With `owners`, only the blocks that are their own (`assign`): tensors [their blocks, block_size, d], what the assignment
+    table says of their ids and of the documents within them, and `shared_hash` of the other weights; nothing of other owners.
+
+    Args:
+        model: with sinks; may be a PeftModel, whose active adapter's sinks are written.
+        directory: a folder, for instance that of an adapter; all else in it stays.
+        owners: ids with own blocks; None = all sinks.
+
+    Returns:
+        The folder ``directory/sinks``.
+
+    Raises:
+        ArchitectureError: no sinks, or a sharded model.
+        CheckpointError: they do not belong to the model's weights, or cannot be written; `owners` beside a folder in which all
+            sinks of a model lie.
+        DataError: an id without own blocks, or with one that others are hashed to; a document that opens the blocks of an owner
+            who is not saved too.
+    """
+    state = require_sinks(model)
+    if is_sharded(model):
+        raise ArchitectureError("the model is sharded; save it with save_pretrained, which gathers its weights")
+    tensors, more = dict(named_sinks(model)), {}
+    if owners is not None:
+        if has_saved_sinks(directory) and not read_settings(directory).of_owners:
+            raise CheckpointError(f"{directory} holds all sinks of a model, which would be lost; give another folder")
+        state, tensors, more = of_owners(model, owners)
+    target = Path(directory) / FOLDER
+    with written_beside(target) as part:
+        write_sinks(model, state, tensors, part, **more)
+    return target
 
 
 def load_stock(directory: str | os.PathLike[str], **arguments: Any) -> PreTrainedModel:
@@ -95,6 +159,8 @@ def load_any(path: str | os.PathLike[str]) -> PreTrainedModel:
 def describe(directory: str | os.PathLike[str]) -> str:
     """A checkpoint's sinks in a few lines of text, read from its files without building the model."""
     saved = read_settings(directory)
+    if saved.of_owners:
+        return describe_owners(read_owners(Path(directory), saved))
     config, layout = saved.config, saved.layout
     with safe_open(Path(directory) / FOLDER / TENSORS, "pt") as file:
         shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -152,6 +154,19 @@ def is_sink(name: str) -> bool:
 def shared_parameters(module: nn.Module) -> list[nn.Parameter]:
     """All parameters that are not sinks."""
     return [parameter for name, parameter in module.named_parameters() if not is_sink(name)]
+
+
+def shared_hash(model: nn.Module) -> str:
+    """SHA-256, hexadecimal, of all weights that are not sinks: names, dtypes, shapes and bytes.
+
+    The same with and without sinks beside them; those of PEFT's adapters are among them. Not for a sharded model.
+    """
+    found = hashlib.sha256()
+    tensors = {canonical_name(name): x for name, x in unwrap(model).named_parameters() if not is_sink(name)}
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        found.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def sink_parameters(module: nn.Module) -> list[nn.Parameter]:

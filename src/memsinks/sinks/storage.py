@@ -4,6 +4,8 @@
     folder/sinks/sinks.json     versions, layout, training settings, fingerprint, SHA-256 of what the sinks belong to
     folder/sinks/sinks.safetensors
 
+The sinks may stand alone, without the other files; or be those of some owners alone, see `owner_files`.
+
 The *layout* (which sinks there are, and which of them an id opens) and the hash of its parts, the *fingerprint*, must agree
 with the model that the sinks are loaded into; *training settings* are stored, and a difference is said. Files of format 1,
 in which all this was one dict, are read for ever.
@@ -13,25 +15,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import PreTrainedModel
 
-from memsinks.errors import ArchitectureError, CheckpointError, ConfigError
+from memsinks.errors import CheckpointError, ConfigError
 from memsinks.files import file_hash, written_beside
-from memsinks.sinks.config import FORMAT_VERSION, LAYOUT, TRAINING, SinkConfig
+from memsinks.sinks.config import FORMAT_VERSION, LAYOUT, SinkConfig
 from memsinks.sinks.routing import HASH_VERSION
 from memsinks.sinks.state import (
+    SinkState,
     canonical_name,
     is_sharded,
     is_sink,
@@ -41,9 +41,7 @@ from memsinks.sinks.state import (
     sink_modules,
     unwrap,
 )
-from memsinks.sinks.table import TABLE_VERSION, AssignmentTable
-
-logger = logging.getLogger(__name__)
+from memsinks.sinks.table import TABLE_VERSION
 
 FOLDER, SETTINGS, TENSORS = "sinks", "sinks.json", "sinks.safetensors"
 TABLE = ("ids", "offsets", "blocks", "owners")
@@ -69,6 +67,11 @@ class SavedSinks:
     def sha256(self) -> dict[str, str]:
         """Of the files that these sinks were saved with, by their path in the checkpoint."""
         return self.stored["sha256"]
+
+    @property
+    def of_owners(self) -> bool:
+        """Whether these are the sinks of some owners alone, see `owner_files`."""
+        return bool(self.stored.get("of_owners"))
 
     @property
     def taken(self) -> dict[int, str]:
@@ -100,7 +103,7 @@ def _layout(config: SinkConfig, model_type: str, layers: Any, intermediate_size:
 
 def fingerprint(model: PreTrainedModel) -> str:
     """SHA-256 over what a checkpoint's sinks must agree on: hash, layout and shapes."""
-    return _fingerprint(layout_of(model), HASH_VERSION, _shapes(named_sinks(model)))
+    return _fingerprint(layout_of(model), HASH_VERSION, shapes_of(named_sinks(model)))
 
 
 def _fingerprint(layout: Mapping[str, Any], hash_version: int, shapes: Mapping[str, list[int]]) -> str:
@@ -112,7 +115,7 @@ def _hash(agreed: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(agreed, sort_keys=True).encode()).hexdigest()
 
 
-def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, list[int]]:
+def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, list[int]]:
     return {name: list(tensor.shape) for name, tensor in sorted(tensors.items())}
 
 
@@ -150,53 +153,42 @@ def save_with_sinks(
         stock_save(part, state_dict={name: x for name, x in tensors.items() if not is_sink(name)}, **arguments)
         folder = part / FOLDER
         folder.mkdir()
-        _write_sinks(model, {name: tensors[name] for name in wanted}, folder, sorted(part.glob("*.safetensors")))
+        stock = sorted(part.glob("*.safetensors"))
+        write_sinks(model, require_sinks(model), {name: tensors[name] for name in wanted}, folder, stock)
 
 
-def save_sinks(model: PreTrainedModel, directory: str | os.PathLike[str]) -> Path:
-    """Write the sinks alone, with their settings, into ``directory/sinks/``; see `load_sinks`.
+def write_sinks(
+    model: PreTrainedModel,
+    state: SinkState,
+    tensors: Mapping[str, Tensor],
+    folder: Path,
+    stock: list[Path] | None = None,
+    **more: Any,
+) -> None:
+    """Write settings and tensors into `folder`.
 
     Args:
-        model: with sinks; may be a PeftModel, whose active adapter's sinks are written.
-        directory: a folder, for instance that of an adapter; all else in it stays.
-
-    Returns:
-        The folder ``directory/sinks``.
-
-    Raises:
-        ArchitectureError: no sinks, or a sharded model.
-        CheckpointError: they do not belong to the model's weights, or cannot be written.
+        model: whose sinks they are. state: its own, or that of a model with a part of them.
+        stock: the files of the other weights; None = there are none.
+        more: settings.
     """
-    require_sinks(model)
-    if is_sharded(model):
-        raise ArchitectureError("the model is sharded; save it with save_pretrained, which gathers its weights")
-    target = Path(directory) / FOLDER
-    with written_beside(target) as part:
-        _write_sinks(model, dict(named_sinks(model)), part, None)
-    return target
-
-
-def _write_sinks(model: PreTrainedModel, tensors: dict[str, Tensor], folder: Path, stock: list[Path] | None) -> None:
-    """Write settings and tensors into `folder`; `stock` are the files of the other weights, None = there are none."""
-    state = require_sinks(model)
+    layout = _layout(state.config, unwrap(model).config.model_type, state.layers, state.intermediate_size)
     table = {f"table.{name}": getattr(state.table, name) for name in TABLE}
-    written = {name: tensor.detach().cpu().contiguous() for name, tensor in (tensors | table).items()}
+    written = {name: tensor.detach().cpu().contiguous() for name, tensor in {**tensors, **table}.items()}
     save_file(written, folder / TENSORS, metadata={"format": "pt"})
     hashes = {f"{FOLDER}/{TENSORS}": file_hash(folder / TENSORS)}
     settings = {
         "format_version": FORMAT_VERSION,
         "hash_version": HASH_VERSION,
         "table_version": TABLE_VERSION,
-        "fingerprint": _fingerprint(layout_of(model), HASH_VERSION, _shapes(tensors)),
+        "fingerprint": _fingerprint(layout, HASH_VERSION, shapes_of(tensors)),
         "config": state.config.to_dict(),
-        "model_type": unwrap(model).config.model_type,
-        "layers": list(state.layers),
-        "intermediate_size": state.intermediate_size,
+        **{name: layout[name] for name in ("model_type", "layers", "intermediate_size")},
         "alone": stock is None,
         "start_std": {str(layer): x.std for layer, x in zip(state.layers, sink_modules(model).values(), strict=True)},
         "taken": {str(key): name for key, name in sorted(state.taken.items())},
         "sha256": {path.name: file_hash(path) for path in stock or ()} | hashes,
-    }
+    } | more
     (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
 
 
@@ -236,6 +228,7 @@ def read_settings(directory: str | os.PathLike[str]) -> SavedSinks:
         version = stored.get("format_version", 1)
         size = "host_width" if version == 1 else "intermediate_size"
         missing = {"fingerprint", "hash_version", "config", "model_type", "layers", size, "sha256"} - set(stored)
+        missing |= {"base_sha256", "start_std"} - set(stored) if stored.get("of_owners") else set()
     except (ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is damaged: {error}; restore the checkpoint") from error
     if version not in (1, FORMAT_VERSION):
@@ -250,78 +243,6 @@ def read_settings(directory: str | os.PathLike[str]) -> SavedSinks:
     return SavedSinks(version, config, layout, bool(stored.get("alone")), stored)
 
 
-def check_fits(model: PreTrainedModel, directory: Path, saved: SavedSinks) -> None:
-    """CheckpointError if the model's layout is not that of saved sinks; differences in training settings are said."""
-    here = layout_of(model) | {"hash_version": HASH_VERSION}
-    there = saved.layout | {"hash_version": saved.stored["hash_version"]}
-    found = _differences(there, here)
-    if found:
-        raise CheckpointError(
-            f"the sinks in {directory} have another layout than the model: {found}; "
-            "load the checkpoint with memsinks.load, or build the model with the settings it was saved with"
-        )
-    config = require_sinks(model, missing_ok=True).config
-    training = [{name: getattr(x, name) for name in TRAINING} for x in (saved.config, config)]
-    if said := _differences(*training):
-        logger.warning("the sinks in %s were trained with other settings than the model has: %s", directory, said)
-
-
-def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
-    return "; ".join(
-        f"{name} is {there.get(name)!r} there and {here.get(name)!r} here"
-        for name in sorted(set(here) | set(there))
-        if here.get(name) != there.get(name)
-    )
-
-
-def read_sinks(model: PreTrainedModel, directory: Path, saved: SavedSinks) -> None:
-    """Copy the tensors of a checkpoint whose files were checked into a model that they fit.
-
-    Raises:
-        CheckpointError: tensors missing or of another shape, a fingerprint or a table that is not theirs. The model is
-            unchanged then.
-    """
-    path = directory / FOLDER / TENSORS
-    state, own = require_sinks(model, missing_ok=True), named_sinks(model)
-    if is_sharded(model):
-        raise ArchitectureError("the model is sharded already; load sinks before sharding")
-    try:
-        with safe_open(path, "pt") as file:
-            loaded = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} cannot be read: {error}; restore the checkpoint") from error
-    table = take_table(loaded)
-    if set(loaded) != set(own):
-        lacking, more = sorted(set(own) - set(loaded))[:3], sorted(set(loaded) - set(own))[:3]
-        raise CheckpointError(f"{path}: missing {lacking}, unknown {more}")
-    for name, parameter in own.items():
-        if loaded[name].shape != parameter.shape:
-            raise CheckpointError(
-                f"{path}: {name} has shape {list(loaded[name].shape)}, the model's has {list(parameter.shape)}"
-            )
-    if saved.stored["fingerprint"] != saved.fingerprint(_shapes(loaded)):
-        raise CheckpointError(
-            f"{path} and its settings have another fingerprint than they were saved with; restore them"
-        )
-    try:
-        table.check(state.config)
-    except ConfigError as error:
-        raise CheckpointError(f"{path}: {error}") from error
-    with torch.no_grad():
-        for name, parameter in own.items():
-            parameter.copy_(loaded[name])
-    for layer, sinks in zip(state.layers, sink_modules(model).values(), strict=True):
-        sinks.std = saved.stored.get("start_std", {}).get(str(layer), sinks.std)
-    state.table, state.sinks_missing, state.taken = table, False, saved.taken
-
-
-def take_table(tensors: dict[str, Tensor]) -> AssignmentTable:
-    """The table among the tensors of a checkpoint, which it leaves; files of before know no owners."""
-    empty = AssignmentTable()
-    parts = {name: tensors.pop(f"table.{name}", getattr(empty, name)) for name in TABLE[:3]}
-    return AssignmentTable(**parts, owners=tensors.pop("table.owners", None))  # type: ignore[arg-type]
-
-
 def check_files(directory: Path, saved: SavedSinks) -> None:
     """Every safetensors file must be one that these sinks were saved with, and be unchanged."""
     for name, digest in saved.sha256.items():
@@ -334,14 +255,3 @@ def check_files(directory: Path, saved: SavedSinks) -> None:
     for path in directory.glob("*.safetensors"):
         if path.name not in saved.sha256 and not saved.alone:
             raise CheckpointError(f"{path} does not belong to this checkpoint and may be read instead of it; remove it")
-
-
-def same_stock_weights(model: PreTrainedModel, directory: str | os.PathLike[str]) -> bool:
-    """Whether the stock weights of a model are those of a checkpoint, in the model's precision."""
-    own = model.state_dict()
-    for path in Path(directory).glob("*.safetensors"):
-        with safe_open(path, "pt") as file:
-            for name in set(file.keys()) & set(own):
-                if not torch.equal(file.get_tensor(name).to(own[name].device, own[name].dtype), own[name]):
-                    return False
-    return True

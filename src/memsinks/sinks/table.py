@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
@@ -70,6 +71,20 @@ class AssignmentTable:
         """{document id: blocks}, as for `from_dict`."""
         blocks, ends = self.blocks.tolist(), self.offsets.tolist()
         return {key: blocks[ends[i] : ends[i + 1]] for i, key in enumerate(self.ids.tolist())}
+
+    @classmethod
+    def from_pairs(cls, pairs: Mapping[int, Collection[tuple[int, int]]]) -> AssignmentTable:
+        """Build the table from {document id: (block, id whose own it is)}; nothing is checked, see `check`."""
+        ids = sorted(pairs)
+        listed = [sorted(set(pairs[key])) for key in ids]
+        offsets = [0, *itertools.accumulate(map(len, listed))]
+        blocks, owners = [x[0] for row in listed for x in row], [x[1] for row in listed for x in row]
+        return cls(*(torch.tensor(x, dtype=torch.int64) for x in (ids, offsets, blocks, owners)))
+
+    def to_pairs(self) -> dict[int, list[tuple[int, int]]]:
+        """{document id: (block, id whose own it is)}, as for `from_pairs`."""
+        pairs, ends = list(zip(self.blocks.tolist(), self.owners.tolist(), strict=True)), self.offsets.tolist()
+        return {key: pairs[ends[i] : ends[i + 1]] for i, key in enumerate(self.ids.tolist())}
 
     def owner_of(self) -> dict[int, int]:
         """{block: id whose own it is}."""

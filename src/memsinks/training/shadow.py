@@ -7,18 +7,14 @@ assert ms.shared_hash(model) == ms.shared_hash(shadow)
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Collection
 from dataclasses import replace
 
 import numpy as np
-import torch
-from torch import nn
 
 from memsinks.batch import BLANK, ISOLATIONS, NO_SINKS
 from memsinks.data.packing import Rows
 from memsinks.sinks.config import SinkConfig
-from memsinks.sinks.state import canonical_name, is_sink, unwrap
 
 
 def shadow_rows(rows: Rows, config: SinkConfig, owners: Collection[int] | None = None) -> Rows:
@@ -44,13 +40,3 @@ def shadow_rows(rows: Rows, config: SinkConfig, owners: Collection[int] | None =
         alone &= np.isin(segments["document_id"], np.array(list(owners), np.int64))
     segments["isolation"][alone] = BLANK
     return replace(rows, segments=segments)
-
-
-def shared_hash(model: nn.Module) -> str:
-    """SHA-256, hexadecimal, of all weights that are not sinks: names, dtypes, shapes and bytes."""
-    found = hashlib.sha256()
-    tensors = {canonical_name(name): x for name, x in unwrap(model).named_parameters() if not is_sink(name)}
-    for name, tensor in sorted(tensors.items()):
-        found.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        found.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()

@@ -33,8 +33,9 @@ from memsinks.batch import FIELDS, ISOLATION, PLACES, collate, target_count
 from memsinks.data.sampling import refuse_shuffling
 from memsinks.errors import ArchitectureError, CheckpointError, ConfigError, DataError, refuse
 from memsinks.sinks.checkpoint import load_sinks
+from memsinks.sinks.reading import same_stock_weights
 from memsinks.sinks.state import SinkState, has_sinks, require_sinks, unwrap
-from memsinks.sinks.storage import has_saved_sinks, same_stock_weights
+from memsinks.sinks.storage import has_saved_sinks
 from memsinks.training.first import sinks_first
 from memsinks.training.optim import AdamW, clip_grad_norm_, norm_limit, param_groups
 
