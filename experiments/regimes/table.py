@@ -150,13 +150,19 @@ def brief(found: dict[int, dict[str, Line]]) -> str:
     for name in ORDER:
         cells = [NAMES.get(name, name)]
         for arms in found.values():
+            if name not in arms:
+                cells += ["-"] * len(titles)
+                continue
             line, left = arms[name], apart(arms[name].gaps, arms["dedup"].gaps)["60 harmless steps"]
             cells += [
                 spread(line.price, "+.3f"),
                 f"{strongest_of_all(line):.2f}",
                 "0" if name == "dedup" else f"{left:+.3f}",
             ]
-        cells.append(recited(list(found.values())[-1][name]))
+        last = [arms[name] for arms in found.values() if name in arms]
+        if not last:
+            continue
+        cells.append(recited(last[-1]))
         parts.append("| " + " | ".join(cells) + " |")
     return "\n".join(parts)
 
