@@ -358,3 +358,13 @@ def test_private_texts_are_for_the_sinks_and_not_for_settling():
     once = pack([np.arange(9)] * 40, range(100, 140), [1] * 40, length=16, pad_id=0, one_document_per_row=True)
     with pytest.raises(ms.DataError, match="must not move the shared weights"):
         ms.settle(owned_llama(), documents, once, lr=1e-3)
+
+
+def test_the_shadow_of_a_recipe_has_the_same_shared_weights(tiny_recipe, tiny_run, tmp_path):
+    recipe = tiny_recipe(tmp_path / "shadow")
+    recipe["data"] = recipe["data"] | {"shadow": True}
+    ms.train(ms.parse_recipe(recipe))
+    run, shadow = (ms.load(path / "model") for path in (tiny_run, tmp_path / "shadow"))
+    assert ms.shared_hash(run) == ms.shared_hash(shadow)
+    assert any(x.any() for name, x in named_sinks(run).items() if name.endswith("down"))
+    assert not any(x.any() for name, x in named_sinks(shadow).items() if name.endswith("down"))

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from tqdm.auto import tqdm
 
-from memsinks.batch import IGNORED, ISOLATIONS, NO_SINKS, target_count
+from memsinks.batch import BLANK, IGNORED, ISOLATIONS, NO_SINKS, target_count
 from memsinks.checks import int_at_least, positive
 from memsinks.data.packing import Rows
 from memsinks.errors import DataError, refuse
@@ -113,8 +113,9 @@ Settled = SettleResult
 def repeated_and_once(rows: Rows) -> tuple[Rows, Rows]:
     """The training rows taken apart: texts that were repeated, texts that were met once; each once, in the order of their
     first exposure, one segment a row. Texts are counted, not ids, see `Rows.texts`. Private texts count as repeated: their
-    sinks opened. Text of id -1 and segments of one token are in neither."""
+    sinks opened. Text of id -1, blank text (`shadow_rows`) and segments of one token are in neither."""
     kept = (rows.segments["document_id"] != NO_SINKS) & (rows.segments["size"] > 1)
+    kept &= rows.segments["isolation"] != BLANK
     segments, text = rows.segments[kept], rows.texts()[kept]
     least, most = np.full(len(rows.segments), np.iinfo(np.int64).max), np.zeros(len(rows.segments), np.int64)
     np.minimum.at(least, text, segments["exposure"])

@@ -45,6 +45,7 @@ from memsinks.runs.recipe import BackgroundRecipe, DataRecipe, Recipe
 from memsinks.sinks.checkpoint import load_config
 from memsinks.sinks.config import SinkConfig
 from memsinks.sinks.families import ISOLATES_PACKED
+from memsinks.training.shadow import shadow_rows
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +56,7 @@ TAUGHT = 10_000
 """Background documents that a new tokenizer is trained on, besides the documents themselves."""
 SAID = 20_000_000
 """Background tokens from one line of progress to the next."""
-OF_ROWS = ("long", "one_document_per_row", "tombstones")
+OF_ROWS = ("long", "one_document_per_row", "shadow", "tombstones")
 """Settings of the section `data` on which the tokens do not depend."""
 
 
@@ -122,6 +123,8 @@ def prepare(recipe: Recipe, one_document_per_row: bool = False, folder: Path | N
     )
     if len(rows) < training.batch_rows:
         raise DataError(f"the corpus fills {len(rows)} rows, one step needs {training.batch_rows}; lower batch_rows")
+    if data.shadow and recipe.sinks is not None:
+        rows = shadow_rows(rows, recipe.sinks)
     unseen, fresh = (_rows_aside(documents, corpus, recipe) for documents in (corpus.unseen, corpus.fresh))
     return PreparedCorpus(rows, corpus.members, corpus.controls, unseen, fresh, corpus.tokenizer)
 

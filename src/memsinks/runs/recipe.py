@@ -106,6 +106,8 @@ class DataRecipe:
         background: fill the corpus up with other text, each document of which is met once an epoch and has the id of its
             content.
         one_document_per_row: None = `train` puts several documents into a row and `compare` one.
+        shadow: train the run in which all that trains sinks alone is blank, see `shadow_rows`; its `shared_hash` is that of the
+            run without it.
         long: what happens to documents longer than a row, see `pack`.
         synthetic: arguments of `memsinks.synthetic.corpus` for the built-in corpus.
     """
@@ -132,6 +134,7 @@ class DataRecipe:
     repeat: RepeatRecipe | None = None
     background: BackgroundRecipe | None = None
     one_document_per_row: bool | None = None
+    shadow: bool = False
     long: Literal["split", "fill", "truncate", "refuse"] = "split"
     synthetic: dict[str, Any] = field(default_factory=dict)
 
@@ -231,6 +234,8 @@ class Recipe:
             problems.append(
                 "settle needs data.unseen beside data.background: texts met once are then of another kind than the documents"
             )
+        if self.data.shadow and self.sinks is None:
+            problems.append("data.shadow is for models with sinks; leave it out, or give sinks")
         if self.own is not None and (self.sinks is None or not self.sinks.reserved_blocks):
             problems.append("own gives away blocks that are not hashed to; set sinks.reserved_blocks")
         if self.sinks is not None and self.sinks.shared == "none":

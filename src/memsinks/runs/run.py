@@ -192,7 +192,7 @@ def _passes(recipe: Recipe) -> int:
 
 def _texts_of_sinks(recipe: Recipe, rows: Rows) -> Rows | None:
     """The texts whose sinks learn last; None = none. DataError, before hours of training, if that was asked for in vain."""
-    if not _passes(recipe):
+    if not _passes(recipe) or recipe.data.shadow:
         return None
     repeated = repeated_and_once(rows)[0]
     if not len(repeated) and recipe.training.sinks_last is None:
