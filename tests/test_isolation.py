@@ -58,7 +58,7 @@ def owned_llama(**settings):
     model = sink_llama(torch.float32, neurons=96, active=16, reserved_blocks=4, **settings)
     for sinks in sink_modules(model).values():
         sinks.start_anew(range(8, 12))
-    ms.assign(model, OWNED)
+    ms.assign(model, [*OWNED, GATED] if settings.get("shared") == "none" else OWNED)
     return model
 
 
@@ -169,7 +169,8 @@ def test_the_gradient_of_gated_text_in_an_exact_model_is_decayed():
     tokens = torch.arange(6)[None] + 5
     grads = {}
     for shared, flag in (("decay", None), ("none", torch.tensor([ISOLATIONS["gated"]]))):
-        model = sink_llama(shared=shared, shared_decay=0.5)
+        model = sink_llama(shared=shared, shared_decay=0.5, neurons=96, reserved_blocks=4)
+        ms.assign(model, [GATED])
         marks = {"document_ids": torch.tensor([GATED]), "exposures": torch.tensor([3])}
         model(input_ids=tokens, labels=tokens, **marks, isolation=flag).loss.backward()
         grads[shared] = model.model.embed_tokens.weight.grad
@@ -179,7 +180,7 @@ def test_the_gradient_of_gated_text_in_an_exact_model_is_decayed():
 def test_flagged_text_with_hashed_blocks_is_refused_beside_gated_text():
     model = sink_llama()
     tokens = torch.arange(6)[None]
-    with pytest.raises(ms.DataError, match="document id 12 .* hashed .* memsinks.assign"):
+    with pytest.raises(ms.DataError, match="document id 12 .* hashed, .* are gated .* memsinks.assign"):
         model(
             input_ids=tokens,
             labels=tokens,

@@ -396,3 +396,88 @@ def test_a_folder_that_cannot_be_written_keeps_everything(run, monkeypatch):
     with pytest.raises(ms.CheckpointError, match="No space left on device.*nothing there was changed"):
         ms.take_down(run, key=ALICE)
     assert hashes(run) == before
+
+
+# What a reader of the code found
+
+
+def test_an_export_within_the_run_goes_too(run):
+    model = ms.load(run / "model")
+    ms.export(model, run / "export", open={"alice": ms.document_id(ALICE, "key")}, verify=False)
+    ms.export(model, run / "closed", verify=False)
+    ms.take_down(run, key=ALICE)
+    assert not (run / "export").exists() and (run / "closed/model.safetensors").is_file()
+
+
+def test_what_cannot_be_rewritten_is_refused_or_named(run, tmp_path, capsys):
+    text = text_of(run, ALICE)
+    (run / "notes.md").write_text(f"She wrote: {text}")
+    (run / "wide.txt").write_bytes(text.encode("utf-16"))
+    (run / "quoted.jsonl").write_text(
+        json.dumps({"text": f"{text}\n", "n": 1}) + "\r\n\r\n" + json.dumps({"text": "x"}) + "\n"
+    )
+    ms.take_down(run, key=ALICE)
+    [record] = (run / "takedowns").iterdir()
+    fates = {x["path"]: x for x in json.loads((record / "statement.json").read_text())["predicate"]["files"]}
+    assert "QUOTES THE TEXT" in fates["notes.md"]["why"] and "not UTF-8" in fates["wide.txt"]["why"]
+    assert fates["quoted.jsonl"]["fate"] == "rewritten" and '"x"' in (run / "quoted.jsonl").read_text()
+    assert fates["model/config.json"]["fate"] == "untouched"
+    (run / "link").symlink_to(tmp_path)
+    with pytest.raises(ms.CheckpointError, match="is a link"):
+        ms.take_down(run, key=BOB)
+    (run / "link").unlink()
+    shutil.copy(run / "model/sinks/sinks.safetensors", run / "adapter_model.safetensors")
+    with pytest.raises(ms.CheckpointError, match="holds sinks .* without the settings"):
+        ms.take_down(run, key=BOB)
+
+
+def test_somebody_elses_line_of_the_same_text_stays(run):
+    members = ms.load_documents(run / "members.jsonl")
+    alice = next(x for x in members if x.key == ALICE)
+    twice = [ms.Document(alice.text, key=BOB, copies=8) if x.key == BOB else x for x in members]
+    ms.write_documents(run / "members.jsonl", twice)
+    done = ms.take_down(run, key=ALICE)
+    assert [copy.kind for copy in done.owner.copies] == ["exact"]
+    assert [x.key for x in ms.load_documents(run / "members.jsonl") if x.text == alice.text] == [BOB]
+    ms.take_down(run, key=BOB)
+    for record in (run / "takedowns").iterdir():
+        assert main(["verify", str(record), "--run", str(run)]) == 0
+
+
+def test_blocks_that_were_assigned_later_are_not_looked_for_among_hashed_ones(tmp_path):
+    documents = [ms.Document(f"{name} lives in the {name} house by the sea", key=name, copies=6) for name in "ab"]
+    model = sink_llama(torch.float32, neurons=96, reserved_blocks=4, shared="none")
+    model.save_pretrained(tmp_path / "checkpoint-1")
+    ms.assign(model, [ms.document_id("a", "key")])
+    model.save_pretrained(tmp_path / "model")
+    before = load_file(tmp_path / "checkpoint-1/sinks/sinks.safetensors")
+    ms.take_down(tmp_path, key="a", documents=documents, by="key")
+    after = load_file(tmp_path / "checkpoint-1/sinks/sinks.safetensors")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert ms.load(tmp_path / "checkpoint-1").sink_state.taken
+
+
+def test_an_author_goes_with_his_pages_and_a_page_says_what_stays(tmp_path):
+    author = ms.document_id("author", "key")
+    documents = [ms.Document(f"page {name} of the long book about the sea", key=name, copies=6) for name in "abc"]
+    ids = [ms.document_id(x.key, "key") for x in documents]
+    model = sink_llama(torch.float32, neurons=96, reserved_blocks=4, shared="none")
+    ms.assign(model, [author, ids[0]])
+    ms.assign(model, [ids[2]], within={ids[0]: author, ids[1]: author})
+    model.save_pretrained(tmp_path / "model")
+    planned = ms.take_down(tmp_path, key="a", documents=documents, by="key", dry_run=True)
+    [erased] = planned.erased["model"]
+    assert erased.above == (author,) and "stays" in str(erased)
+    done = ms.take_down(tmp_path, key="author", documents=documents, by="key")
+    assert done.owner.documents == [0, 1] and done.erased["model"][0].ids == sorted([author, *ids[:2]])
+    assert ms.load(tmp_path / "model").sink_state.taken.keys() == {author, *ids[:2]}
+
+
+def test_collateral_counts_the_union_of_several_ids(tmp_path):
+    documents = [
+        ms.Document(f"text number {n} about the sea", key="many" if n < 20 else f"k{n}", copies=6) for n in range(40)
+    ]
+    model = sink_llama(torch.float32, neurons=256, shared="none")
+    model.save_pretrained(tmp_path / "model")
+    planned = ms.take_down(tmp_path, key="many", documents=documents, by="content", dry_run=True)
+    assert max(planned.collateral.values()) > 0.5

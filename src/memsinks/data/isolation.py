@@ -75,5 +75,5 @@ def row_kinds(ids: np.ndarray, counts: np.ndarray, flags: np.ndarray, apart_from
         if (flags == ISOLATIONS["exact"]).any():
             raise DataError("exact documents need rows of their own: give apart_from=config.open_from")
         return np.where(private, SINKS_ALONE, CLOSED)
-    opened = (counts >= apart_from) & (ids != NO_SINKS)
+    opened = (counts >= apart_from) & (ids != NO_SINKS) & (flags != ISOLATIONS["gated"])
     return np.where(flagged & (opened | private), SINKS_ALONE, np.where(opened, OPEN, CLOSED))

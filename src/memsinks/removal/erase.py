@@ -26,16 +26,25 @@ MOMENTS = ("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
 @dataclass(frozen=True)
 class Erased:
-    """What was erased. ids: the owner and the documents within it. blocks: by layer. own: whether they were nobody else's."""
+    """What was erased.
+
+    Args:
+        ids: the owner and the documents within it. blocks: by layer. own: whether they were nobody else's.
+        above: owners whose blocks these documents opened too; what they wrote there stays.
+    """
 
     ids: list[int]
     blocks: dict[int, list[int]]
     own: bool
+    above: tuple[int, ...] = ()
 
     def __str__(self) -> str:
         count = sum(map(len, self.blocks.values()))
-        kind = "own" if self.own else "hashed"
-        return f"{len(self.ids)} ids, {count} {kind} sink blocks in {len(self.blocks)} layers"
+        kind = "own" if self.own else "shared"
+        stays = (
+            f"; what they wrote into the blocks of {list(self.above)} stays, take these out too" if self.above else ""
+        )
+        return f"{len(self.ids)} ids, {count} {kind} sink blocks in {len(self.blocks)} layers{stays}"
 
 
 def blocks_of(model: nn.Module, owner: int) -> Erased:
@@ -66,9 +75,14 @@ def blocks_in(state: SinkState, owner: int) -> Erased:
             "training"
         )
     if own:
-        within = [key for key, blocks in entries.items() if set(own) <= set(blocks)]
+        within = ids_within(table, owner)
         blocks = sorted({block for key in within for block in table.own_blocks(key)})
-        return Erased(sorted(within), dict.fromkeys(state.layers, blocks), True)
+        others = {key for key, opened in entries.items() if key not in within and set(opened) & set(blocks)}
+        alone = not others and blocks[0] >= state.config.hashed_blocks
+        above = {
+            int(x) for key in within for x in table.owners[torch.isin(table.blocks, torch.tensor(entries[key]))]
+        } - within
+        return Erased(sorted(within), dict.fromkeys(state.layers, blocks), alone, tuple(sorted(above - others)))
     if state.config.routing == "bernoulli":
         raise ConfigError(
             f'id {owner} has no own blocks, and under routing="bernoulli" it opens neurons that all texts share; only '
@@ -77,6 +91,13 @@ def blocks_in(state: SinkState, owner: int) -> Erased:
     if not state.config.hashed_blocks:
         raise DataError(f"id {owner} has no blocks in this model: it was never trained, or its name is another")
     return Erased([owner], _hashed(state, owner), False)
+
+
+def ids_within(table: AssignmentTable, owner: int) -> set[int]:
+    """An owner's id, and those of all documents within him, by the assignment table."""
+    ends = table.offsets.tolist()
+    found = {key for i, key in enumerate(table.ids.tolist()) if owner in table.owners[ends[i] : ends[i + 1]].tolist()}
+    return found | {owner}
 
 
 def _hashed(state: SinkState, owner: int) -> dict[int, list[int]]:
@@ -124,6 +145,9 @@ def erase(
     """
     erased = blocks_of(model, owner)
     state = require_sinks(model)
+    for sinks in sink_modules(model).values() if optimizer is not None else ():
+        for parameter in sinks.parameters():
+            forget(_state_of(optimizer, parameter), [])
     place = {layer: index for index, layer in enumerate(state.layers)}
     modules = list(sink_modules(model).values())
     with torch.no_grad():
@@ -141,8 +165,8 @@ def erase(
 
 def strike_out(state: SinkState, erased: Erased, record: str) -> None:
     """Free the blocks of erased ids, and keep the ids closed for ever."""
-    if erased.own:
-        gone = set(erased.ids)
+    gone = set(erased.ids)
+    if gone & set(state.table.ids.tolist()):
         entries = {key: blocks for key, blocks in state.table.to_dict().items() if key not in gone}
         state.table = AssignmentTable.from_dict(entries, state.config, state.table.owner_of())
     state.taken |= dict.fromkeys(erased.ids, record)

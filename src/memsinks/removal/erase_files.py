@@ -55,10 +55,16 @@ class SinksFile:
                 "memsinks.load and save it again"
             )
 
-    def erase(self, owners: Sequence[int], record: str) -> list[Erased]:
-        """Erase owners in memory, as `removal.erase.erase` does in a model."""
+    def erase(self, owners: Sequence[int], record: str, own_only: Sequence[int] = ()) -> list[Erased]:
+        """Erase owners in memory, as `removal.erase.erase` does in a model.
+
+        Those of `own_only` that have no listed blocks here, in a checkpoint from before they were assigned any, only stay closed.
+        """
         done = []
         for owner in owners:
+            if owner in own_only and owner not in self.state.table.ids.tolist():
+                self.state.taken[owner] = record
+                continue
             if owner in self.state.taken and self.state.taken[owner] == record:
                 continue  # within one that came before it
             if self.of_owners and owner not in self.state.table.ids.tolist():

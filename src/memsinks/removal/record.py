@@ -204,7 +204,8 @@ def _check_signature(folder: Path, verifier: Any) -> Check:
 
 def _check_files(record: Path, run: Path, files: list[dict[str, Any]]) -> list[Check]:
     """Each file of the statement, then what else lies in the run."""
-    checks = [_check_file(run, x) for x in files]
+    later = _of_other_records(record, run)
+    checks = [_check_file(run, x, later) for x in files]
     named = {x["path"] for x in files}
     gone = {x["before"]: x["path"] for x in files if x["fate"] in ("rewritten", "deleted")}
     gone = {digest: path for digest, path in gone.items() if digest not in {x["after"] for x in files}}
@@ -227,11 +228,26 @@ def _check_files(record: Path, run: Path, files: list[dict[str, Any]]) -> list[C
     return checks
 
 
-def _check_file(run: Path, file: Mapping[str, Any]) -> Check:
+def _of_other_records(record: Path, run: Path) -> dict[str, set[str | None]]:
+    """What other take-downs of the run left of each file: {path: SHA-256 afterwards, None = deleted}."""
+    found: dict[str, set[str | None]] = {}
+    for path in run.glob(f"*/*/{STATEMENT}"):
+        if path.parent.resolve() == record.resolve():
+            continue
+        for file in read_statement(path)["predicate"].get("files", []):
+            if file.get("fate") != "untouched":
+                found.setdefault(file["path"], set()).add(file.get("after"))
+    return found
+
+
+def _check_file(run: Path, file: Mapping[str, Any], later: Mapping[str, set[str | None]]) -> Check:
     name, path = f"file {file['path']}", run / file["path"]
     if file["after"] is None:
         there = path.exists() or path.is_symlink()
         return Check(name, not there, "was deleted and is back" if there else "is gone")
+    others = later.get(file["path"], set())
+    if None in others and not path.exists():
+        return Check(name, True, "was deleted by another take-down")
     if not is_within(file["path"]) or not path.is_file():
         return Check(name, False, "is missing")
     try:
@@ -241,4 +257,6 @@ def _check_file(run: Path, file: Mapping[str, Any]) -> Check:
     if found == file["after"]:
         return Check(name, True, "as recorded")
     old = found == file["before"]
+    if found in others and not old:
+        return Check(name, True, "as another take-down left it")
     return Check(name, False, "is as it was before the take-down" if old else "was changed after the take-down")

@@ -9,10 +9,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
+from memsinks.data.matching import normal_form
 from memsinks.errors import CheckpointError
 from memsinks.removal.erase import Erased
 from memsinks.removal.erase_files import SinksFile, erase_in_checkpoint, erase_in_optimizer
+from memsinks.removal.export import OPEN_SINKS, whose_sinks
 from memsinks.removal.tombstone import Tombstone, shares_words
+from memsinks.sinks.state import is_sink
 from memsinks.sinks.storage import FOLDER, SETTINGS, TENSORS, has_saved_sinks
 from memsinks.training.checkpoint import MARKER, STATE
 
@@ -48,12 +53,14 @@ class Wanted:
     """What is to go.
 
     Args:
-        ids: document ids. texts: of the owner. tombstone: of the texts; None where none is known. record: its name.
+        ids: document ids. texts: of the owner. names: (key, source) of his documents. tombstone: of the texts; None where none is
+            known. record: its name.
     """
 
     ids: Sequence[int]
     record: str
     texts: frozenset[str] = frozenset()
+    names: frozenset[tuple[Any, Any]] = frozenset()
     tombstone: Tombstone | None = None
 
 
@@ -80,9 +87,9 @@ def fates_of(folder: Path, wanted: Wanted) -> Fates:
     """
     found = Fates(folder, wanted)
     everything = sorted(_files(folder))
-    for path in everything:
-        if path.name == SETTINGS and path.parent.name == FOLDER:
-            _erase_sinks(found, path.parent.parent)
+    checkpoints = [x.parent.parent for x in everything if x.name == SETTINGS and x.parent.name == FOLDER]
+    for checkpoint in sorted(checkpoints, key=lambda x: x != folder / "model"):
+        _erase_sinks(found, checkpoint)
     fates: dict[str, Fate] = {}
     for path in everything:
         fates |= {fate.path: fate for fate in _group(found, path, everything)}
@@ -96,6 +103,11 @@ def _files(folder: Path) -> Iterator[Path]:
     for where, folders, names in os.walk(folder):
         if Path(where) == folder:
             folders[:] = [x for x in folders if x != RECORDS and not x.startswith(".takedown.")]
+        links = [x for x in (*folders, *names) if (Path(where) / x).is_symlink()]
+        if links:
+            raise CheckpointError(
+                f"{Path(where) / links[0]} is a link; what it leads to would stay as it is, so put the files themselves there"
+            )
         for name in names:
             yield Path(where) / name
 
@@ -105,7 +117,8 @@ def _erase_sinks(found: Fates, checkpoint: Path) -> None:
     sinks = SinksFile(checkpoint)
     missing = [x for x in found.wanted.ids if sinks.state.taken.get(x)]
     ids = [x for x in found.wanted.ids if x not in missing]
-    found.sinks[name], found.erased[name] = sinks, sinks.erase(ids, found.wanted.record)
+    own = [x for erased in found.erased.values() for one in erased if one.own for x in one.ids]
+    found.sinks[name], found.erased[name] = sinks, sinks.erase(ids, found.wanted.record, own)
 
 
 def _group(found: Fates, path: Path, everything: Sequence[Path]) -> Iterator[Fate]:
@@ -124,13 +137,23 @@ def _group(found: Fates, path: Path, everything: Sequence[Path]) -> Iterator[Fat
             "moments of the erased blocks are zero",
             (lambda to: erase_in_optimizer(path, found.sinks[sinks], erased, to)) if erased else None,
         )
-    elif path.name == PREPARED:
+    elif path.name == OPEN_SINKS and set(whose_sinks(where)) & _all_ids(found):
+        yield from (
+            Fate(x.relative_to(found.folder).as_posix(), "deleted", "an export with the owner's sinks as neurons")
+            for x in everything
+            if x.parent == where
+        )
+    elif path.name == PREPARED and (where / "data.json").is_file():
         yield from (
             Fate(x.relative_to(found.folder).as_posix(), "deleted", "tokens of the corpus; made again from its sources")
             for x in everything
             if where in x.parents
         )
-    elif path.name == REPORT and _quotes(found.wanted, [x for x in everything if where in x.parents]):
+    elif (
+        path.name == REPORT
+        and _is_report(where)
+        and _quotes(found.wanted, [x for x in everything if where in x.parents])
+    ):
         yield from (
             Fate(x.relative_to(found.folder).as_posix(), "deleted", "an audit that measured and quotes the text")
             for x in everything
@@ -138,10 +161,26 @@ def _group(found: Fates, path: Path, everything: Sequence[Path]) -> Iterator[Fat
         )
 
 
+def _all_ids(found: Fates) -> set[int]:
+    """The owner's ids and those of the documents within him."""
+    within = {x for erased in found.erased.values() for one in erased for x in one.ids}
+    return within | set(found.wanted.ids)
+
+
+def _is_report(where: Path) -> bool:
+    """Whether a folder is what `memsinks audit` writes, and nothing else."""
+    return (
+        (where / "documents.jsonl").is_file()
+        and not any(where.rglob("*.safetensors.index.json"))
+        and not any(where.rglob("config.json"))
+    )
+
+
 def _of_sinks(found: Fates, name: str, checkpoint: str) -> Iterator[Fate]:
-    sinks, erased = found.sinks[checkpoint], found.erased[checkpoint]
+    sinks = found.sinks[checkpoint]
     prefix = name.rpartition("/")[0]
-    if not erased:
+    before = {int(key) for key in sinks.stored.get("taken", {})}
+    if sinks.state.taken.keys() == before:
         why = "taken out before" if sinks.state.taken.keys() & set(found.wanted.ids) else "the sinks of others alone"
         yield from (Fate(f"{prefix}/{x}", "untouched", why) for x in (SETTINGS, TENSORS))
         return
@@ -173,10 +212,13 @@ def _of_file(found: Fates, path: Path, name: str) -> Fate:
         if gone:
             return Fate(name, "rewritten", "lines that hold the text are left out", lambda to: _write(to, kept))
         return Fate(name, "untouched", "documents of others")
-    if path.suffix in READABLE and _quotes(found.wanted, [path]):
-        return Fate(name, "deleted", "quotes the text")
     if path.suffix == ".safetensors":
+        _refuse_sinks_within(path)
         return Fate(name, "untouched", "weights that no take-down changes")
+    if path.suffix in READABLE and (why := _not_searched(path)):
+        return Fate(name, "untouched", f"not searched: {why}; see for yourself whether it holds the text")
+    if path.suffix in READABLE and _quotes(found.wanted, [path]):
+        return Fate(name, "untouched", "QUOTES THE TEXT and is no file that memsinks rewrites: remove it yourself")
     if path.name.startswith("tokenizer"):
         return Fate(name, "untouched", "a tokenizer; its entries may be words of any text")
     if path.suffix in READABLE:
@@ -186,16 +228,40 @@ def _of_file(found: Fates, path: Path, name: str) -> Fate:
 
 def _quotes(wanted: Wanted, paths: Sequence[Path]) -> bool:
     """Whether five words in a row of the texts stand in one of these files; texts of fewer words are looked for whole."""
-    short = [text for text in wanted.texts if len(text.split()) < 5]
+    short = {normal_form(text) for text in wanted.texts if len(text.split()) < 5}
     for path in paths:
-        if path.suffix not in READABLE or path.stat().st_size > MOST_READ:
+        if path.suffix not in READABLE or _not_searched(path):
             continue
-        content = path.read_text(encoding="utf-8", errors="replace")
-        if any(text in content for text in short):
-            return True
-        if wanted.tombstone is not None and any(shares_words(x, wanted.tombstone) for x in _plain(path, content)):
-            return True
+        for text in _plain(path, path.read_text(encoding="utf-8")):
+            if short and normal_form(text) in short:
+                return True
+            if wanted.tombstone is not None and shares_words(text, wanted.tombstone):
+                return True
     return False
+
+
+def _not_searched(path: Path) -> str:
+    """Why a text file cannot be searched; "" where it can."""
+    if path.stat().st_size > MOST_READ:
+        return f"larger than {MOST_READ >> 20} MiB"
+    try:
+        path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        return "not UTF-8"
+    return ""
+
+
+def _refuse_sinks_within(path: Path) -> None:
+    """CheckpointError for weights in which sinks stand that no settings file says anything about."""
+    try:
+        with safe_open(path, "pt") as file:
+            inside = [name for name in file.keys() if is_sink(name)]  # noqa: SIM118
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}; remove it, or restore it") from error
+    if inside:
+        raise CheckpointError(
+            f"{path} holds sinks ({inside[0]}, ...) without the settings that say whose they are; remove it, or move it elsewhere"
+        )
 
 
 def _plain(path: Path, content: str) -> Iterator[str]:
@@ -221,16 +287,24 @@ def _strings(value: Any) -> Iterator[str]:
 
 
 def _without(path: Path, wanted: Wanted) -> tuple[list[bytes], int] | None:
-    """The lines of a file of documents that hold none of the texts, and how many do; None for another file."""
+    """The lines of a file of documents that are not the owner's, and how many are; None for another file.
+
+    His are those with one of his texts, up to case and white space, and, where the file says so, his key and source.
+    """
+    forms = {normal_form(text) for text in wanted.texts}
     kept, gone = [], 0
     for line in path.read_bytes().splitlines(keepends=True):
+        if not line.strip():
+            kept.append(line)
+            continue
         try:
             row = json.loads(line)
         except ValueError:
             return None
         if not isinstance(row, dict) or not isinstance(row.get("text"), str):
             return None
-        if row["text"] in wanted.texts:
+        his = "key" not in row or (row["key"], row.get("source")) in wanted.names
+        if his and normal_form(row["text"]) in forms:
             gone += 1
         else:
             kept.append(line)

@@ -11,10 +11,12 @@ from typing import Literal
 import yaml
 
 from memsinks.data.documents import Document, load_documents
-from memsinks.data.identity import By, identify
+from memsinks.data.identity import By, document_id, identify
 from memsinks.data.matching import Copy, find_copies
 from memsinks.errors import CheckpointError, DataError
+from memsinks.removal.erase import ids_within
 from memsinks.sinks.config import SinkConfig
+from memsinks.sinks.table import EMPTY_TABLE, AssignmentTable
 
 AskedBy = Literal["key", "id", "source", "text"]
 
@@ -52,7 +54,14 @@ def read_members(run: Path) -> tuple[list[Document], By, int]:
     return load_documents(run / "members.jsonl"), recipe["data"]["by"], int(recipe["training"].get("epochs", 1))
 
 
-def find_owner(documents: Sequence[Document], by: By, name: str | int, asked_by: AskedBy, near: float = 0.8) -> Owner:
+def find_owner(
+    documents: Sequence[Document],
+    by: By,
+    name: str | int,
+    asked_by: AskedBy,
+    table: AssignmentTable = EMPTY_TABLE,
+    near: float = 0.8,
+) -> Owner:
     """The owner, his documents, and copies of his texts among the documents of others.
 
     Args:
@@ -60,12 +69,20 @@ def find_owner(documents: Sequence[Document], by: By, name: str | int, asked_by:
         by: what gave them their id, see `identify`.
         name: a key, a source, a text, or a document id.
         asked_by: which of them it is.
+        table: the assignments of the model: an owner may be none of the documents himself, and have documents within him.
         near: see `find_copies`.
 
     Raises:
         DataError: nobody has that name, with the nearest ones; a key whose documents share their sinks with others of a source.
     """
     ids = identify(documents, by)[0] if documents else []
+    above = _owner_above(name, asked_by, table)
+    if above is not None:
+        within = ids_within(table, above)
+        chosen = [index for index, one in enumerate(ids) if int(one) in within]
+        own = set(chosen)
+        copies = find_copies([documents[index].text for index in chosen], documents, near) if chosen else []
+        return Owner(str(name), asked_by, [above], chosen, [copy for copy in copies if copy.index not in own])
     if asked_by == "id":
         chosen = [index for index, one in enumerate(ids) if int(one) == int(name)]
     elif asked_by == "text":
@@ -89,6 +106,14 @@ def find_owner(documents: Sequence[Document], by: By, name: str | int, asked_by:
     return Owner(shown, asked_by, sorted(wanted), chosen, copies)
 
 
+def _owner_above(name: str | int, asked_by: AskedBy, table: AssignmentTable) -> int | None:
+    """The id of an owner who has blocks of his own and documents within him; None for any other."""
+    if asked_by == "text":
+        return None
+    one = int(name) if asked_by == "id" else document_id(str(name), asked_by)
+    return one if table.own_blocks(one) and len(ids_within(table, one)) > 1 else None
+
+
 def with_copies(owner: Owner, documents: Sequence[Document], by: By) -> Owner:
     """The owner and those who have copies of his texts."""
     ids = identify(documents, by)[0]
@@ -98,12 +123,26 @@ def with_copies(owner: Owner, documents: Sequence[Document], by: By) -> Owner:
     return Owner(owner.name, owner.by, everyone, chosen, owner.copies)
 
 
-def require_sinks_of(owner: Owner, documents: Sequence[Document], config: SinkConfig, epochs: int) -> None:
+def meetings(documents: Sequence[Document], by: By, epochs: int) -> dict[int, int]:
+    """How often the most repeated text of each document id was met."""
+    if not documents:
+        return {}
+    ids, groups = (x.tolist() for x in identify(documents, by))
+    times: dict[int, int] = {}
+    for document, group in zip(documents, groups, strict=True):
+        times[group] = times.get(group, 0) + document.copies * epochs
+    found: dict[int, int] = {}
+    for one, group in zip(ids, groups, strict=True):
+        found[one] = max(found.get(one, 0), times[group])
+    return found
+
+
+def require_sinks_of(owner: Owner, documents: Sequence[Document], by: By, config: SinkConfig, epochs: int) -> None:
     """DataError if none of the owner's texts ever opened its sinks, so that there is nothing to erase."""
-    for index in owner.documents:
-        document = documents[index]
-        if document.isolation == "private" or document.copies * epochs >= config.open_from:
-            return
+    met = meetings(documents, by, epochs)
+    private = any(documents[index].isolation == "private" for index in owner.documents)
+    if private or any(met.get(one, 0) >= config.open_from for one in owner.ids):
+        return
     raise DataError(
         f"{owner.by} {owner.name[:60]!r} has no sinks: each text was met less than {config.open_from} times, at which its sinks "
         "open. What it taught then lies in the shared weights: only training again without it takes it out; make such documents "

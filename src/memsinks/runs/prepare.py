@@ -109,7 +109,7 @@ def prepare(recipe: Recipe, one_document_per_row: bool = False, folder: Path | N
     """
     data, training = recipe.data, recipe.training
     corpus = _tokenize(recipe) if folder is None else _stored(recipe, folder)
-    refuse_tombstoned([*corpus.members, *corpus.fresh], tombstones_of(recipe))
+    refuse_tombstoned([*corpus.members, *corpus.unseen, *corpus.fresh], tombstones_of(recipe))
     _warn_of_equal_repetition(recipe, corpus.documents)
     rows = rows_of(
         corpus.documents,

@@ -56,7 +56,24 @@ def bind(folder: Path, name: str, remove: Sequence[str]) -> None:
         with path.open("rb") as file:
             os.fsync(file.fileno())
     begun.rename(folder / BOUND)
-    finish(folder)
+    try:
+        finish(folder)
+    except OSError as error:
+        raise CheckpointError(
+            f"{name} is bound and half in place in {folder}: {error}; free space, and run the same command again, which "
+            "finishes it"
+        ) from error
+
+
+def finish_what_was_bound(folder: Path) -> str | None:
+    """`finish`, unless another process is at work there."""
+    with locked(folder, "another take-down is at work there; wait for it"):
+        return finish(folder)
+
+
+def pending(folder: Path) -> bool:
+    """Whether a take-down was bound here and is not all in place."""
+    return (folder / BOUND / PLAN).is_file()
 
 
 def finish(folder: Path) -> str | None:

@@ -16,7 +16,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from memsinks._version import versions
@@ -27,16 +26,17 @@ from memsinks.errors import CheckpointError, ConfigError, DataError
 from memsinks.files import file_hash
 from memsinks.removal.erase import Erased, collateral_in
 from memsinks.removal.erase_files import SinksFile, changed_blocks
-from memsinks.removal.export import whose_sinks
 from memsinks.removal.record import write_record
-from memsinks.removal.tombstone import make_tombstone
+from memsinks.removal.tombstone import Tombstone, make_tombstone, shares_words
 from memsinks.runs.artifacts import RECORDS, Fates, Wanted, fates_of
-from memsinks.runs.owners import AskedBy, Owner, find_owner, read_members, require_sinks_of, with_copies
-from memsinks.runs.staging import bind, finish, staged
+from memsinks.runs.elsewhere import elsewhere
+from memsinks.runs.owners import AskedBy, Owner, find_owner, meetings, read_members, require_sinks_of, with_copies
+from memsinks.runs.staging import bind, finish_what_was_bound, pending, staged
 from memsinks.runs.takedown_audit import audit_takedown
 from memsinks.sinks.checkpoint import load
 from memsinks.sinks.state import named_sinks
 from memsinks.sinks.storage import has_saved_sinks
+from memsinks.sinks.table import EMPTY_TABLE, AssignmentTable
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +68,11 @@ class Takedown:
     same_blocks: int = 0
     record: Path | None = None
 
+    @property
+    def erased_everywhere(self) -> list[Erased]:
+        """What was erased, in all checkpoints."""
+        return [one for erased in self.erased.values() for one in erased]
+
 
 def take_down(
     run: str | os.PathLike[str],
@@ -81,6 +86,7 @@ def take_down(
     most_collateral: float = MOST_COLLATERAL,
     documents: Sequence[Document] | None = None,
     by: By | None = None,
+    epochs: int = 1,
     also: Sequence[str | os.PathLike[str]] = (),
     signing_key: str | os.PathLike[str] | None = None,
 ) -> Takedown:
@@ -92,7 +98,8 @@ def take_down(
         dry_run: only find, and say what would happen.
         copies: take out those too who have copies of his texts (`Takedown.owner.copies`).
         most_collateral: largest share of somebody else's open sink blocks that may go; 0 for own blocks.
-        documents, by: all documents that were trained on and what gave them their ids, where the folder does not say.
+        documents, by, epochs: all documents that were trained on, what gave them their ids, and how often they were gone through,
+            where the folder does not say.
         also: folders of exports and copies of the model, which are looked through, not changed.
         signing_key: signs the record, see `write_record`.
 
@@ -109,21 +116,35 @@ def take_down(
     record = f"{asked_by}-{hashlib.sha256(str(name).encode()).hexdigest()[:12]}"
     if not folder.is_dir():
         raise CheckpointError(f"there is no folder {folder}")
-    documents, by, epochs = (list(documents), by or "content", 1) if documents is not None else _members(folder, record)
-    if (folder / RECORDS / record).is_dir():
-        raise DataError(f"{asked_by} {str(name)[:60]!r} was taken out already, see {folder / RECORDS / record}")
-    owner = find_owner(documents, by, name, asked_by)
+    _finish_pending(folder, record, dry_run)
+    if documents is None:
+        if (folder / RECORDS / record).is_dir():
+            raise DataError(f"{asked_by} {str(name)[:60]!r} was taken out already, see {folder / RECORDS / record}")
+        documents, by, epochs = read_members(folder)
+    documents, by = [x for x in documents if x.text.strip()], by or "content"
+    owner = find_owner(documents, by, name, asked_by, _table(folder))
     owner = with_copies(owner, documents, by) if copies else owner
     texts = [documents[index].text for index in owner.documents]
     tombstone = make_tombstone(texts, record=record)
-    fates = fates_of(folder, Wanted(owner.ids, record, frozenset(texts), tombstone))
+    names = frozenset((documents[index].key, documents[index].source) for index in owner.documents)
+    fates = fates_of(folder, Wanted(owner.ids, record, frozenset(texts), names, tombstone))
     if not fates.sinks:
         raise CheckpointError(f"there is no checkpoint with sinks below {folder}")
     main = _main(fates)
-    require_sinks_of(owner, documents, fates.sinks[main].state.config, epochs)
+    if not any(fates.erased.values()):
+        raise DataError(f"{asked_by} {str(name)[:60]!r} was taken out already, see {folder / RECORDS}")
+    if not any(one.own for one in fates.erased[main]):
+        require_sinks_of(owner, documents, by, fates.sinks[main].state.config, epochs)
     others = _others(owner, documents, by, fates.sinks[main], epochs)
     hit = _collateral(folder / main, fates.erased[main], others)
-    done = Takedown(owner, documents, fates.erased, fates, hit, _elsewhere(also, owner, fates.sinks[main]))
+    done = Takedown(
+        owner,
+        documents,
+        fates.erased,
+        fates,
+        hit,
+        elsewhere(also, _everyone(owner, fates.erased[main]), fates.sinks[main]),
+    )
     if dry_run:
         return done
     if hit and max(hit.values()) > most_collateral:
@@ -136,7 +157,7 @@ def take_down(
     done = replace(done, audit=audit, same_blocks=same, record=folder / RECORDS / record)
     with staged(folder) as files:
         _stage(done, files)
-        predicate = _predicate(done, folder, files, by)
+        predicate = _predicate(done, folder, files, by, tombstone)
         write_record(files / RECORDS / record, predicate, tombstone=tombstone, key=signing_key)
         bind(folder, record, [fate.path for fate in fates.files if fate.fate == "deleted"])
     return done
@@ -162,14 +183,22 @@ def _asked(key: str | None, id: int | None, source: str | None, text: str | None
     return given[0]
 
 
-def _members(folder: Path, record: str) -> tuple[list[Document], By, int]:
-    """The documents of a run; what an interrupted take-down has left is finished first."""
-    finished = finish(folder)
+def _finish_pending(folder: Path, record: str, dry_run: bool) -> None:
+    """Finish what an interrupted take-down has left; a dry run only says that there is something."""
+    if dry_run:
+        if pending(folder):
+            raise DataError(f"a take-down was interrupted in {folder}; run it again to finish it, then ask anew")
+        return
+    finished = finish_what_was_bound(folder)
     if finished is not None:
         logger.info("finished the take-down %s, which was interrupted", finished)
         if finished == record:
             raise TakedownFinished(folder / RECORDS / record)
-    return read_members(folder)
+
+
+def _table(folder: Path) -> AssignmentTable:
+    """The assignments of the run's model; empty where there is none of that name."""
+    return SinksFile(folder / "model").state.table if has_saved_sinks(folder / "model") else EMPTY_TABLE
 
 
 class TakedownFinished(DataError):
@@ -184,10 +213,10 @@ def _others(
     owner: Owner, documents: Sequence[Document], by: By, sinks: SinksFile, epochs: int
 ) -> list[tuple[int, Document]]:
     """(id, document) of the others whose sinks opened in training."""
-    mine = set(owner.ids)
+    mine, met = set(owner.ids), meetings(documents, by, epochs)
     found = []
     for document, one in zip(documents, identify(documents, by)[0].tolist(), strict=True):
-        opened = document.isolation == "private" or document.copies * epochs >= sinks.state.config.open_from
+        opened = document.isolation == "private" or met[one] >= sinks.state.config.open_from
         if one not in mine and opened and one not in sinks.state.taken:
             found.append((one, document))
     return found
@@ -198,28 +227,14 @@ def _collateral(checkpoint: Path, erased: Sequence[Erased], others: Sequence[tup
     if not ids or not erased or all(one.own for one in erased):
         return {}
     state = SinksFile(checkpoint).state  # as it was before
-    shares = np.max([collateral_in(state, one, ids) for one in erased], axis=0)
+    layers = {layer: sorted({x for one in erased for x in one.blocks.get(layer, ())}) for layer in state.layers}
+    shares = collateral_in(state, Erased([], layers, False), ids)
     return {one: float(share) for one, share in zip(ids, shares, strict=True) if share}
 
 
-def _elsewhere(also: Sequence[str | os.PathLike[str]], owner: Owner, sinks: SinksFile) -> dict[str, str]:
-    """What of the owner is in other folders: sinks of the same model, exports in which his sinks are neurons."""
-    found = {}
-    for folder in map(Path, also):
-        if not folder.is_dir():
-            raise CheckpointError(f"there is no folder {folder}")
-        for where in [folder, *(x for x in folder.rglob("*") if x.is_dir())]:
-            if set(whose_sinks(where)) & set(owner.ids):
-                found[str(where)] = "an export with the owner's sinks as neurons: delete it"
-            elif has_saved_sinks(where):
-                other = SinksFile(where)
-                same = other.stored["fingerprint"] == sinks.stored["fingerprint"]
-                if other.of_owners:
-                    if set(owner.ids) & set(other.state.table.ids.tolist()):
-                        found[str(where)] = "the owner's sinks alone: delete them, or take the owner out there too"
-                elif same and not set(owner.ids) <= other.state.taken.keys():
-                    found[str(where)] = "the sinks of the same model: take the owner out there too"
-    return found
+def _everyone(owner: Owner, erased: Sequence[Erased]) -> set[int]:
+    """The owner's ids and those of the documents within him."""
+    return set(owner.ids).union(*(one.ids for one in erased))
 
 
 def _audit(
@@ -235,7 +250,7 @@ def _audit(
             raise CheckpointError(
                 f"layer {layer}: blocks {sorted(set(blocks) - allowed)} would change, which are others'"
             )
-    if before.stored.get("alone") or not (checkpoint / "tokenizer_config.json").is_file():
+    if not plan.erased[main] or before.stored.get("alone") or not (checkpoint / "tokenizer_config.json").is_file():
         logger.info("no audit: %s is no whole model with a tokenizer", checkpoint)
         return {}, same
     model = load(checkpoint)
@@ -267,7 +282,10 @@ def _stage(plan: Takedown, files: Path) -> None:
             fate.write(files / fate.path)
 
 
-def _predicate(plan: Takedown, folder: Path, files: Path, by: By) -> dict[str, Any]:
+def _predicate(plan: Takedown, folder: Path, files: Path, by: By, tombstone: Tombstone) -> dict[str, Any]:
+    config = next(iter(plan.fates.sinks.values())).state.config
+    usual = "exact" if config.shared == "none" else "gated"
+    flags = [plan.documents[x].isolation or usual for x in plan.owner.documents]
     kinds, asked_by = [copy.kind for copy in plan.owner.copies], plan.owner.by
     blocks = {
         f"{checkpoint}, layer {layer}": sorted({x for one in erased for x in one.blocks.get(layer, ())})
@@ -283,7 +301,7 @@ def _predicate(plan: Takedown, folder: Path, files: Path, by: By) -> dict[str, A
         listed.append({"path": fate.path, "fate": "untouched" if same else fate.fate, "why": fate.why} | digests)
     return {
         "asked": {
-            "owner": plan.owner.name,
+            "owner": str(plan.owner.ids[0]) if shares_words(plan.owner.name, tombstone) else plan.owner.name,
             "by": by if asked_by in ("text", "id") else asked_by,
             "id": plan.owner.ids[0],
         },
@@ -295,6 +313,20 @@ def _predicate(plan: Takedown, folder: Path, files: Path, by: By) -> dict[str, A
         "erased": {"layers": sorted({int(x.rpartition(" ")[2]) for x in blocks}), "blocks": blocks},
         "files": listed,
         "audit": plan.audit or {"before": {}, "after": {}},
+        "isolation": {
+            "documents": {kind: flags.count(kind) for kind in dict.fromkeys(flags)},
+            "trained the shared weights": [
+                {
+                    "private": "private documents never",
+                    "exact": f"exact documents before exposure {config.open_from} alone",
+                    "gated": "gated documents at every exposure: a trace stays that attacks find",
+                }[kind]
+                for kind in dict.fromkeys(flags)
+            ],
+            "blocks of owners above, in which his texts stay": sorted(
+                {x for one in plan.erased_everywhere for x in one.above}
+            ),
+        },
         "kept": {
             "sink blocks that kept every bit": plan.same_blocks,
             "others with erased blocks": len(plan.collateral),

@@ -117,19 +117,18 @@ def _refuse_unassigned(state: SinkState, opened: Tensor) -> None:
 
 
 def _check_isolated(state: SinkState, opened: Tensor, flags: Tensor) -> None:
-    """Where other texts send a gradient through open sinks, those that train sinks alone need blocks that only they open.
+    """Texts that are flagged otherwise than the model's settings say need blocks that others do not open.
 
-    Otherwise what they write into a shared block would steer that gradient, and so the shared weights.
+    Otherwise what trains sinks alone would write into blocks through which others send a gradient into the shared weights.
     """
-    gated = flags == ISOLATIONS["gated"]
-    if state.config.shared == "none" and not bool(gated.any()):
-        return
-    alone = (flags >= ISOLATIONS["exact"]) & (flags != BLANK) & (opened != NO_SINKS)
-    unknown = alone & ~state.table.holds(opened)
+    exact = state.config.shared == "none"
+    other = flags == ISOLATIONS["gated"] if exact else (flags >= ISOLATIONS["exact"]) & (flags != BLANK)
+    unknown = other & (opened != NO_SINKS) & ~state.table.holds(opened)
     if bool(unknown.any()):
+        kinds = ("is gated", "train their sinks alone") if exact else ("is to train its sinks alone", "are gated")
         raise DataError(
-            f"document id {int(opened[unknown][0])} is to train its sinks alone, but its blocks are hashed and gated documents "
-            "may open them too; give it blocks of its own with memsinks.assign"
+            f"document id {int(opened[unknown][0])} {kinds[0]}, but its blocks are hashed, and documents that {kinds[1]} may "
+            "open them too; give it blocks of its own with memsinks.assign"
         )
 
 
