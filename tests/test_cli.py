@@ -24,7 +24,8 @@ COMMANDS = {"demo": ["--out"], "train": ["recipe", "--set", "--resume"], "estima
             "prepare": ["comparison", "--seeds"], "compare": ["--arms", "--jobs", "--dry-run"],
             "reproduce": ["FIGURE", "--size", "--finished"], "audit": ["--documents", "--controls", "--state", "--by"],
             "lm-eval-task": ["--documents", "--out"], "export": ["checkpoint", "directory", "--open", "--rescale"],
-            "info": ["checkpoint"], "verify": ["record", "--run", "--public-key"]}  # fmt: skip
+            "info": ["checkpoint"], "verify": ["record", "--run", "--public-key"],
+            "takedown": ["RUN", "--key", "--dry-run", "--copies", "--signing-key"]}  # fmt: skip
 
 
 @pytest.fixture

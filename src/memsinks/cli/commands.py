@@ -25,6 +25,7 @@ Train language models whose memorization can be taken out again.
   memsinks reproduce fig4                the paper's controlled study, figure by figure
   memsinks export runs/NAME/model clean/ a plain checkpoint without sinks
   memsinks info runs/NAME/model          what a checkpoint holds
+  memsinks takedown runs/NAME --key alice  one owner out of a run, in every file of it or in none
   memsinks verify RECORD --run RUN       check the record of a take-down
 """
 

@@ -258,7 +258,9 @@ def _audit(
     ids = identify([plan.documents[x] for x in owner.documents], by)[0].tolist()
     texts = [plan.documents[x].text for x in owner.documents]
     close = sorted(others, key=lambda x: -plan.collateral.get(x[0], 0.0))[:AUDITED]
-    controls = load_documents(folder / "controls.jsonl")[:AUDITED] if (folder / "controls.jsonl").is_file() else []
+    kinds = {plan.documents[x].kind for x in owner.documents}
+    controls = load_documents(folder / "controls.jsonl") if (folder / "controls.jsonl").is_file() else []
+    controls = sorted(controls, key=lambda document: document.kind not in kinds)[:AUDITED]
     audit = audit_takedown(
         model,
         load_tokenizer(checkpoint),
