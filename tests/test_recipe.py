@@ -15,7 +15,7 @@ from memsinks.sinks.config import FORMAT_VERSION, SinkConfig
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted(
-    path for path in (ROOT / "recipes").glob("*.yaml") if not path.name.startswith(("compare-", "regimes-"))
+    path for path in (ROOT / "recipes").glob("*.yaml") if not path.name.startswith(("compare-", "regimes"))
 )
 MODEL: dict[str, Any] = {"config": {"model_type": "llama", "hidden_size": 16}}
 LEAST: dict[str, Any] = {"output": "runs/x", "model": MODEL}
