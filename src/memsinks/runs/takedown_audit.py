@@ -14,6 +14,7 @@ from memsinks.auditing.scores import score
 from memsinks.data.tokens import encode
 from memsinks.removal.erase import Erased, erase
 from memsinks.sinks.opening import blocks_closed
+from memsinks.sinks.own import free_blocks
 from memsinks.sinks.state import require_sinks
 
 PREFIX = 32
@@ -63,12 +64,13 @@ def audit_takedown(
 
 
 def placebo_blocks(model: PreTrainedModel, erased: Sequence[Erased], seed: int) -> dict[int, list[int]]:
-    """For each layer as many random blocks as are erased there, none of them erased; fewer where there are not so many."""
+    """For each layer as many random blocks as are erased there, others' or hashed ones; fewer where there are not so many."""
     config, rng = require_sinks(model).config, np.random.default_rng(seed)
+    free = set(free_blocks(model))
     found = {}
     for layer in require_sinks(model).layers:
         gone = {block for one in erased for block in one.blocks.get(layer, ())}
-        rest = [block for block in range(config.blocks) if block not in gone]
+        rest = [block for block in range(config.blocks) if block not in gone and block not in free]
         found[layer] = sorted(rng.permutation(rest)[: len(gone)].tolist())
     return found
 
