@@ -308,7 +308,7 @@ def _predicate(plan: Takedown, folder: Path, files: Path, by: By, tombstone: Tom
             "id": plan.owner.ids[0],
         },
         "matched": {
-            "counts": {"documents": len(plan.owner.documents)}
+            "counts": {"of the owner": len(plan.owner.documents)}
             | {f"copies of others, {kind}": kinds.count(kind) for kind in dict.fromkeys(kinds)},
             "ids": plan.owner.ids,
         },
