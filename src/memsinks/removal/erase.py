@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from memsinks.errors import ConfigError, DataError
+from memsinks.sinks.opening import opened_blocks
 from memsinks.sinks.state import SinkState, require_sinks, sink_modules
 from memsinks.sinks.table import AssignmentTable, open_mask
 
@@ -90,7 +91,7 @@ def blocks_in(state: SinkState, owner: int) -> Erased:
         )
     if not state.config.hashed_blocks:
         raise DataError(f"id {owner} has no blocks in this model: it was never trained, or its name is another")
-    return Erased([owner], _hashed(state, owner), False)
+    return Erased([owner], opened_blocks(state, [owner]), False)
 
 
 def ids_within(table: AssignmentTable, owner: int) -> set[int]:
@@ -98,16 +99,6 @@ def ids_within(table: AssignmentTable, owner: int) -> set[int]:
     ends = table.offsets.tolist()
     found = {key for i, key in enumerate(table.ids.tolist()) if owner in table.owners[ends[i] : ends[i + 1]].tolist()}
     return found | {owner}
-
-
-def _hashed(state: SinkState, owner: int) -> dict[int, list[int]]:
-    ids = torch.tensor([owner])
-    return {
-        layer: open_mask(ids, state.config, layer if state.config.per_layer else 0, state.table)[0]
-        .nonzero()[:, 0]
-        .tolist()
-        for layer in state.layers
-    }
 
 
 def collateral(model: nn.Module, erased: Erased, others: Collection[int]) -> np.ndarray:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ class SinksFile:
 
     Attributes:
         folder: of the checkpoint. state: what the model would have as its sink state. tensors: by name, on the CPU.
+        before: the state as it was read.
         of_owners: whether it holds the sinks of some owners alone, see `sinks.owner_files`; to erase another is to do nothing.
 
     Raises:
@@ -49,6 +51,7 @@ class SinksFile:
         self.state = SinkState(
             saved.config, tuple(layout["layers"]), layout["intermediate_size"], (), table=table, taken=saved.taken
         )
+        self.before = replace(self.state, taken=dict(self.state.taken))
         if "start_std" not in self.stored:
             raise CheckpointError(
                 f"{folder} was saved by an earlier memsinks and does not say how its sinks started; load it with "

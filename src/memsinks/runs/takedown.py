@@ -34,7 +34,7 @@ from memsinks.runs.owners import AskedBy, Owner, find_owner, meetings, read_memb
 from memsinks.runs.staging import bind, finish_what_was_bound, pending, staged
 from memsinks.runs.takedown_audit import audit_takedown
 from memsinks.sinks.checkpoint import load
-from memsinks.sinks.state import named_sinks
+from memsinks.sinks.state import SinkState, named_sinks
 from memsinks.sinks.storage import has_saved_sinks
 from memsinks.sinks.table import EMPTY_TABLE, AssignmentTable
 
@@ -136,7 +136,7 @@ def take_down(
     if not any(one.own for one in fates.erased[main]):
         require_sinks_of(owner, documents, by, fates.sinks[main].state.config, epochs)
     others = _others(owner, documents, by, fates.sinks[main], epochs)
-    hit = _collateral(folder / main, fates.erased[main], others)
+    hit = _collateral(fates.sinks[main].before, fates.erased[main], others)
     done = Takedown(
         owner,
         documents,
@@ -222,11 +222,10 @@ def _others(
     return found
 
 
-def _collateral(checkpoint: Path, erased: Sequence[Erased], others: Sequence[tuple[int, Document]]) -> dict[int, float]:
+def _collateral(state: SinkState, erased: Sequence[Erased], others: Sequence[tuple[int, Document]]) -> dict[int, float]:
     ids = sorted({one for one, _ in others})
     if not ids or not erased or all(one.own for one in erased):
         return {}
-    state = SinksFile(checkpoint).state  # as it was before
     layers = {layer: sorted({x for one in erased for x in one.blocks.get(layer, ())}) for layer in state.layers}
     shares = collateral_in(state, Erased([], layers, False), ids)
     return {one: float(share) for one, share in zip(ids, shares, strict=True) if share}
@@ -264,6 +263,7 @@ def _audit(
     audit = audit_takedown(
         model,
         load_tokenizer(checkpoint),
+        owner.ids,
         plan.erased[main],
         (texts[:AUDITED], ids[:AUDITED]),
         ([document.text for _, document in close], [one for one, _ in close]),

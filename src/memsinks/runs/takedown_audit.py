@@ -26,6 +26,7 @@ Figures = dict[str, dict[str, float]]
 def audit_takedown(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
+    ids: Sequence[int],
     erased: Sequence[Erased],
     owner: tuple[Sequence[str], Sequence[int]],
     others: tuple[Sequence[str], Sequence[int]],
@@ -37,7 +38,7 @@ def audit_takedown(
 
     Args:
         model: with sinks.
-        erased: what is to be erased.
+        ids: who is to be erased. erased: what that is.
         owner, others: texts and the id of each; others are read with their own sinks open.
         controls: texts that were never trained on; read with sinks closed, as the owner's are afterwards.
         record: see `erase`.
@@ -57,9 +58,9 @@ def audit_takedown(
     with blocks_closed(model, placebo_blocks(model, erased, seed)):
         placebo = {"owner": _figures(model, mine, owner[1])}
     taken = require_sinks(model).taken
-    for one in erased:
-        if one.ids[0] not in taken:
-            erase(model, one.ids[0], record=record)
+    for one in ids:
+        if one not in taken:
+            erase(model, one, record=record)
     return {"before": before, "placebo": placebo, "after": all_figures(False)}
 
 

@@ -115,18 +115,16 @@ def down_modules(model: nn.Module) -> list[nn.Module]:
 
 def documents_closed(model: nn.Module, ids: Sequence[int]) -> AbstractContextManager[None]:
     """Within the block, the sink blocks of these documents give nothing, whoever opens them; see `blocks_closed`."""
-    state = require_sinks(model)
+    return blocks_closed(model, opened_blocks(require_sinks(model), ids))
+
+
+def opened_blocks(state: SinkState, ids: Sequence[int]) -> dict[int, list[int]]:
+    """{layer: the blocks that any of these ids opens there}, in ascending order."""
     config, wanted = state.config, torch.tensor([int(x) for x in ids], dtype=torch.int64)
-    return blocks_closed(
-        model,
-        {
-            layer: open_mask(wanted, config, layer if config.per_layer else 0, state.table)
-            .any(0)
-            .nonzero()[:, 0]
-            .tolist()
-            for layer in state.layers
-        },
-    )
+    masks = {
+        layer: open_mask(wanted, config, layer if config.per_layer else 0, state.table).any(0) for layer in state.layers
+    }
+    return {layer: mask.nonzero()[:, 0].tolist() for layer, mask in masks.items()}
 
 
 @contextmanager
