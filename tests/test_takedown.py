@@ -481,3 +481,19 @@ def test_collateral_counts_the_union_of_several_ids(tmp_path):
     model.save_pretrained(tmp_path / "model")
     planned = ms.take_down(tmp_path, key="many", documents=documents, by="content", dry_run=True)
     assert max(planned.collateral.values()) > 0.5
+
+
+def test_an_author_is_audited_with_his_pages(tmp_path):
+    """Whatever the order of ids: a page without blocks of its own may come before the author."""
+    documents = [ms.Document(f"page {name} of the long book about the sea", key=name, copies=6) for name in "abcdef"]
+    tokenizer = ms.train_tokenizer([x.text for x in documents], 300)
+    author = next(x for x in (ms.document_id(f"author {n}", "key") for n in range(99)) if x > 2**62)
+    pages = [x for x in (ms.document_id(x.key, "key") for x in documents) if x < author]
+    assert pages
+    model = sink_llama(torch.float32, neurons=96, reserved_blocks=4, shared="none")
+    model.resize_token_embeddings(len(tokenizer))
+    ms.assign(model, [author], within=dict.fromkeys(pages, author))
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    done = ms.take_down(tmp_path, id=author, documents=documents, by="key")
+    assert done.audit["after"]["owner"]["documents"] == len(pages) and done.record is not None
