@@ -19,8 +19,10 @@ from transformers import TrainingArguments
 
 import memsinks as ms
 from memsinks.cli import main
+from memsinks.runs.owners import read_members
 from memsinks.runs.recipe import parse_recipe
 from memsinks.runs.run import train
+from memsinks.runs.takedown_table import format_takedown
 from memsinks.sinks.state import named_sinks
 from memsinks.training.optim import AdamW
 
@@ -267,8 +269,32 @@ def test_hashed_blocks_need_a_permission(tiny_run, tmp_path):
         ms.DataError, match="has no blocks of its own: .* other documents would lose up to .*--collateral"
     ):
         ms.take_down(run, text=text)
-    done = ms.take_down(run, text=text, most_collateral=1.0)
+    before = {name: value.clone() for name, value in named_sinks(ms.load(run / "model")).items()}
+    done = ms.take_down(run, text=text, most_collateral=1.0, repair_passes=40)
     assert max(done.collateral.values()) > 0 and done.record is not None
+    after = done.audit["after"]
+    lost = after["others, own sinks open"]["loss"] - done.audit["before"]["others, own sinks open"]["loss"]
+    assert after["others, repaired"]["loss"] < after["others, own sinks open"]["loss"] - lost / 2
+    [erased] = done.erased["model"]
+    for name, value in named_sinks(ms.load(run / "model")).items():
+        layer = int(name.split(".layers.")[1].split(".")[0])
+        rest = [x for x in range(len(value)) if x not in erased.blocks[layer]]
+        assert torch.equal(value[rest], before[name][rest]), "only erased blocks learn"
+    assert "others, repaired" in format_takedown(done) and all(
+        x.ok is not False for x in ms.verify_record(done.record, run=run)
+    )
+
+
+def test_a_repair_that_cannot_be_is_refused_before_anything_is_changed(run, tmp_path):
+    before = hashes(run)
+    with pytest.raises(ms.ConfigError, match="repair_passes must be"):
+        ms.take_down(run, key=ALICE, repair_passes=-1)
+    members, _, _ = read_members(run)
+    (run / "recipe.yaml").rename(tmp_path / "recipe.yaml")
+    with pytest.raises(ms.ConfigError, match="no recipe.yaml .* others cannot be repaired"):
+        ms.take_down(run, key=ALICE, documents=members, by="key", repair_passes=2)
+    (tmp_path / "recipe.yaml").rename(run / "recipe.yaml")
+    assert hashes(run) == before
 
 
 def test_folders_elsewhere_are_looked_through(run, tmp_path):

@@ -33,6 +33,13 @@ def add_takedown(commands: Commands) -> None:
         metavar="SHARE",
         help="largest share of somebody else's sink blocks that may be erased (0.05; own blocks: 0)",
     )
+    parser.add_argument(
+        "--repair",
+        type=int,
+        default=0,
+        metavar="PASSES",
+        help="passes over the texts of others who lose blocks, which these blocks alone learn anew (0 = no repair)",
+    )
     parser.add_argument("--also", nargs="+", default=[], metavar="FOLDER", help="exports and copies to look through")
     parser.add_argument("--signing-key", metavar="FILE", help="private key (PEM) that signs the record")
 
@@ -53,6 +60,7 @@ def run_takedown(arguments: Namespace) -> None:
             dry_run=arguments.dry_run,
             copies=arguments.copies,
             most_collateral=MOST_COLLATERAL if arguments.collateral is None else arguments.collateral,
+            repair_passes=arguments.repair,
             also=arguments.also,
             signing_key=arguments.signing_key,
         )

@@ -13,9 +13,10 @@ import yaml
 from memsinks.data.documents import Document, load_documents
 from memsinks.data.identity import By, document_id, identify
 from memsinks.data.matching import Copy, find_copies
-from memsinks.errors import CheckpointError, DataError
+from memsinks.errors import CheckpointError, ConfigError, DataError
 from memsinks.removal.erase import ids_within
 from memsinks.sinks.config import SinkConfig
+from memsinks.sinks.state import SinkState
 from memsinks.sinks.table import EMPTY_TABLE, AssignmentTable
 
 AskedBy = Literal["key", "id", "source", "text"]
@@ -37,6 +38,18 @@ class Owner:
     ids: list[int]
     documents: list[int]
     copies: list[Copy]
+
+
+def asked(key: str | None, id: int | None, source: str | None, text: str | None) -> tuple[str | int, AskedBy]:
+    """The one name that was given, and what it is; ConfigError for none or several."""
+    given: list[tuple[str | int, AskedBy]] = [
+        (value, name)
+        for value, name in ((key, "key"), (id, "id"), (source, "source"), (text, "text"))
+        if value is not None
+    ]  # type: ignore[misc]
+    if len(given) != 1:
+        raise ConfigError(f"give one of key, id, source and text, got {len(given)}")
+    return given[0]
 
 
 def read_members(run: Path) -> tuple[list[Document], By, int]:
@@ -134,6 +147,19 @@ def meetings(documents: Sequence[Document], by: By, epochs: int) -> dict[int, in
     found: dict[int, int] = {}
     for one, group in zip(ids, groups, strict=True):
         found[one] = max(found.get(one, 0), times[group])
+    return found
+
+
+def others_with_sinks(
+    owner: Owner, documents: Sequence[Document], by: By, state: SinkState, epochs: int
+) -> list[tuple[int, Document]]:
+    """(id, document) of the others whose sinks opened in training and are still there."""
+    mine, met = set(owner.ids), meetings(documents, by, epochs)
+    found = []
+    for document, one in zip(documents, identify(documents, by)[0].tolist(), strict=True):
+        opened = document.isolation == "private" or met[one] >= state.config.open_from
+        if one not in mine and opened and one not in state.taken:
+            found.append((one, document))
     return found
 
 

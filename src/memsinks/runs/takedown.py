@@ -22,7 +22,7 @@ from memsinks._version import versions
 from memsinks.data.documents import Document, load_documents
 from memsinks.data.identity import By, identify
 from memsinks.data.tokens import load_tokenizer
-from memsinks.errors import CheckpointError, ConfigError, DataError
+from memsinks.errors import CheckpointError, DataError
 from memsinks.files import file_hash
 from memsinks.removal.erase import Erased, collateral_in
 from memsinks.removal.erase_files import SinksFile, changed_blocks
@@ -30,9 +30,18 @@ from memsinks.removal.record import write_record
 from memsinks.removal.tombstone import Tombstone, make_tombstone, shares_words
 from memsinks.runs.artifacts import RECORDS, Fates, Wanted, fates_of
 from memsinks.runs.elsewhere import elsewhere
-from memsinks.runs.owners import AskedBy, Owner, find_owner, meetings, read_members, require_sinks_of, with_copies
+from memsinks.runs.owners import (
+    Owner,
+    asked,
+    find_owner,
+    others_with_sinks,
+    read_members,
+    require_sinks_of,
+    with_copies,
+)
+from memsinks.runs.repair import Repair
 from memsinks.runs.staging import bind, finish_what_was_bound, pending, staged
-from memsinks.runs.takedown_audit import audit_takedown
+from memsinks.runs.takedown_audit import audit_takedown, figures_of
 from memsinks.sinks.checkpoint import load
 from memsinks.sinks.state import SinkState, named_sinks
 from memsinks.sinks.storage import has_saved_sinks
@@ -84,6 +93,7 @@ def take_down(
     dry_run: bool = False,
     copies: bool = False,
     most_collateral: float = MOST_COLLATERAL,
+    repair_passes: int = 0,
     documents: Sequence[Document] | None = None,
     by: By | None = None,
     epochs: int = 1,
@@ -98,6 +108,7 @@ def take_down(
         dry_run: only find, and say what would happen.
         copies: take out those too who have copies of his texts (`Takedown.owner.copies`).
         most_collateral: largest share of somebody else's open sink blocks that may go; 0 for own blocks.
+        repair_passes: passes over the texts of others who lose hashed blocks, which these blocks of the run's model learn anew.
         documents, by, epochs: all documents that were trained on, what gave them their ids, and how often they were gone through,
             where the folder does not say.
         also: folders of exports and copies of the model, which are looked through, not changed.
@@ -107,12 +118,12 @@ def take_down(
         What was done; a record lies in ``run/takedowns/``.
 
     Raises:
-        ConfigError: none or several of key, id, source, text. DataError: nobody of that name, no sinks of his own, taken out
-            already; hashed blocks that too many share. CheckpointError: a folder that is damaged, locked, read-only or full;
-            nothing was changed.
+        ConfigError: none or several of key, id, source, text; no recipe to repair by. DataError: nobody of that name, no sinks of
+            his own, taken out already; hashed blocks that too many share. CheckpointError: a folder that is damaged, locked,
+            read-only or full; nothing was changed.
     """
     folder = Path(run)
-    name, asked_by = _asked(key, id, source, text)
+    name, asked_by = asked(key, id, source, text)
     record = f"{asked_by}-{hashlib.sha256(str(name).encode()).hexdigest()[:12]}"
     if not folder.is_dir():
         raise CheckpointError(f"there is no folder {folder}")
@@ -135,7 +146,8 @@ def take_down(
         raise DataError(f"{asked_by} {str(name)[:60]!r} was taken out already, see {folder / RECORDS}")
     if not any(one.own for one in fates.erased[main]):
         require_sinks_of(owner, documents, by, fates.sinks[main].state.config, epochs)
-    others = _others(owner, documents, by, fates.sinks[main], epochs)
+    others = others_with_sinks(owner, documents, by, fates.sinks[main].state, epochs)
+    repair = Repair.of(folder, repair_passes)
     hit = _collateral(fates.sinks[main].before, fates.erased[main], others)
     done = Takedown(
         owner,
@@ -153,11 +165,11 @@ def take_down(
             f"{max(hit.values()):.0%} of theirs, allowed are {most_collateral:.0%}; give a higher most_collateral "
             "(--collateral), or train with own blocks"
         )
-    audit, same = _audit(folder, main, done, others, by, record)
+    audit, same = _audit(folder, main, done, others, by, record, repair)
     done = replace(done, audit=audit, same_blocks=same, record=folder / RECORDS / record)
     with staged(folder) as files:
         _stage(done, files)
-        predicate = _predicate(done, folder, files, by, tombstone)
+        predicate = _predicate(done, folder, files, by, tombstone, repair)
         write_record(files / RECORDS / record, predicate, tombstone=tombstone, key=signing_key)
         bind(folder, record, [fate.path for fate in fates.files if fate.fate == "deleted"])
     return done
@@ -170,17 +182,6 @@ def _main(fates: Fates) -> str:
     if "model" in fates.sinks:
         return "model"
     return min(fates.sinks, key=lambda name: (fates.sinks[name].of_owners, not fates.erased[name]))
-
-
-def _asked(key: str | None, id: int | None, source: str | None, text: str | None) -> tuple[str | int, AskedBy]:
-    given: list[tuple[str | int, AskedBy]] = [
-        (value, name)
-        for value, name in ((key, "key"), (id, "id"), (source, "source"), (text, "text"))
-        if value is not None
-    ]  # type: ignore[misc]
-    if len(given) != 1:
-        raise ConfigError(f"give one of key, id, source and text, got {len(given)}")
-    return given[0]
 
 
 def _finish_pending(folder: Path, record: str, dry_run: bool) -> None:
@@ -209,19 +210,6 @@ class TakedownFinished(DataError):
         self.record = record
 
 
-def _others(
-    owner: Owner, documents: Sequence[Document], by: By, sinks: SinksFile, epochs: int
-) -> list[tuple[int, Document]]:
-    """(id, document) of the others whose sinks opened in training."""
-    mine, met = set(owner.ids), meetings(documents, by, epochs)
-    found = []
-    for document, one in zip(documents, identify(documents, by)[0].tolist(), strict=True):
-        opened = document.isolation == "private" or met[one] >= sinks.state.config.open_from
-        if one not in mine and opened and one not in sinks.state.taken:
-            found.append((one, document))
-    return found
-
-
 def _collateral(state: SinkState, erased: Sequence[Erased], others: Sequence[tuple[int, Document]]) -> dict[int, float]:
     ids = sorted({one for one, _ in others})
     if not ids or not erased or all(one.own for one in erased):
@@ -236,37 +224,45 @@ def _everyone(owner: Owner, erased: Sequence[Erased]) -> set[int]:
     return set(owner.ids).union(*(one.ids for one in erased))
 
 
-def _audit(
-    folder: Path, main: str, plan: Takedown, others: Sequence[tuple[int, Document]], by: By, record: str
-) -> tuple[dict[str, Any], int]:
-    """Figures before and after, and how many blocks keep every bit; the files to be written must be the erased model's."""
-    checkpoint, sinks = folder / main, plan.fates.sinks[main]
-    before = SinksFile(checkpoint)
-    moved, same = changed_blocks(before.tensors, sinks.tensors)
+def _kept_blocks(main: str, plan: Takedown, before: SinksFile) -> int:
+    """How many sink blocks of the model keep every bit; CheckpointError if one would change that is not the owner's."""
+    moved, same = changed_blocks(before.tensors, plan.fates.sinks[main].tensors)
     for layer, blocks in moved.items():
         allowed = {block for one in plan.erased[main] for block in one.blocks.get(layer, ())}
         if not set(blocks) <= allowed:
             raise CheckpointError(
                 f"layer {layer}: blocks {sorted(set(blocks) - allowed)} would change, which are others'"
             )
+    return same
+
+
+def _audit(
+    folder: Path, main: str, plan: Takedown, others: Sequence[tuple[int, Document]], by: By, record: str, repair: Repair
+) -> tuple[dict[str, Any], int]:
+    """Figures before and after, and how many blocks keep every bit; the files to be written must be the erased model's."""
+    checkpoint, sinks = folder / main, plan.fates.sinks[main]
+    before = SinksFile(checkpoint)
+    same = _kept_blocks(main, plan, before)
     if not plan.erased[main] or before.stored.get("alone") or not (checkpoint / "tokenizer_config.json").is_file():
+        repair.refuse(f"{checkpoint} is no whole model with a tokenizer from which he is taken out")
         logger.info("no audit: %s is no whole model with a tokenizer", checkpoint)
         return {}, same
-    model = load(checkpoint)
+    model, tokenizer = load(checkpoint), load_tokenizer(checkpoint)
     owner = plan.owner
     ids = identify([plan.documents[x] for x in owner.documents], by)[0].tolist()
     texts = [plan.documents[x].text for x in owner.documents]
     close = sorted(others, key=lambda x: -plan.collateral.get(x[0], 0.0))[:AUDITED]
+    theirs = [document.text for _, document in close], [one for one, _ in close]
     kinds = {plan.documents[x].kind for x in owner.documents}
     controls = load_documents(folder / "controls.jsonl") if (folder / "controls.jsonl").is_file() else []
     controls = sorted(controls, key=lambda document: document.kind not in kinds)[:AUDITED]
     audit = audit_takedown(
         model,
-        load_tokenizer(checkpoint),
+        tokenizer,
         owner.ids,
         plan.erased[main],
         (texts[:AUDITED], ids[:AUDITED]),
-        ([document.text for _, document in close], [one for one, _ in close]),
+        theirs,
         [document.text for document in controls],
         record,
     )
@@ -275,6 +271,11 @@ def _audit(
             raise CheckpointError(
                 f"{name} of the erased model and of the file to be written differ; nothing was changed"
             )
+    if repair.passes and plan.collateral:
+        repair.run(model, tokenizer, [x for x in others if x[0] in plan.collateral], plan.erased[main])
+        audit["after"]["others, repaired"] = figures_of(model, tokenizer, *theirs)
+        sinks.tensors.update({name: value.detach().cpu() for name, value in named_sinks(model).items()})
+        same = _kept_blocks(main, plan, before)
     return audit, same
 
 
@@ -284,7 +285,9 @@ def _stage(plan: Takedown, files: Path) -> None:
             fate.write(files / fate.path)
 
 
-def _predicate(plan: Takedown, folder: Path, files: Path, by: By, tombstone: Tombstone) -> dict[str, Any]:
+def _predicate(
+    plan: Takedown, folder: Path, files: Path, by: By, tombstone: Tombstone, repair: Repair
+) -> dict[str, Any]:
     config = next(iter(plan.fates.sinks.values())).state.config
     usual = "exact" if config.shared == "none" else "gated"
     flags = [plan.documents[x].isolation or usual for x in plan.owner.documents]
@@ -336,6 +339,7 @@ def _predicate(plan: Takedown, folder: Path, files: Path, by: By, tombstone: Tom
         "settings": {
             "own blocks": all(one.own for erased in plan.erased.values() for one in erased),
             "largest share of another's blocks": max(plan.collateral.values(), default=0.0),
+            "passes of the repair": repair.passes if plan.collateral else 0,
         },
         "versions": versions("torch", "transformers", "numpy", "safetensors"),
     }

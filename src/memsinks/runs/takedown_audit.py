@@ -64,6 +64,13 @@ def audit_takedown(
     return {"before": before, "placebo": placebo, "after": all_figures(False)}
 
 
+def figures_of(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], ids: Sequence[int] | None
+) -> dict[str, float]:
+    """Figures of some texts, the sinks of these ids open; None = closed."""
+    return _figures(model, _tokens(model, tokenizer, texts), ids)
+
+
 def placebo_blocks(model: PreTrainedModel, erased: Sequence[Erased], seed: int) -> dict[int, list[int]]:
     """For each layer as many random blocks as are erased there, others' or hashed ones; fewer where there are not so many."""
     config, rng = require_sinks(model).config, np.random.default_rng(seed)

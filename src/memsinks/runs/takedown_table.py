@@ -74,7 +74,8 @@ def _audit(done: Takedown) -> list[str]:
         cells = [f"{before['loss']:.3f}", "-" if after is None else f"{after['loss']:.3f}"]
         cells += [f"{before['recited']:.0%}", "-" if after is None else f"{after['recited']:.0%}"]
         lines.append(f"{name:28}{cells[0]:>11}{cells[1]:>11}{cells[2]:>10}{cells[3]:>10}")
-    placebo = done.audit["placebo"]["owner"]
-    loss, recited = f"{placebo['loss']:.3f}", f"{placebo['recited']:.0%}"
-    lines.append(f"{'owner, placebo blocks closed':28}{'':>11}{loss:>11}{'':>10}{recited:>10}")
+    more = {name: x for name, x in done.audit["after"].items() if name not in done.audit["before"]}
+    for name, x in (more | {"owner, placebo blocks closed": done.audit["placebo"]["owner"]}).items():
+        loss, recited = f"{x['loss']:.3f}", f"{x['recited']:.0%}"
+        lines.append(f"{name:28}{'':>11}{loss:>11}{'':>10}{recited:>10}")
     return lines

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,7 +25,7 @@ from memsinks.data.packing import Rows
 from memsinks.errors import ArchitectureError, ConfigError, DataError, refuse
 from memsinks.sinks.gradient import frozen
 from memsinks.sinks.opening import sinks_open
-from memsinks.sinks.state import is_sharded, require_sinks, shared_parameters, sink_parameters, unwrap
+from memsinks.sinks.state import is_sharded, require_sinks, shared_parameters, sink_modules, sink_parameters, unwrap
 from memsinks.training.evaluate import evaluating, losses, row_losses, unpatched
 from memsinks.training.optim import AdamW, clip_grad_norm_
 
@@ -61,6 +61,7 @@ def sinks_last(
     batch_rows: int = 16,
     micro_rows: int | None = None,
     max_norm: float = 1.0,
+    only: Mapping[int, Sequence[int]] | None = None,
     seed: int = 0,
 ) -> SinksLastResult:
     """Train the sinks of some texts alone, in place; every shared weight keeps its bits.
@@ -75,6 +76,7 @@ def sinks_last(
         passes: times each text is met.
         batch_rows: texts of one step; micro_rows: of one forward, the gradients add up. None = all.
         max_norm: of the sinks' gradient; 0 = no clipping.
+        only: {layer: blocks} that learn, all others keep every bit; None = all that are open.
         seed: of the order of the texts.
 
     Raises:
@@ -106,6 +108,8 @@ def sinks_last(
                 group["lr"] = lr * (1 - step / steps)
             chosen = next(order).split(micro_rows or batch_rows)
             own = add_own_gradients(model, shared, [batch_of(documents, x, parameters[0].device) for x in chosen])
+            if only is not None:
+                _keep_gradients(model, only)
             clip_grad_norm_(model, max_norm)
             optimizer.step()
             optimizer.zero_grad()
@@ -128,6 +132,16 @@ def add_own_gradients(model: nn.Module, shared: Sequence[nn.Parameter], batches:
         loss.backward()
         total += loss.item()
     return total
+
+
+def _keep_gradients(model: nn.Module, blocks: Mapping[int, Sequence[int]]) -> None:
+    """Set the gradient of all sink blocks but these to zero."""
+    for layer, module in zip(require_sinks(model).layers, sink_modules(model).values(), strict=True):
+        for parameter in module.parameters():
+            if parameter.grad is not None:
+                rest = torch.ones(len(parameter), dtype=torch.bool)
+                rest[list(blocks.get(layer, ()))] = False
+                parameter.grad[rest.to(parameter.device)] = 0
 
 
 def require_one_text_each(name: str, rows: Rows, why_empty: str = "no text was repeated, so no sinks opened") -> None:
