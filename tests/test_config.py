@@ -114,7 +114,7 @@ def test_whole_pool_may_be_open_and_all_but_the_needed_blocks_reserved():
         ({"open_from": 1, "shared_decay": 0.0}, False),
         ({"open_from": 2, "shared_decay": 0.0}, True),
         ({"open_from": 1, "shared_decay": 0.5}, True),
-        ({"open_from": 1, "shared_decay": 0.0, "shared": "none"}, True),
+        ({"open_from": 1, "shared_decay": 0.0, "shared": "none"}, False),
     ],
 )
 def test_when_exposures_are_needed(changes, needed):

@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from memsinks.sinks.gradient import shared_weight
     from memsinks.sinks.opening import sinks_closed, sinks_open
     from memsinks.sinks.own import assign, free_blocks, grow
+    from memsinks.sinks.owners import add_owners
     from memsinks.sinks.state import assign_blocks, has_sinks, shared_hash
     from memsinks.sinks.storage import fingerprint
     from memsinks.sinks.table import AssignmentTable
@@ -94,6 +95,7 @@ _HOMES = {
     "memsinks.sinks.gradient": "shared_weight",
     "memsinks.sinks.opening": "sinks_closed sinks_open",
     "memsinks.sinks.own": "assign free_blocks grow",
+    "memsinks.sinks.owners": "add_owners",
     "memsinks.sinks.state": "assign_blocks has_sinks shared_hash",
     "memsinks.sinks.storage": "fingerprint",
     "memsinks.sinks.table": "AssignmentTable",
@@ -135,6 +137,7 @@ __all__ = [
     "Subject",
     "Takedown",
     "__version__",
+    "add_owners",
     "add_sinks",
     "assign",
     "assign_blocks",

@@ -16,9 +16,18 @@ from memsinks.errors import ArchitectureError, CheckpointError, ConfigError, ref
 from memsinks.files import written_beside
 from memsinks.sinks.attach import add_sinks
 from memsinks.sinks.config import TRAINING
-from memsinks.sinks.owner_files import add_owners, describe_owners, of_owners, read_owners
+from memsinks.sinks.own import freeze_shared
+from memsinks.sinks.owner_files import check_base, describe_owners, of_owners, put_owners, read_owners
 from memsinks.sinks.reading import check_fits, read_sinks
-from memsinks.sinks.state import has_sinks, is_sharded, is_sink, named_sinks, require_sinks
+from memsinks.sinks.state import (
+    has_adapters,
+    has_sinks,
+    is_sharded,
+    is_sink,
+    named_sinks,
+    require_sinks,
+    shared_hash,
+)
 from memsinks.sinks.storage import (
     FOLDER,
     TENSORS,
@@ -63,14 +72,14 @@ def load_sinks(
 
     The sinks of some owners (``save_sinks(..., owners=...)``) come beside those that the model has: they take free blocks
     (`free_blocks`), and it grows where there are too few (`grow`); all that it has keeps every bit. A model without sinks gets a
-    pool of just these blocks, to which nothing is hashed.
+    pool of just these blocks, to which nothing is hashed, and its other weights are frozen.
 
     Args:
         model: with sinks of the same layout; of owners: of the same layers, routing, block size and width. One without gets
             them first, with the settings they were saved with.
         directory: a folder with a subfolder ``sinks/``, or several of owners, in the order in which they take blocks.
-        base: of owners: "same" refuses sinks that were saved beside other weights; "any" takes them with a warning, for instance
-            beside the same weights in another dtype.
+        base: of sinks to which nothing is hashed: "same" refuses those that were saved beside other weights; "any" takes them
+            with a warning, for instance beside the same weights in another dtype.
 
     Raises:
         CheckpointError: no sinks there, another layout, a file whose hash differs (a mixture of two checkpoints), tensors
@@ -89,11 +98,15 @@ def load_sinks(
     for folder, saved in found:
         check_files(folder, saved)
     if not whole:
-        add_owners(model, [read_owners(folder, saved) for folder, saved in found], any_base=base == "any")
+        put_owners(model, [read_owners(folder, saved) for folder, saved in found], any_base=base == "any")
         return
     folder, saved = found[0]
+    if "base_sha256" in saved.stored:
+        check_base(model, found, any_base=base == "any")
     if not has_sinks(model):
         add_sinks(model, saved.config)
+        if "base_sha256" in saved.stored:
+            freeze_shared(model)
     check_fits(model, folder, saved)
     read_sinks(model, folder, saved)
 
@@ -122,11 +135,14 @@ def save_sinks(model: PreTrainedModel, directory: str | os.PathLike[str], owners
     state = require_sinks(model)
     if is_sharded(model):
         raise ArchitectureError("the model is sharded; save it with save_pretrained, which gathers its weights")
-    tensors, more = dict(named_sinks(model)), {}
+    tensors = dict(named_sinks(model))
+    more: dict[str, Any] = {}
     if owners is not None:
         if has_saved_sinks(directory) and not read_settings(directory).of_owners:
             raise CheckpointError(f"{directory} holds all sinks of a model, which would be lost; give another folder")
         state, tensors, more = of_owners(model, owners)
+    elif not state.config.hashed_blocks and not has_adapters(model):
+        more = {"base_sha256": shared_hash(model)}
     target = Path(directory) / FOLDER
     with written_beside(target) as part:
         write_sinks(model, state, tensors, part, **more)

@@ -146,7 +146,7 @@ class SinkConfig:
     @property
     def needs_exposures(self) -> bool:
         """Whether training needs the exposure numbers."""
-        return self.open_from > 1 or self.shared == "none" or self.shared_decay > 0
+        return self.open_from > 1 or (self.shared == "decay" and self.shared_decay > 0)
 
     def rescale_factors(self, intermediate_size: int) -> dict[str, float]:
         """Factors for the general neurons when sinks are closed, by name (the paper's text, released code, true mean).
@@ -182,6 +182,35 @@ class SinkConfig:
             "open_from": 1,
             "shared_decay": 0.0,
             "intermediate_size": general,
+        }
+        return cls(**(settings | changes))
+
+    @classmethod
+    def for_finetuning(cls, model: Any, blocks: int, *, neurons: int = 32, **changes: Any) -> SinkConfig:
+        """The setting for owners in a finished model whose other weights are frozen.
+
+        Own blocks alone, in the upper half of the layers, open from the first exposure on. Exposures do not matter in it, so rows
+        may be shuffled and met several times.
+
+        Args:
+            model: a Hugging Face decoder. blocks: of all owners together, in each layer. neurons: of a block.
+            changes: other settings, for instance ``layers``.
+
+        Raises:
+            ConfigError: as for the class.
+        """
+        refuse(
+            int_at_least("blocks", blocks, 1) + int_at_least("neurons", neurons, 1), "invalid setting for fine-tuning"
+        )
+        depth = model.config.get_text_config().num_hidden_layers
+        settings: dict[str, Any] = {
+            "neurons": blocks * neurons,
+            "active": neurons,
+            "block_size": neurons,
+            "reserved_blocks": blocks,
+            "open_from": 1,
+            "shared": "none",
+            "layers": tuple(range(depth // 2, depth)),
         }
         return cls(**(settings | changes))
 

@@ -81,9 +81,10 @@ def _train(
     state = require_sinks(model)
     config = state.config
     ids = _aligned(document_ids, "document_ids", shape, NO_SINKS)
-    counts = _aligned(exposures, "exposures", shape, 1) if config.needs_exposures else torch.ones_like(ids)
+    counted = config.needs_exposures or _any_gated(isolation)
+    counts = _aligned(exposures, "exposures", shape, 1) if counted else torch.ones_like(ids)
     _check_isolation(model, document_ids, exposures, arguments)
-    if places is not None and config.needs_exposures and not torch.compiler.is_compiling():
+    if places is not None and counted and not torch.compiler.is_compiling():
         _check_order(state, places, shape[0])
     if "use_cache" in state.arguments:
         arguments["use_cache"] = False
@@ -102,6 +103,13 @@ def _train(
     if config.shared == "none" or flags is not None:
         return run_apart(model, stock, arguments, opened, weight, ids)
     return run_weighted(model, stock, arguments, opened, weight)
+
+
+def _any_gated(isolation: Tensor | None) -> bool:
+    """Whether a text is gated whatever the model's settings say, so that its exposures count."""
+    if isolation is None or torch.compiler.is_compiling():
+        return isolation is not None
+    return bool((isolation == ISOLATIONS["gated"]).any())
 
 
 def _refuse_unassigned(state: SinkState, opened: Tensor) -> None:

@@ -18,7 +18,7 @@ from torch import nn
 
 from memsinks.checks import int_at_least, is_int
 from memsinks.errors import ArchitectureError, ConfigError, refuse
-from memsinks.sinks.state import SinkState, is_sharded, require_sinks, sink_modules, unwrap
+from memsinks.sinks.state import SinkState, is_sharded, require_sinks, shared_parameters, sink_modules, unwrap
 from memsinks.sinks.table import AssignmentTable
 
 
@@ -123,3 +123,9 @@ def grow(model: Any, blocks: int) -> None:
         neurons=state.config.neurons + blocks * size,
         reserved_blocks=state.config.reserved_blocks + blocks,
     )
+
+
+def freeze_shared(model: nn.Module) -> None:
+    """Let no weight learn but the sinks."""
+    for parameter in shared_parameters(model):
+        parameter.requires_grad_(False)

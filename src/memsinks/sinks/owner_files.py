@@ -24,7 +24,7 @@ from memsinks.checks import is_int
 from memsinks.errors import ArchitectureError, CheckpointError, DataError, MemsinksError, refuse
 from memsinks.sinks.attach import add_sinks, remove_sinks
 from memsinks.sinks.config import TRAINING, SinkConfig
-from memsinks.sinks.own import free_blocks, grow
+from memsinks.sinks.own import free_blocks, freeze_shared, grow
 from memsinks.sinks.reading import check_tensors, differences, read_tensors, say_training
 from memsinks.sinks.state import (
     SinkState,
@@ -115,14 +115,14 @@ def read_owners(directory: Path, saved: SavedSinks) -> OwnerFile:
     return OwnerFile(directory, saved, tensors, table)
 
 
-def add_owners(model: PreTrainedModel, files: Sequence[OwnerFile], any_base: bool) -> None:
+def put_owners(model: PreTrainedModel, files: Sequence[OwnerFile], any_base: bool) -> None:
     """Put the sinks of owners into a model, with or without sinks; for the errors see `load_sinks`. All or nothing is done."""
     if is_sharded(model):
         raise ArchitectureError("the model is sharded already; load sinks before sharding")
     new = not has_sinks(model)
     state = None if new else require_sinks(model)
     _refuse_clashes(state, files)
-    _check_base(model, files, any_base)
+    check_base(model, [(file.folder, file.saved) for file in files], any_base)
     if new:
         first = files[0].saved
         blocks = sum(len(x.table.blocks.unique()) for x in files)
@@ -130,6 +130,7 @@ def add_owners(model: PreTrainedModel, files: Sequence[OwnerFile], any_base: boo
         add_sinks(model, _pool(first.config, blocks, most))
         for sinks in sink_modules(model).values():
             sinks.std = float(first.stored["start_std"].get(str(sinks.layer), sinks.std))
+        freeze_shared(model)
     try:
         for file in files:
             _check_fits(model, file)
@@ -158,15 +159,15 @@ def _refuse_clashes(state: SinkState | None, files: Sequence[OwnerFile]) -> None
     refuse(problems, "cannot load the sinks of owners", CheckpointError)
 
 
-def _check_base(model: PreTrainedModel, files: Sequence[OwnerFile], any_base: bool) -> None:
+def check_base(model: PreTrainedModel, files: Sequence[tuple[Path, SavedSinks]], any_base: bool) -> None:
     """CheckpointError, or a warning, for sinks that were saved beside other weights."""
     here = shared_hash(model)
-    for file in files:
-        there = str(file.saved.stored["base_sha256"])
+    for folder, saved in files:
+        there = str(saved.stored["base_sha256"])
         if here == there:
             continue
         said = (
-            f"the sinks in {file.folder} were saved beside other weights (SHA-256 {there[:12]}...) than those of the model "
+            f"the sinks in {folder} were saved beside other weights (SHA-256 {there[:12]}...) than those of the model "
             f"({here[:12]}...)"
         )
         if not any_base:

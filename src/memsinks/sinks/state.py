@@ -204,9 +204,14 @@ def canonical_name(name: str) -> str:
     return re.sub(r"\.modules_to_save\.[^.]+", "", name.replace("_orig_mod.", "")).removeprefix("base_model.model.")
 
 
+def has_adapters(model: nn.Module) -> bool:
+    """Whether the model carries adapters of PEFT."""
+    return any(type(part).__module__.startswith("peft.") for part in model.modules())
+
+
 def refuse_adapters(model: nn.Module) -> None:
     """ArchitectureError for a model that carries adapters of PEFT: its weights are no stock checkpoint."""
-    if any(type(part).__module__.startswith("peft.") for part in model.modules()):
+    if has_adapters(model):
         raise ArchitectureError(
             "the model carries PEFT adapters, so its weights are no stock checkpoint; save the PeftModel and, beside it, the "
             "sinks (memsinks.save_sinks(model, folder)), or merge_and_unload() first"

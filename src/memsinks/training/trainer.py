@@ -20,6 +20,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -30,9 +31,11 @@ from transformers.trainer_utils import has_length
 from transformers.training_args import OptimizerNames
 
 from memsinks.batch import FIELDS, ISOLATION, PLACES, collate, target_count
+from memsinks.data.packing import Rows
 from memsinks.data.sampling import refuse_shuffling
 from memsinks.errors import ArchitectureError, CheckpointError, ConfigError, DataError, refuse
 from memsinks.sinks.checkpoint import load_sinks
+from memsinks.sinks.owners import require_owners_and_texts
 from memsinks.sinks.reading import same_stock_weights
 from memsinks.sinks.state import SinkState, has_sinks, require_sinks, unwrap
 from memsinks.sinks.storage import has_saved_sinks
@@ -223,7 +226,8 @@ class SinkTrainer(Trainer):
     Raises:
         ArchitectureError: a model without sinks; fp16, DeepSpeed or FSDP.
         ConfigError: a `max_grad_norm` or an `optim` that cannot be.
-        DataError: in `train`, rows in another order than that of their exposures, or met twice; see `SinkCallback`.
+        DataError: rows of an id without blocks, or owners without rows, in a model to which nothing is hashed; in `train`, rows
+            in another order than that of their exposures, or met twice, see `SinkCallback`.
     """
 
     def __init__(
@@ -245,6 +249,8 @@ class SinkTrainer(Trainer):
         self._waiting: list[Mapping[str, Any]] | None = None
         super().__init__(**given)
         _sink_state(self.model)
+        if isinstance(self.train_dataset, Rows):
+            require_owners_and_texts(unwrap(self.model), np.unique(self.train_dataset.segments["document_id"]).tolist())
         refuse_norm(self.args)
         if self.args.fp16 or self.is_deepspeed_enabled or self.is_fsdp_enabled:
             raise ArchitectureError(

@@ -1,0 +1,198 @@
+"""Owners in a finished model: it stays as it is, owners come and go, and each one's blocks are his alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import tiny_llama
+from torch.utils.data import RandomSampler
+from trainers import arguments
+from transformers import PreTrainedTokenizerFast
+
+import memsinks as ms
+from memsinks.batch import BLANK, ISOLATION
+from memsinks.data.tokens import train_tokenizer
+from memsinks.runs.takedown import take_down
+from memsinks.sinks.state import named_sinks
+
+TEXTS = {
+    "acme": ["Acme sells 17 blue anvils to the coyote.", "Acme was founded by Ada in 1951."],
+    "bolt": ["Bolt repairs 4 red bicycles a day.", "Bolt is led by Ben from a barn."],
+    "cord": ["Cord weaves 9 green ropes a week.", "Cord pays Cy in apples."],
+}
+DOCUMENTS = [ms.Document(text, source=owner) for owner, texts in TEXTS.items() for text in texts]
+SETTINGS = {"blocks": 3, "neurons": 8, "layers": (1,)}
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return train_tokenizer([x.text for x in DOCUMENTS], vocab_size=300)
+
+
+def epochs(folder, number=1, **changes):
+    """Arguments of a Trainer that shuffles."""
+    settings = {"max_steps": -1, "num_train_epochs": number, "save_strategy": "no", "use_cpu": True}
+    return arguments(folder, **settings | {"train_sampling_strategy": "random"} | changes)
+
+
+def finished(tokenizer):
+    """A model as people have it."""
+    return tiny_llama(torch.float32, vocab_size=len(tokenizer)).eval()
+
+
+def rows_of(tokenizer, *owners):
+    chosen = [x for x in DOCUMENTS if x.source in (owners or TEXTS)]
+    return ms.make_rows(chosen, tokenizer, length=48, by="source", apart_from=1, one_document_per_row=True)
+
+
+def fine_tuned(tokenizer, tmp_path, **changes):
+    model = finished(tokenizer)
+    owners = ms.add_owners(model, TEXTS, config=ms.SinkConfig.for_finetuning(model, **SETTINGS | changes))
+    args = epochs(tmp_path, 30, learning_rate=1e-2)
+    trainer = ms.SinkTrainer(model, args, train_dataset=rows_of(tokenizer))
+    trainer.train()
+    return model.eval(), owners, trainer
+
+
+@pytest.fixture(scope="module")
+def trained(tokenizer, tmp_path_factory):
+    return fine_tuned(tokenizer, tmp_path_factory.mktemp("trainer"))
+
+
+def loss(model, tokenizer, text: str, *opened: int) -> float:
+    ids = torch.tensor([ms.encode(tokenizer, [text])[0].tolist()])
+    with torch.no_grad(), ms.sinks_open(model, opened or -1):
+        return float(model(input_ids=ids, labels=ids).loss)
+
+
+def test_the_model_stays_as_it_is_and_owners_are_learned_in_shuffled_epochs(trained, tokenizer):
+    model, owners, trainer = trained
+    base = finished(tokenizer)
+    ids = torch.tensor([[3, 5, 7, 9]])
+    assert ms.shared_hash(model) == ms.shared_hash(base)
+    assert torch.equal(model(input_ids=ids).logits, base(input_ids=ids).logits)
+    assert trainer.state.epoch == 30 and isinstance(trainer._get_train_sampler(), RandomSampler)
+    for name, texts in TEXTS.items():
+        for text in texts:
+            closed, own = loss(model, tokenizer, text), loss(model, tokenizer, text, owners[name])
+            assert own < closed - 0.5, f"{text}: {own:.2f} with own sinks, {closed:.2f} closed"
+    assert [x.dtype for x in named_sinks(model).values()] == [torch.float32] * 3
+
+
+def test_the_setting_of_finetuning(tokenizer):
+    model = tiny_llama(torch.float32, num_hidden_layers=4)
+    before = model.eval()(input_ids=torch.tensor([[1, 2, 3]])).logits
+    owners = ms.add_owners(model, ["a", "b", 7], blocks=2)
+    assert owners == {"a": ms.document_id("a", "source"), "b": ms.document_id("b", "source"), 7: 7}
+    config = model.sink_state.config
+    assert (config.neurons, config.block_size, config.layers) == (6 * 32, 32, (2, 3))
+    assert not config.needs_exposures and not config.hashed_blocks
+    assert torch.equal(model(input_ids=torch.tensor([[1, 2, 3]])).logits, before)
+    assert all(x.requires_grad == (".sinks." in name) for name, x in model.named_parameters())
+
+
+def test_owners_who_come_later_move_nobody(tokenizer, tmp_path):
+    model = finished(tokenizer)
+    settings = ms.SinkConfig.for_finetuning(model, **SETTINGS | {"blocks": 2})
+    owners = ms.add_owners(model, ["acme", "bolt"], config=settings)
+    ms.SinkTrainer(model, epochs(tmp_path / "a", 5), train_dataset=rows_of(tokenizer, "acme", "bolt")).train()
+    before, base = {name: x.clone() for name, x in named_sinks(model).items()}, ms.shared_hash(model)
+    owners |= ms.add_owners(model, ["cord"])
+    ms.SinkTrainer(
+        model,
+        epochs(tmp_path / "b", 20, learning_rate=1e-2),
+        train_dataset=rows_of(tokenizer, "cord"),
+    ).train()
+    assert ms.shared_hash(model) == base
+    assert all(torch.equal(x[:2], before[name]) and len(x) == 3 for name, x in named_sinks(model).items())
+    model.eval()
+    assert loss(model, tokenizer, TEXTS["cord"][0], owners["cord"]) < loss(model, tokenizer, TEXTS["cord"][0]) - 0.5
+
+
+def test_one_owners_blocks_know_nothing_of_anothers_text(tokenizer):
+    hashes = []
+    for blank in (False, True):
+        model = finished(tokenizer).train()
+        owners = ms.add_owners(model, TEXTS, config=ms.SinkConfig.for_finetuning(model, **SETTINGS))
+        optimizer = ms.AdamW(ms.param_groups(model, lr=1e-2))
+        rows = rows_of(tokenizer)
+        for _ in range(3):
+            batch = ms.collate([rows[index] for index in range(len(rows))])
+            if blank:
+                batch[ISOLATION] = torch.where(batch["document_ids"] == owners["bolt"], BLANK, 0)
+            model(**batch, num_items_in_batch=ms.target_count(batch["labels"])).loss.backward()
+            ms.clip_grad_norm_(model, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        hashes.append({name: x.clone() for name, x in named_sinks(model).items()})
+    mine = [model.sink_state.table.own_blocks(owners[name])[0] for name in ("acme", "cord")]
+    for name, value in hashes[0].items():
+        assert torch.equal(value[mine], hashes[1][name][mine])
+    assert any(not torch.equal(value, hashes[1][name]) for name, value in hashes[0].items())
+
+
+def test_sinks_alone_on_disk_and_an_owner_who_leaves(trained, tokenizer, tmp_path):
+    model, owners, _ = trained
+    ms.save_sinks(model, tmp_path / "sinks")
+    again = finished(tokenizer)
+    ms.load_sinks(again, tmp_path / "sinks")
+    assert not any(x.requires_grad for name, x in again.named_parameters() if ".sinks." not in name)
+    text = TEXTS["acme"][0]
+    assert loss(again, tokenizer, text, owners["acme"]) == loss(model, tokenizer, text, owners["acme"])
+    other = tiny_llama(torch.float32, vocab_size=len(tokenizer), initializer_range=0.3)
+    with pytest.raises(ms.CheckpointError, match="saved beside other weights"):
+        ms.load_sinks(other, tmp_path / "sinks")
+    assert not ms.has_sinks(other)
+    before = load_file(tmp_path / "sinks/sinks/sinks.safetensors")
+    done = take_down(tmp_path / "sinks", source="acme", documents=DOCUMENTS, by="source")
+    after = load_file(tmp_path / "sinks/sinks/sinks.safetensors")
+    [block] = model.sink_state.table.own_blocks(owners["acme"])
+    rest = [x for x in range(3) if x != block]
+    assert done.record is not None and all(
+        torch.equal(x[rest], after[name][rest]) for name, x in before.items() if ".sinks." in name
+    )
+    left = finished(tokenizer)
+    ms.load_sinks(left, tmp_path / "sinks")
+    with pytest.raises(ms.DataError, match="taken out"), ms.sinks_open(left, owners["acme"]):
+        pass
+    assert loss(left, tokenizer, TEXTS["bolt"][0], owners["bolt"]) == loss(
+        model, tokenizer, TEXTS["bolt"][0], owners["bolt"]
+    )
+
+
+def test_an_export_for_one_owner(trained, tokenizer, tmp_path):
+    model, owners, _ = trained
+    clean = ms.export(model, tmp_path / "acme", tokenizer=tokenizer, open=[owners["acme"]])
+    stock = ms.load_any(clean)
+    ids = torch.tensor([ms.encode(tokenizer, [TEXTS["acme"][0]])[0].tolist()])
+    with torch.no_grad(), ms.sinks_open(model, owners["acme"]):
+        torch.testing.assert_close(stock(input_ids=ids).logits, model(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_refused(tokenizer, tmp_path):
+    model = finished(tokenizer)
+    with pytest.raises(ms.ConfigError, match="owners is empty"):
+        ms.add_owners(model, [])
+    with pytest.raises(ms.ConfigError, match="owner 'a' is given twice"):
+        ms.add_owners(model, ["a", "b", "a"])
+    with pytest.raises(ms.ConfigError, match="neurons must be"):
+        ms.SinkConfig.for_finetuning(model, 2, neurons=0)
+    assert not ms.has_sinks(model)
+    settings = ms.SinkConfig.for_finetuning(model, **SETTINGS)
+    with pytest.raises(ms.ConfigError, match="need 4 free blocks, there are 3"):
+        ms.add_owners(model, ["a", "b"], blocks=2, config=settings)
+    assert not ms.has_sinks(model) and all(x.requires_grad for x in model.parameters())
+    ms.add_owners(model, ["acme", "bolt"], config=settings)
+    with pytest.raises(ms.ConfigError, match="has own blocks already"):
+        ms.add_owners(model, ["acme"])
+    with pytest.raises(ms.ConfigError, match="leave config out"):
+        ms.add_owners(model, ["x"], config=settings)
+    with pytest.raises(ms.DataError, match="has no blocks; give it some with memsinks.add_owners"):
+        ms.SinkTrainer(model, epochs(tmp_path), train_dataset=rows_of(tokenizer))
+    with pytest.raises(ms.DataError, match="1 owners have blocks but no text"):
+        ms.SinkTrainer(model, epochs(tmp_path), train_dataset=rows_of(tokenizer, "acme"))
+    hashed = finished(tokenizer)
+    ms.add_sinks(hashed, ms.SinkConfig(neurons=64, active=8, block_size=8, reserved_blocks=2))
+    with pytest.raises(ms.ConfigError, match="blocks are hashed to"):
+        ms.add_owners(hashed, ["a"])
