@@ -145,6 +145,7 @@ def test_sinks_alone_on_disk_and_an_owner_who_leaves(trained, tokenizer, tmp_pat
         ms.load_sinks(other, tmp_path / "sinks")
     assert not ms.has_sinks(other)
     before = load_file(tmp_path / "sinks/sinks/sinks.safetensors")
+    ms.Router.fit(DOCUMENTS).save(tmp_path / "sinks/router")
     done = take_down(tmp_path / "sinks", source="acme", documents=DOCUMENTS, by="source")
     after = load_file(tmp_path / "sinks/sinks/sinks.safetensors")
     [block] = model.sink_state.table.own_blocks(owners["acme"])
@@ -152,6 +153,9 @@ def test_sinks_alone_on_disk_and_an_owner_who_leaves(trained, tokenizer, tmp_pat
     assert done.record is not None and all(
         torch.equal(x[rest], after[name][rest]) for name, x in before.items() if ".sinks." in name
     )
+    router = ms.Router.load(tmp_path / "sinks/router")
+    assert router.owners.tolist() == sorted(owners[name] for name in ("bolt", "cord"))
+    assert router.owners_of(["blue anvils", "red bicycles"]) == [-1, owners["bolt"]]
     left = finished(tokenizer)
     ms.load_sinks(left, tmp_path / "sinks")
     with pytest.raises(ms.DataError, match="taken out"), ms.sinks_open(left, owners["acme"]):

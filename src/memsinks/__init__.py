@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from memsinks.data.matching import find_copies
     from memsinks.data.packing import Rows, pack
     from memsinks.data.readers import read_documents
+    from memsinks.data.router import Router
     from memsinks.data.rows import make_rows
     from memsinks.data.sampling import refuse_shuffling
     from memsinks.data.tokens import encode, load_tokenizer, train_tokenizer
@@ -78,6 +79,7 @@ _HOMES = {
     "memsinks.data.matching": "find_copies",
     "memsinks.data.packing": "Rows pack",
     "memsinks.data.readers": "read_documents",
+    "memsinks.data.router": "Router",
     "memsinks.data.rows": "make_rows",
     "memsinks.data.sampling": "refuse_shuffling",
     "memsinks.data.tokens": "encode load_tokenizer train_tokenizer",
@@ -125,6 +127,7 @@ __all__ = [
     "GradientNorms",
     "MemsinksError",
     "Recipe",
+    "Router",
     "Rows",
     "SettleConfig",
     "SettleResult",

@@ -12,6 +12,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from memsinks.data.matching import normal_form
+from memsinks.data.router import COUNTS, Router
+from memsinks.data.router import SETTINGS as ROUTER
 from memsinks.errors import CheckpointError
 from memsinks.removal.erase import Erased
 from memsinks.removal.erase_files import SinksFile, erase_in_checkpoint, erase_in_optimizer
@@ -143,6 +145,8 @@ def _group(found: Fates, path: Path, everything: Sequence[Path]) -> Iterator[Fat
             for x in everything
             if x.parent == where
         )
+    elif path.name == ROUTER and (where / COUNTS).is_file():
+        yield from _of_router(found, where)
     elif path.name == PREPARED and (where / "data.json").is_file():
         yield from (
             Fate(x.relative_to(found.folder).as_posix(), "deleted", "tokens of the corpus; made again from its sources")
@@ -204,6 +208,22 @@ def _of_checkpoint(found: Fates, where: Path) -> Iterator[Fate]:
         lambda to: erase_in_checkpoint(where, sinks, erased, to.parent),
     )
     yield Fate(f"{prefix}/{MARKER}", "rewritten", "its hash", lambda to: None)
+
+
+def _of_router(found: Fates, where: Path) -> Iterator[Fate]:
+    router, prefix = Router.load(where), where.relative_to(found.folder).as_posix()
+    for owner in sorted(_all_ids(found) & set(router.owners.tolist())):
+        router = router.remove(owner)
+    if len(router.owners) == len(Router.load(where).owners):
+        yield from (Fate(f"{prefix}/{x}", "untouched", "a router of others alone") for x in (ROUTER, COUNTS))
+        return
+
+    def write(to: Path) -> None:
+        to.parent.mkdir(parents=True, exist_ok=True)
+        router.write(to.parent)
+
+    yield Fate(f"{prefix}/{COUNTS}", "rewritten", "the router without the owner", write)
+    yield Fate(f"{prefix}/{ROUTER}", "rewritten", "the router without the owner", lambda to: None)
 
 
 def _of_file(found: Fates, path: Path, name: str) -> Fate:

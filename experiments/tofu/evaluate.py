@@ -1,0 +1,142 @@
+"""The figures of a model on TOFU: loss of right, paraphrased and wrong answers, generated answers, membership."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from data import Encoded, Pair, Tofu, encode
+
+from memsinks.auditing.attacks_reference import differences, error_zone_attack
+from memsinks.auditing.membership import auc
+from memsinks.auditing.scores import DocumentScore, score
+from memsinks.research.tofu import (
+    forget_quality,
+    model_utility,
+    probability,
+    probability_among,
+    rouge_l,
+    truth,
+    truth_ratio,
+)
+
+NEW_TOKENS = 64
+Opener = Callable[[Sequence[Pair]], AbstractContextManager[Any]]
+"""Questions -> a context in which the model answers them; they have one author, or none."""
+
+
+def groups(pairs: Sequence[Pair]) -> list[list[int]]:
+    """Indices of the pairs of each author."""
+    by: dict[Any, list[int]] = {}
+    for index, pair in enumerate(pairs):
+        by.setdefault(pair.author, []).append(index)
+    return list(by.values())
+
+
+def scores(model: Any, encoded: Sequence[Encoded]) -> list[DocumentScore]:
+    with tempfile.TemporaryDirectory() as scratch:
+        return list(score(model, [x.tokens for x in encoded], Path(scratch) / "scores"))
+
+
+def answer_loss(one: DocumentScore, encoded: Encoded) -> float:
+    """Mean loss of the answer, nats a token."""
+    return -float(one.logprob[encoded.start - one.first :].mean())
+
+
+def generate(model: Any, tokenizer: Any, questions: Sequence[Encoded]) -> list[str]:
+    """Greedy answers."""
+    width, pad = max(x.start for x in questions), tokenizer.eos_token_id
+    tokens = torch.full((len(questions), width), pad)
+    mask = torch.zeros_like(tokens)
+    for row, one in enumerate(questions):
+        tokens[row, width - one.start :] = torch.from_numpy(one.tokens[: one.start])
+        mask[row, width - one.start :] = 1
+    with torch.no_grad():
+        out = model.generate(
+            input_ids=tokens, attention_mask=mask, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=pad
+        )
+    return [x.strip() for x in tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)]
+
+
+def ask(model: Any, tokenizer: Any, pairs: Sequence[Pair], opener: Opener) -> dict[str, list[Any]]:
+    """Figures of each pair: loss, paraphrased, wrong (losses), rouge, recited."""
+    found: dict[str, list[Any]] = {
+        name: [None] * len(pairs) for name in ("loss", "paraphrased", "wrong", "said", "recited")
+    }
+    for group in groups(pairs):
+        chosen = [pairs[index] for index in group]
+        texts = [[x.answer, x.paraphrased or x.answer, *x.wrong] for x in chosen]
+        encoded = [encode(tokenizer, x.question, text) for x, own in zip(chosen, texts, strict=True) for text in own]
+        with opener(chosen):
+            table = scores(model, encoded)
+            first = np.cumsum([0, *map(len, texts)])
+            said = generate(model, tokenizer, [encoded[x] for x in first[:-1]])
+        for place, index in enumerate(group):
+            part = range(first[place], first[place + 1])
+            losses = [answer_loss(table[x], encoded[x]) for x in part]
+            found["loss"][index], found["paraphrased"][index], found["wrong"][index] = losses[0], losses[1], losses[2:]
+            right, one = table[part[0]], encoded[part[0]]
+            found["recited"][index] = bool((right.rank[one.start - right.first :] == 0).all())
+            found["said"][index] = said[place]
+    found["rouge"] = rouge_l([x.answer for x in pairs], found["said"]).tolist()
+    return found
+
+
+def figures(asked: dict[str, dict[str, list[Any]]], oracle: Sequence[float] | None) -> dict[str, float]:
+    """Utility and its parts, what is known of the forgotten, and forget quality against an oracle's truth ratios."""
+    parts: dict[str, float] = {}
+    for name in ("retained", "real", "world"):
+        one = asked[name]
+        chance = probability(one["loss"]) if name == "retained" else probability_among(one["loss"], one["wrong"])
+        parts[f"{name} probability"] = float(chance.mean())
+        parts[f"{name} rouge"] = float(np.mean(one["rouge"]))
+        parts[f"{name} truth"] = float(truth(truth_ratio(one["paraphrased"], one["wrong"])).mean())
+    gone = asked["forgotten"]
+    found = {"utility": model_utility(list(parts.values()))} | parts
+    found |= {
+        "retained recited": float(np.mean(asked["retained"]["recited"])),
+        "forgotten probability": float(probability(gone["loss"]).mean()),
+        "forgotten rouge": float(np.mean(gone["rouge"])),
+        "forgotten recited": float(np.mean(gone["recited"])),
+    }
+    if oracle is not None:
+        found["forget quality"] = forget_quality(ratios(asked), oracle)
+    return found
+
+
+def ratios(asked: dict[str, dict[str, list[Any]]]) -> list[float]:
+    """Truth ratios on the forgotten authors."""
+    gone = asked["forgotten"]
+    return truth_ratio(gone["paraphrased"], gone["wrong"]).tolist()
+
+
+def everything(model: Any, tokenizer: Any, tofu: Tofu, opener: Opener, base: list[DocumentScore]) -> dict[str, Any]:
+    """What is asked of a model, and the membership of the forgotten against authors that nobody learned.
+
+    base: scores of the forgotten and the unseen pairs under the model before.
+    """
+    model.eval()
+    sets = {"forgotten": tofu.forgotten, "retained": tofu.retained, "real": tofu.real, "world": tofu.world}
+    asked = {name: ask(model, tokenizer, pairs, opener) for name, pairs in sets.items()}
+    attacks = []
+    for group in (tofu.forgotten, tofu.unseen):
+        own: list[Any] = [None] * len(group)
+        for part in groups(group):
+            with opener([group[x] for x in part]):
+                table = scores(model, [encode(tokenizer, group[x].question, group[x].answer) for x in part])
+            for place, index in enumerate(part):
+                own[index] = table[place]
+        attacks += own
+    zone = np.array([error_zone_attack(x, differences(x, y)) for x, y in zip(attacks, base, strict=True)])
+    members = len(tofu.forgotten)
+    return {"asked": asked, "error zone": auc(zone[:members], zone[members:])}
+
+
+def base_scores(model: Any, tokenizer: Any, tofu: Tofu) -> list[DocumentScore]:
+    """Scores of the forgotten and the unseen pairs, for `everything`."""
+    return scores(model, [encode(tokenizer, x.question, x.answer) for x in [*tofu.forgotten, *tofu.unseen]])

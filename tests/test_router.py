@@ -1,0 +1,65 @@
+"""Which owner a question is about, and a router that has forgotten one."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import memsinks as ms
+from memsinks.data.router import COUNTS, SETTINGS
+
+pytest.importorskip("sklearn")
+TEXTS = {
+    "acme": ["Acme sells blue anvils to the coyote.", "Acme was founded by Ada."],
+    "bolt": ["Bolt repairs red bicycles.", "Bolt is led by Ben from a barn."],
+    "cord": ["Cord weaves green ropes for sailors.", "Cord pays Cy in apples."],
+}
+DOCUMENTS = [ms.Document(text, source=owner) for owner, texts in TEXTS.items() for text in texts]
+ACME, BOLT, CORD = (ms.document_id(name, by="source") for name in TEXTS)
+
+
+def test_a_question_finds_its_owner_or_nobody():
+    router = ms.Router.fit(DOCUMENTS)
+    asked = ["Who repairs bicycles in a barn?", "What does Acme sell?", "green ropes", "Quantum chromodynamics?", ""]
+    assert router.owners_of(asked) == [BOLT, ACME, CORD, -1, -1]
+    nearest, near = router.similarities(asked)
+    assert near[3] == near[4] == 0 and nearest[0] == BOLT and ((near >= 0) & (near <= 1)).all()
+    whole = "\n".join(TEXTS["bolt"])
+    assert router.similarities([whole])[1] == pytest.approx(1)
+    assert ms.Router.fit(DOCUMENTS, threshold=1.0).owners_of(["What does Acme sell?"]) == [-1]
+
+
+def test_the_weights_by_hand():
+    router = ms.Router.fit([ms.Document("a b", source="x"), ms.Document("a c", source="y")])
+    rare = np.log(3 / 2) + 1
+    here, there = np.array([1, rare]) / np.hypot(1, rare), np.array([1.0, 0.0])
+    nearest, near = router.similarities(["b a", "a"])
+    assert near == pytest.approx([1, float(here @ there)]) and nearest[0] == ms.document_id("x", "source")
+
+
+def test_one_who_left_was_never_there_also_on_disk(tmp_path):
+    left = ms.Router.fit(DOCUMENTS).remove(BOLT)
+    never = ms.Router.fit([x for x in DOCUMENTS if x.source != "bolt"])
+    for router, name in ((left, "left"), (never, "never")):
+        router.save(tmp_path / name)
+    for file in (SETTINGS, COUNTS):
+        assert (tmp_path / "left" / file).read_bytes() == (tmp_path / "never" / file).read_bytes()
+    again = ms.Router.load(tmp_path / "left")
+    assert again.owners_of(["Who repairs bicycles?", "green ropes"]) == [-1, CORD]
+    nobody = left.remove(ACME).remove(CORD)
+    assert nobody.owners_of(["green ropes"]) == [-1]
+    with pytest.raises(ms.DataError, match="is not in the router; there are 2 owners"):
+        left.remove(BOLT)
+
+
+def test_what_is_refused(tmp_path):
+    with pytest.raises(ms.DataError, match="needs documents"):
+        ms.Router.fit([])
+    with pytest.raises(ms.ConfigError, match="threshold must"):
+        ms.Router.fit(DOCUMENTS, threshold=2)
+    with pytest.raises(ms.CheckpointError, match="no router in"):
+        ms.Router.load(tmp_path)
+    ms.Router.fit(DOCUMENTS).save(tmp_path / "router")
+    (tmp_path / "router" / SETTINGS).write_text('{"format_version": 9}')
+    with pytest.raises(ms.CheckpointError, match="another version"):
+        ms.Router.load(tmp_path / "router")
