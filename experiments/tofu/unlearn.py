@@ -1,4 +1,4 @@
-"""What is done to a model that learned all authors so that it forgets two: the losses of memsinks.research.rivals, RMU, task vector."""
+"""What makes a model that learned all authors forget two: the losses of memsinks.research.rivals, RMU, a task vector."""
 
 from __future__ import annotations
 
