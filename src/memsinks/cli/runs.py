@@ -18,14 +18,26 @@ def add_demo(commands: Commands) -> None:
         "and show what each model recites. Three to six minutes on two cores.",
     )
     parser.add_argument(
-        "--out", default="runs/demo", help="folder for the runs, the table and the picture (%(default)s)"
+        "--pretrained",
+        nargs="?",
+        const="",
+        metavar="MODEL",
+        help="fine-tune a finished chat model on three invented customers instead, take one out and export another: a folder or "
+        "a name on the Hugging Face hub (SmolLM2-135M-Instruct, 270 MB, which is then downloaded)",
     )
+    parser.add_argument("--out", help="folder for all results (runs/demo, or runs/demo-pretrained)")
 
 
 def run_demo(arguments: Namespace) -> None:
+    if arguments.pretrained is not None:
+        from memsinks.runs.demo_pretrained import MODEL, demo_pretrained, format_pretrained
+
+        out = Path(arguments.out or "runs/demo-pretrained")
+        print(format_pretrained(demo_pretrained(arguments.pretrained or MODEL, out), out))
+        return
     from memsinks.runs.demo import demo, format_result
 
-    out = Path(arguments.out)
+    out = Path(arguments.out or "runs/demo")
     print(format_result(demo(out), out))
 
 
