@@ -28,7 +28,7 @@ FIXED = ("bloom", "mpt")
 """Architectures whose MLP is always four times as wide as the model."""
 A, B = 5, 9
 TOKENS = some_tokens()
-NAMES = [name for name in FAMILIES if name not in FIXED]
+NAMES = [name for name, family in FAMILIES.items() if name not in FIXED and not family.experts]
 
 
 def llama(changes: dict[str, Any] | None = None, dtype: torch.dtype = torch.float32, **settings: Any):
