@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 from memsinks.sinks.attach import add_sinks
 from memsinks.sinks.config import SinkConfig
@@ -26,6 +26,8 @@ GPT2 = dict(
     embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=1, eos_token_id=None, pad_token_id=0,
 )  # fmt: skip
 LONG_WINDOW = dict(sliding_window=512)
+TOWER = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, image_size=16, patch_size=8)
+SECTIONS = dict(rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_section=[1, 1, 2]))
 EXPERTS = dict(num_experts_per_tok=2, moe_intermediate_size=24)
 FIRST_DENSE = dict(n_routed_experts=4, n_shared_experts=1, n_group=1, topk_group=1, first_k_dense_replace=1)
 LATENT = COMMON | EXPERTS | FIRST_DENSE | dict(
@@ -37,7 +39,8 @@ LATENT = COMMON | EXPERTS | FIRST_DENSE | dict(
 class Family:
     """One architecture: its model type and settings, and what its MLP computes (written down, not read from it).
 
-    experts: the sinks stand beside a mixture of experts, in one layer or all.
+    experts: the sinks stand beside a mixture of experts, in one layer or all. multimodal: beside the MLPs of the language model
+    in a model that reads images too.
     """
 
     kind: str
@@ -45,6 +48,7 @@ class Family:
     activation: str = "silu"
     gated: bool = True
     experts: bool = False
+    multimodal: bool = False
 
 
 FAMILIES = {
@@ -156,6 +160,46 @@ FAMILIES = {
         | dict(attention_chunk_size=32),
         experts=True,
     ),
+    "llava": Family(
+        "llava",
+        dict(
+            text_config=dict(model_type="llama", **GROUPED),
+            vision_config=dict(model_type="clip_vision_model", num_attention_heads=2, **TOWER), image_token_index=200,
+        ),
+        multimodal=True,
+    ),
+    "gemma3_images": Family(
+        "gemma3",
+        dict(
+            text_config=GROUPED | LONG_WINDOW
+            | dict(query_pre_attn_scalar=8, layer_types=["sliding_attention", "full_attention"]),
+            vision_config=dict(model_type="siglip_vision_model", num_attention_heads=2, **TOWER),
+            image_token_index=200, boi_token_index=201, eoi_token_index=202, mm_tokens_per_image=1,
+        ),
+        "gelu_pytorch_tanh",
+        multimodal=True,
+    ),
+    "qwen2_vl": Family(
+        "qwen2_vl",
+        dict(
+            text_config=COMMON | SECTIONS | dict(num_key_value_heads=2),
+            vision_config=dict(depth=1, embed_dim=16, num_heads=2, mlp_ratio=2, patch_size=8, hidden_size=WIDTH),
+            image_token_id=200, video_token_id=201, vision_start_token_id=202, vision_end_token_id=203,
+        ),
+        multimodal=True,
+    ),
+    "qwen3_vl": Family(
+        "qwen3_vl",
+        dict(
+            text_config=GROUPED | SECTIONS,
+            vision_config=dict(
+                depth=1, hidden_size=16, intermediate_size=24, num_heads=2, patch_size=8, out_hidden_size=WIDTH,
+                deepstack_visual_indexes=[0], num_position_embeddings=16,
+            ),
+            image_token_id=200, video_token_id=201, vision_start_token_id=202, vision_end_token_id=203,
+        ),
+        multimodal=True,
+    ),
 }  # fmt: skip
 MPT = Family(
     "mpt",
@@ -175,7 +219,8 @@ def tiny(name: str, seed: int = 0) -> PreTrainedModel:
     """The model of a family in eval mode, the same for a seed; the global random state is left alone."""
     family = (FAMILIES | {"mpt": MPT})[name]
     with torch.random.fork_rng(devices=[]):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family.kind, **copy.deepcopy(family.settings)))
+        config = AutoConfig.for_model(family.kind, **copy.deepcopy(family.settings))
+        model = (AutoModelForImageTextToText if family.multimodal else AutoModelForCausalLM).from_config(config)
     return randomised(model, seed)
 
 

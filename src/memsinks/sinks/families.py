@@ -20,7 +20,7 @@ ISOLATES_PACKED = frozenset(
     "llama qwen2 qwen3 mistral gemma2 gemma3_text gpt2 gpt_neox gptj gpt_neo olmo2 olmo3 phi phi3 smollm3 granite "
     "stablelm starcoder2 cohere2 nemotron gpt_bigcode exaone4 glm4 seed_oss nanochat "
     "mixtral qwen2_moe qwen3_moe olmoe deepseek_v2 deepseek_v3 granitemoe glm4_moe ernie4_5_moe dots1 hunyuan_v1_moe "
-    "flex_olmo llama4_text".split()
+    "flex_olmo llama4_text llava gemma3 qwen3_vl".split()
 )
 """Model types in which restarting position_ids was shown to isolate the documents of a packed row."""
 

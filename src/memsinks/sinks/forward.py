@@ -16,6 +16,9 @@ from memsinks.sinks.gradient import isolated_weight, opened_ids
 from memsinks.sinks.run import run, run_weighted
 from memsinks.sinks.state import SinkState, refuse_taken, require_sinks
 
+NOT_TEXT = ("pixel_", "image_", "video_", "audio_", "input_features", "mm_encoder")
+"""How the names of a multimodal model's arguments begin that are no text."""
+
 
 def forward(
     model: Any,
@@ -80,6 +83,12 @@ def _train(
 ) -> Any:
     state = require_sinks(model)
     config = state.config
+    seen = [name for name, value in arguments.items() if value is not None and name.startswith(NOT_TEXT)]
+    if seen:
+        raise ArchitectureError(
+            f"a model with sinks is trained on text alone, got {seen}: sinks beside images were not shown to do what they should; "
+            "leave them out (evaluation takes them)"
+        )
     ids = _aligned(document_ids, "document_ids", shape, NO_SINKS)
     counts = _aligned(exposures, "exposures", shape, 1) if config.needs_exposures else torch.ones_like(ids)
     _check_isolation(model, document_ids, exposures, arguments)
