@@ -27,7 +27,10 @@ PATCHED = "forward", "_original_forward"
 
 @dataclass(frozen=True)
 class SinkReport:
-    """What `add_sinks` touched. Parameters are counts; `open_parameters` = open per token in all layers."""
+    """What `add_sinks` touched. Parameters are counts; `open_parameters` = open per token in all layers.
+
+    intermediate_size: of the widest MLP; of one expert where all hosts are mixtures. mixtures: layers whose host is one.
+    """
 
     layers: tuple[int, ...]
     intermediate_size: int
@@ -36,10 +39,13 @@ class SinkReport:
     shared_parameters: int
     sink_parameters: int
     open_parameters: int
+    mixtures: int = 0
 
     def __str__(self) -> str:
+        beside = f"mixtures of experts in {self.mixtures} of them" if self.mixtures else ""
+        beside = beside or f"{self.intermediate_size} general ones"
         return (
-            f"sinks in {len(self.layers)} layers: {self.neurons} neurons beside {self.intermediate_size} general ones, "
+            f"sinks in {len(self.layers)} layers: {self.neurons} neurons beside {beside}, "
             f"{self.active} open per document ({self.shared_parameters:,} shared, {self.sink_parameters:,} sink, "
             f"{self.open_parameters:,} open parameters)"
         )
@@ -162,9 +168,9 @@ def add_sinks(model: PreTrainedModel, config: SinkConfig) -> SinkReport:
     model.sink_state = state  # type: ignore[assignment]
     sinks = sum(parameter.numel() for parameter in sink_parameters(model))
     shared = sum(parameter.numel() for parameter in model.parameters()) - sinks
-    return SinkReport(
-        chosen, max(sizes), config.neurons, config.active, shared, sinks, sinks * config.active // config.neurons
-    )
+    opened = sinks * config.active // config.neurons
+    mixtures = sum(isinstance(host, Experts) for host in hosts)
+    return SinkReport(chosen, max(sizes), config.neurons, config.active, shared, sinks, opened, mixtures)
 
 
 def _arguments(model: PreTrainedModel) -> tuple[str, ...]:

@@ -20,9 +20,10 @@ ISOLATES_PACKED = frozenset(
     "llama qwen2 qwen3 mistral gemma2 gemma3_text gpt2 gpt_neox gptj gpt_neo olmo2 olmo3 phi phi3 smollm3 granite "
     "stablelm starcoder2 cohere2 nemotron gpt_bigcode exaone4 glm4 seed_oss nanochat "
     "mixtral qwen2_moe qwen3_moe olmoe deepseek_v2 deepseek_v3 granitemoe glm4_moe ernie4_5_moe dots1 hunyuan_v1_moe "
-    "flex_olmo llama4_text llava gemma3 qwen3_vl".split()
+    "flex_olmo llama4_text llava gemma3 qwen3_vl qwen3_vl_text".split()
 )
-"""Model types in which restarting position_ids was shown to isolate the documents of a packed row."""
+"""Model types in which restarting position_ids was shown to isolate the documents of a packed row; of a multimodal model, both its
+own type and that of its language model must be here."""
 
 RESIDUAL_INSIDE = frozenset({"bloom", "mpt"})
 """Model types whose MLP takes the residual as second argument and adds it."""

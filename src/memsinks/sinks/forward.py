@@ -200,10 +200,10 @@ def _check_isolation(
         before_the_end = text[:, 1:].flip(1).cumsum(1).flip(1).bool()
         if not any(bool((border & before_the_end).any()) for border in borders):
             return
-    kind = model.config.model_type
-    if kind not in ISOLATES_PACKED:
+    kinds = dict.fromkeys(config.model_type for config in (model.config, model.config.get_text_config()))
+    if leaky := [kind for kind in kinds if kind not in ISOLATES_PACKED]:
         raise ArchitectureError(
-            f"packed rows (several documents in one) leak between documents in {kind}, or were not shown not to; "
+            f"packed rows (several documents in one) leak between documents in {leaky[0]}, or were not shown not to; "
             "pack with one_document_per_row=True"
         )
     if arguments.get("position_ids") is None:
