@@ -15,6 +15,8 @@ from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedMode
 import memsinks as ms
 from memsinks.batch import BLANK, ISOLATIONS
 from memsinks.removal.verify import logits_in_fresh_process
+from memsinks.runs.estimate import estimate
+from memsinks.runs.recipe import parse_recipe
 from memsinks.sinks.checkpoint import describe
 from memsinks.sinks.experts import Experts, read_host
 from memsinks.sinks.state import is_sink, named_sinks
@@ -72,7 +74,9 @@ def trained(model: PreTrainedModel, blank: bool) -> PreTrainedModel:
 def test_shared_weights_do_not_see_private_rows(name: str, config: ms.SinkConfig) -> None:
     model, shadow = (trained(owned(name, config), blank) for blank in (False, True))
     assert ms.shared_hash(model) == ms.shared_hash(shadow) != ms.shared_hash(owned(name, config))
-    moved = [not torch.equal(x, y) for x, y in zip(named_sinks(model).values(), named_sinks(shadow).values(), strict=True)]
+    moved = [
+        not torch.equal(x, y) for x, y in zip(named_sinks(model).values(), named_sinks(shadow).values(), strict=True)
+    ]
     assert all(moved)
 
 
@@ -223,7 +227,13 @@ def uninitialized() -> PreTrainedModel:
 
 
 def blip2() -> PreTrainedModel:
-    text = {"vocab_size": VOCABULARY, "hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "ffn_dim": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     tower = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = AutoConfig.for_model(
         "blip-2",
@@ -270,3 +280,10 @@ def test_sinks_of_a_multimodal_model_stand_in_its_language_model() -> None:
     for name in MULTIMODAL:
         places = {name.rsplit(".layers", 1)[0] for name in named_sinks(with_sinks(name))}
         assert places == {"model.language_model"}, list(itertools.islice(places, 3))
+
+
+def test_no_estimate_is_made_of_experts() -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = {"config": sizes | {"model_type": "mixtral", "num_key_value_heads": 2, "vocab_size": 96}}
+    with pytest.raises(ms.ConfigError, match="mixtures of experts, of which no estimate is made yet"):
+        estimate(parse_recipe({"output": "x", "model": model}))

@@ -44,11 +44,12 @@ def read_host(module: nn.Module, config: PretrainedConfig) -> Mlp | Experts:
     if not is_mixture(module):
         return read_mlp(module, config.model_type)
     name, experts = type(module).__name__, module.get_submodule("experts")
-    down = getattr(experts, "down_proj", None)
-    into = getattr(experts, "gate_up_proj", getattr(experts, "up_proj", None))
+    down: Any = getattr(experts, "down_proj", None)
+    into: Any = getattr(experts, "gate_up_proj", getattr(experts, "up_proj", None))
     text = config.get_text_config()
-    named = getattr(text, "hidden_act", None)
-    act = getattr(experts, "act_fn", None) or (ACT2FN[named] if named in ACT2FN else None)
+    act = getattr(experts, "act_fn", None)
+    if act is None and getattr(text, "hidden_act", None) in ACT2FN:
+        act = ACT2FN[text.hidden_act]
     plain = all(isinstance(x, Tensor) and x.dim() == 3 and x.is_floating_point() for x in (down, into))
     if not plain or act is None or text.hidden_size not in down.shape[1:]:
         raise ArchitectureError(

@@ -22,7 +22,7 @@ ISOLATES_PACKED = frozenset(
     "mixtral qwen2_moe qwen3_moe olmoe deepseek_v2 deepseek_v3 granitemoe glm4_moe ernie4_5_moe dots1 hunyuan_v1_moe "
     "flex_olmo llama4_text llava gemma3 qwen3_vl qwen3_vl_text".split()
 )
-"""Model types in which restarting position_ids was shown to isolate the documents of a packed row; of a multimodal model, both its
+"""Model types in which restarting position_ids was shown to isolate the documents of a packed row. Of a multimodal model both its
 own type and that of its language model must be here."""
 
 RESIDUAL_INSIDE = frozenset({"bloom", "mpt"})

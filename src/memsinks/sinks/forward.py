@@ -86,8 +86,8 @@ def _train(
     seen = [name for name, value in arguments.items() if value is not None and name.startswith(NOT_TEXT)]
     if seen:
         raise ArchitectureError(
-            f"a model with sinks is trained on text alone, got {seen}: sinks beside images were not shown to do what they should; "
-            "leave them out (evaluation takes them)"
+            f"a model with sinks is trained on text alone, got {seen}; leave them out (evaluation takes them): no test shows "
+            "what sinks do beside images"
         )
     ids = _aligned(document_ids, "document_ids", shape, NO_SINKS)
     counts = _aligned(exposures, "exposures", shape, 1) if config.needs_exposures else torch.ones_like(ids)
