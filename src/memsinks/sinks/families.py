@@ -109,7 +109,10 @@ def decoder_layers(model: nn.Module) -> tuple[nn.ModuleList, str]:
 def _language_model(model: Any) -> nn.Module:
     """The part of a multimodal model that reads text; a text model itself."""
     config = getattr(model, "config", None)
-    return model if config is None or config.get_text_config() is config else model.get_decoder()
+    try:
+        return model if config is None or config.get_text_config() is config else model.get_decoder()
+    except ValueError as error:
+        raise ArchitectureError(f"{type(model).__name__} has several models of text, not one decoder: {error}") from error
 
 
 def read_mlp(mlp: nn.Module, model_type: str) -> Mlp:
