@@ -54,7 +54,8 @@ def export(
         The directory.
 
     Raises:
-        ArchitectureError: the model has no sinks; its MLPs cannot be widened (BLOOM, MPT, MLPs of different widths).
+        ArchitectureError: the model has no sinks; its MLPs cannot be widened (BLOOM, MPT, MLPs of different
+            widths, mixtures of experts), or a mixture of experts is to be rescaled.
         ConfigError: an unknown `rescale`, or one other than ``"none"`` together with `open`.
         DataError: `open` is empty, or names something that is no id or an id that opens nothing (-1).
         CheckpointError: the directory is not empty, the model is sharded, writing failed, or the check did not pass.

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from memsinks.errors import ArchitectureError, DataError
+from memsinks.sinks.experts import is_mixture
 from memsinks.sinks.families import Mlp, decoder_layers, read_mlp
 from memsinks.sinks.layer import Sinks
 from memsinks.sinks.opening import parse_open
@@ -66,7 +67,7 @@ def open_for_export(model: PreTrainedModel, documents: OpenDocuments, tensors: d
 
     Raises:
         DataError: no ids, something that is no id, or an id that opens nothing.
-        ArchitectureError: MLPs of several widths, or no field of the config says how wide they are.
+        ArchitectureError: mixtures of experts, MLPs of several widths, or no field of the config says how wide they are.
     """
     ids, names = read_documents_to_open(documents)
     state = require_sinks(model)
@@ -74,6 +75,12 @@ def open_for_export(model: PreTrainedModel, documents: OpenDocuments, tensors: d
     chosen = _open_blocks(state, ids)
     layers, mlp_name = decoder_layers(model)
     mlps: list[Any] = [getattr(layer, mlp_name) for layer in layers]
+    if any(is_mixture(mlp) for mlp in mlps):
+        raise ArchitectureError(
+            f"{type(model).__name__} has mixtures of experts, of which no expert is met by every token, so open sinks cannot "
+            "become neurons of one; export without open, or keep the sinks beside the model: model.save_pretrained writes "
+            "them, memsinks.load and memsinks.sinks_open use them"
+        )
     hosts = [read_mlp(mlp, model.config.model_type) for mlp in mlps]
     widths = sorted({host.intermediate_size for host in hosts})
     if len(widths) > 1:

@@ -28,11 +28,15 @@ import sys
 sys.modules["memsinks"] = None
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 tokens, results, *folders = sys.argv[1:]
 tokens = load_file(tokens)["tokens"]
 for index, folder in enumerate(folders):
-    model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    config = AutoConfig.from_pretrained(folder)
+    multimodal = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(config.model_type)
+    auto = AutoModelForImageTextToText if multimodal in (config.architectures or ()) else AutoModelForCausalLM
+    model, report = auto.from_pretrained(folder, output_loading_info=True)
     unmatched = {key: sorted(map(str, report[key])) for key in ("missing_keys", "unexpected_keys") if report[key]}
     if unmatched:
         sys.exit(f"{folder} does not load cleanly: {unmatched}")

@@ -22,6 +22,7 @@ from memsinks.runs.recipe import DataRecipe, Recipe
 from memsinks.sinks.attach import add_sinks
 from memsinks.sinks.checkpoint import load_config
 from memsinks.sinks.config import SinkConfig
+from memsinks.sinks.experts import is_mixture
 from memsinks.sinks.gradient import shared_weight
 from memsinks.sinks.kernels import choose_path
 from memsinks.sinks.plan import RoutingPlan, plan
@@ -90,9 +91,14 @@ def estimate(recipe: Recipe) -> RunEstimate:
     context, the allocator's fragments and the kernels' work space take, so leave about a tenth free.
 
     Raises:
-        ConfigError: settings that give no model.
+        ConfigError: settings that give no model, or one with mixtures of experts.
     """
     model, training = meta_model(recipe), recipe.training
+    if any(is_mixture(part) for part in model.modules()):
+        raise ConfigError(
+            f"a {model.config.model_type} has mixtures of experts, of which no estimate is made yet: what a token runs through "
+            "and what the backward pass needs depend on the router; measure a few steps instead"
+        )
     shared = sum(x.numel() for x in shared_parameters(model))
     sinks = sum(x.numel() for x in sink_parameters(model))
     config = require_sinks(model).config if has_sinks(model) else None

@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 
 from memsinks.errors import ArchitectureError, ConfigError
 from memsinks.sinks.config import SinkConfig
-from memsinks.sinks.families import Mlp, decoder_layers, read_mlp
+from memsinks.sinks.experts import Experts, read_host
+from memsinks.sinks.families import Mlp, decoder_layers
 from memsinks.sinks.host_classes import Derived, SinkHead, SinkLayer, SinkMlp, SinkModel, derive
 from memsinks.sinks.layer import Sinks
 from memsinks.sinks.state import SinkState, has_sinks, is_sharded, require_sinks, sink_parameters
@@ -26,7 +27,10 @@ PATCHED = "forward", "_original_forward"
 
 @dataclass(frozen=True)
 class SinkReport:
-    """What `add_sinks` touched. Parameters are counts; `open_parameters` = open per token in all layers."""
+    """What `add_sinks` touched. Parameters are counts; `open_parameters` = open per token in all layers.
+
+    intermediate_size: of the widest MLP; of one expert where all hosts are mixtures. mixtures: layers whose host is one.
+    """
 
     layers: tuple[int, ...]
     intermediate_size: int
@@ -35,10 +39,13 @@ class SinkReport:
     shared_parameters: int
     sink_parameters: int
     open_parameters: int
+    mixtures: int = 0
 
     def __str__(self) -> str:
+        beside = f"mixtures of experts in {self.mixtures} of them" if self.mixtures else ""
+        beside = beside or f"{self.intermediate_size} general ones"
         return (
-            f"sinks in {len(self.layers)} layers: {self.neurons} neurons beside {self.intermediate_size} general ones, "
+            f"sinks in {len(self.layers)} layers: {self.neurons} neurons beside {beside}, "
             f"{self.active} open per document ({self.shared_parameters:,} shared, {self.sink_parameters:,} sink, "
             f"{self.open_parameters:,} open parameters)"
         )
@@ -132,7 +139,7 @@ def add_sinks(model: PreTrainedModel, config: SinkConfig) -> SinkReport:
     chosen = tuple(range(len(layers))) if config.layers is None else tuple(sorted(config.layers))
     if chosen[-1] >= len(layers):
         raise ConfigError(f"layers names layer {chosen[-1]}, the model has layers 0 to {len(layers) - 1}")
-    hosts = [read_mlp(getattr(layers[index], mlp_name), model.config.model_type) for index in chosen]
+    hosts = [read_host(getattr(layers[index], mlp_name), model.config) for index in chosen]
     sizes = {host.intermediate_size for host in hosts}
     if config.intermediate_size is not None and sizes != {config.intermediate_size}:
         raise ConfigError(
@@ -141,12 +148,15 @@ def add_sinks(model: PreTrainedModel, config: SinkConfig) -> SinkReport:
     head: Any = model.get_output_embeddings()
     if head is None:
         raise ArchitectureError(f"{type(model).__name__} has no output embedding; sinks are for causal language models")
-    if config.shared == "decay" and config.shared_decay and getattr(model.config, "output_router_logits", False):
-        raise ConfigError("shared_decay cannot be combined with a router loss; set config.output_router_logits=False")
+    text = model.config.get_text_config()
+    if config.shared == "decay" and config.shared_decay and getattr(text, "output_router_logits", False):
+        raise ConfigError(
+            "shared_decay cannot be combined with a router loss; set config.output_router_logits=False, or take the exact mode"
+        )
 
-    arguments = [x for x in inspect.signature(model.forward).parameters if x not in ("kwargs", "args")]
+    arguments = _arguments(model)
     _forget_quantization(model)
-    state = SinkState(config, chosen, max(sizes), tuple(arguments))
+    state = SinkState(config, chosen, max(sizes), arguments)
     for place, (index, host) in enumerate(zip(chosen, hosts, strict=True)):
         layer: Any = layers[index]
         _give_sinks(getattr(layer, mlp_name), host, config, index)
@@ -158,14 +168,23 @@ def add_sinks(model: PreTrainedModel, config: SinkConfig) -> SinkReport:
     model.sink_state = state  # type: ignore[assignment]
     sinks = sum(parameter.numel() for parameter in sink_parameters(model))
     shared = sum(parameter.numel() for parameter in model.parameters()) - sinks
-    return SinkReport(
-        chosen, max(sizes), config.neurons, config.active, shared, sinks, sinks * config.active // config.neurons
-    )
+    opened = sinks * config.active // config.neurons
+    mixtures = sum(isinstance(host, Experts) for host in hosts)
+    return SinkReport(chosen, max(sizes), config.neurons, config.active, shared, sinks, opened, mixtures)
 
 
-def _give_sinks(mlp: Any, host: Mlp, config: SinkConfig, layer: int) -> None:
+def _arguments(model: PreTrainedModel) -> tuple[str, ...]:
+    """The names of what the model's forward takes, in order; at the end `use_cache`, where it hands that on unnamed."""
+    parameters = inspect.signature(model.forward).parameters
+    names = [name for name in parameters if name not in ("kwargs", "args")]
+    hands_on = any(x.kind is inspect.Parameter.VAR_KEYWORD for x in parameters.values())
+    if "use_cache" not in names and hands_on and hasattr(model.config.get_text_config(), "use_cache"):
+        names.append("use_cache")
+    return tuple(names)
+
+
+def _give_sinks(mlp: Any, host: Mlp | Experts, config: SinkConfig, layer: int) -> None:
     """Put the sinks of a layer beside its MLP."""
-    weight = host.down.weight
     mlp.sinks = Sinks(
         config,
         hidden_size=host.hidden_size,
@@ -173,8 +192,8 @@ def _give_sinks(mlp: Any, host: Mlp, config: SinkConfig, layer: int) -> None:
         gated=host.gated,
         std=host.std,
         layer=layer,
-        dtype=torch.promote_types(weight.dtype, torch.float32),
-        device=weight.device,
+        dtype=torch.promote_types(host.weight.dtype, torch.float32),
+        device=host.weight.device,
     )
     mlp.sinks.train(mlp.training)
     mlp.__class__ = derive(type(mlp), SinkMlp)

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from memsinks.checks import one_of
 from memsinks.errors import ArchitectureError, CheckpointError, ConfigError, refuse
@@ -37,13 +44,17 @@ from memsinks.sinks.storage import (
     write_sinks,
 )
 
+WHERE = ("revision", "subfolder", "cache_dir", "token", "local_files_only")
+"""Arguments of `from_pretrained` that say where a checkpoint lies."""
+
 
 def load(directory: str | os.PathLike[str], **arguments: Any) -> PreTrainedModel:
     """Load a model with its sinks, as `save_pretrained` wrote them, in eval mode.
 
     Args:
         directory: the checkpoint folder.
-        arguments: passed to ``AutoModelForCausalLM.from_pretrained``, e.g. ``dtype``.
+        arguments: passed to ``AutoModelForCausalLM.from_pretrained`` (of a multimodal model
+            ``AutoModelForImageTextToText.from_pretrained``), e.g. ``dtype``.
 
     Raises:
         CheckpointError: see `load_sinks`.
@@ -152,9 +163,20 @@ def save_sinks(model: PreTrainedModel, directory: str | os.PathLike[str], owners
 def load_stock(directory: str | os.PathLike[str], **arguments: Any) -> PreTrainedModel:
     """The stock part of a checkpoint, or any checkpoint without sinks; CheckpointError if it cannot be loaded."""
     try:
-        return AutoModelForCausalLM.from_pretrained(directory, **arguments)
+        return _auto_class(directory, arguments).from_pretrained(directory, **arguments)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"cannot load a model from {directory}: {error}") from error
+
+
+def _auto_class(directory: str | os.PathLike[str], arguments: Mapping[str, Any]) -> Any:
+    """Which auto class loads a checkpoint: that of causal language models, or that of those which read images too."""
+    where = {name: arguments[name] for name in WHERE if name in arguments}
+    try:
+        values, _ = PretrainedConfig.get_config_dict(directory, **where)
+    except (OSError, ValueError):  # the class will say what is wrong
+        values = {}
+    multimodal = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(values.get("model_type", ""))
+    return AutoModelForImageTextToText if multimodal in (values.get("architectures") or ()) else AutoModelForCausalLM
 
 
 def load_config(directory: str | os.PathLike[str]) -> PretrainedConfig:

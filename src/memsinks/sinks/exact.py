@@ -24,6 +24,8 @@ def run_apart(
 ) -> Any:
     """The forward of a batch some of whose rows have weight 0; logits and loss are the stock ones.
 
+    A router loss, which couples rows, is that of the rows that teach the shared weights.
+
     Args:
         ids: int64 [B, T], as for `run`.
         weight: float64 [B, T] of each token's gradient in the shared weights; 0 in rows that run apart; None = 1.
@@ -55,7 +57,7 @@ def run_apart(
     loss_arguments = {name: arguments.pop(name) for name in ("num_items_in_batch", "shift_labels") if name in arguments}
     arguments["return_dict"] = True
     running = model.sink_state.running
-    out, logits, order = None, [], []
+    out, router_loss, logits, order = None, None, [], []
     for part in (~apart, apart):
         index = part.nonzero()[:, 0]
         if not len(index):
@@ -64,10 +66,13 @@ def run_apart(
         try:
             with frozen(shared_parameters(model)) if part is apart else nullcontext():
                 taken = take_rows(arguments, index, len(apart))
+                if part is apart and "output_router_logits" in model.sink_state.arguments:
+                    taken["output_router_logits"] = False
                 own = None if part is apart or weight is None else _unless_one(weight[index])
                 out = run_weighted(model, stock, taken, ids[index], own)
         finally:
             running.shared_frozen = False
+        router_loss = router_loss if part is apart else getattr(out, "aux_loss", None)
         logits.append(out.logits)
         order.append(index)
     together = torch.cat(logits)[torch.cat(order).argsort()]
@@ -78,7 +83,24 @@ def run_apart(
     if labels is not None:
         vocabulary = model.config.get_text_config().vocab_size
         out.loss = model.loss_function(logits=together, labels=labels, vocab_size=vocabulary, **loss_arguments)
+        if router_loss is not None:
+            out.loss = out.loss + _router_loss_weight(model) * router_loss
+    if router_loss is not None:
+        out.aux_loss = router_loss
     return out
+
+
+def _router_loss_weight(model: Any) -> float:
+    """What the stock forward multiplies its router loss by."""
+    holders = (model, model.config.get_text_config())
+    found = [getattr(x, name, None) for x in holders for name in ("router_aux_loss_coef", "aux_loss_coef")]
+    known = [x for x in found if x is not None]
+    if not known:
+        raise ConfigError(
+            f"{type(model).__name__} gives a router loss, but not its weight (router_aux_loss_coef); set "
+            "config.output_router_logits=False"
+        )
+    return known[0]
 
 
 def _unless_one(weight: Tensor | None) -> Tensor | None:

@@ -18,9 +18,12 @@ from memsinks.errors import ArchitectureError
 
 ISOLATES_PACKED = frozenset(
     "llama qwen2 qwen3 mistral gemma2 gemma3_text gpt2 gpt_neox gptj gpt_neo olmo2 olmo3 phi phi3 smollm3 granite "
-    "stablelm starcoder2 cohere2 nemotron gpt_bigcode exaone4 glm4 seed_oss nanochat".split()
+    "stablelm starcoder2 cohere2 nemotron gpt_bigcode exaone4 glm4 seed_oss nanochat "
+    "mixtral qwen2_moe qwen3_moe olmoe deepseek_v2 deepseek_v3 granitemoe glm4_moe ernie4_5_moe dots1 hunyuan_v1_moe "
+    "flex_olmo llama4_text llava gemma3 qwen3_vl qwen3_vl_text".split()
 )
-"""Model types in which restarting position_ids was shown to isolate the documents of a packed row."""
+"""Model types in which restarting position_ids was shown to isolate the documents of a packed row. Of a multimodal model both its
+own type and that of its language model must be here."""
 
 RESIDUAL_INSIDE = frozenset({"bloom", "mpt"})
 """Model types whose MLP takes the residual as second argument and adds it."""
@@ -44,6 +47,7 @@ LAYOUTS = (
     Layout("fc1", "fc2"),
     Layout("dense_h_to_4h", "dense_4h_to_h"),
 )
+MLP_NAMES = ("mlp", "ffn", "block_sparse_moe", "feed_forward")
 ACTIVATIONS = ("act_fn", "activation_fn", "act", "gelu_impl")
 
 
@@ -69,31 +73,46 @@ class Mlp:
         """Whether there is a gate."""
         return self.gate is not None
 
+    @property
+    def weight(self) -> Tensor:
+        """A weight of the host, for its dtype and device."""
+        return self.down.weight
+
 
 def decoder_layers(model: nn.Module) -> tuple[nn.ModuleList, str]:
-    """The decoder's layers and the name of the MLP in each.
+    """The decoder's layers and the name of the MLP in each; of a multimodal model, those of its language model.
 
     Raises:
-        ArchitectureError: no such layers (OPT and XGLM have no MLP module).
+        ArchitectureError: no such layers (OPT and XGLM have no MLP module), or several stacks of them.
     """
-    name = type(model).__name__
+    name, inside = type(model).__name__, _language_model(model)
     lists = [
         (module, mlp)
-        for module in model.modules()
+        for module in inside.modules()
         if isinstance(module, nn.ModuleList) and len(module)
-        for mlp in ("mlp", "ffn")
+        for mlp in MLP_NAMES
         if all(isinstance(getattr(layer, mlp, None), nn.Module) for layer in module)
     ]
     if not lists:
         raise ArchitectureError(
-            f"{name} has no list of decoder layers with an `mlp` or `ffn` module in each, which is where sinks are put; "
-            "OPT, XGLM and encoder models are not supported"
+            f"{name} has no list of decoder layers with a module named {' or '.join(MLP_NAMES)} in each, which is where sinks "
+            "are put; OPT, XGLM and encoder models are not supported"
         )
     if len(lists) > 1:
         raise ArchitectureError(
-            f"{name} has {len(lists)} stacks of layers with MLPs; only plain decoders are supported"
+            f"{name} has {len(lists)} stacks of layers with MLPs; only plain decoders are supported, and multimodal models "
+            "whose language model is one (model.get_decoder() finds it)"
         )
     return lists[0]
+
+
+def _language_model(model: Any) -> nn.Module:
+    """The part of a multimodal model that reads text; a text model itself."""
+    config = getattr(model, "config", None)
+    try:
+        return model if config is None or config.get_text_config() is config else model.get_decoder()
+    except ValueError as error:
+        raise ArchitectureError(f"{type(model).__name__} has several models of text, not one decoder: {error}") from error
 
 
 def read_mlp(mlp: nn.Module, model_type: str) -> Mlp:
@@ -107,8 +126,8 @@ def read_mlp(mlp: nn.Module, model_type: str) -> Mlp:
     act = next((getattr(mlp, x) for x in ACTIVATIONS if callable(getattr(mlp, x, None))), None)
     if layout is None or act is None:
         raise ArchitectureError(
-            f"{name} is not an MLP that is known here (parts: {[x for x, _ in mlp.named_children()]}); "
-            "mixtures of experts and fused MLPs are not supported"
+            f"{name} is not an MLP that is known here (parts: {[x for x, _ in mlp.named_children()]}), nor a mixture with its "
+            "experts in a module `experts`; fused MLPs are not supported"
         )
     if isinstance(act, nn.Module) and any(True for _ in act.parameters()):
         raise ArchitectureError(f"the activation of {name} has parameters of its own, which sinks cannot share")
@@ -152,9 +171,7 @@ def _prove(mlp: nn.Module, plain: Callable[[Tensor], Tensor], hidden_size: int, 
         mlp.train(training)
     want = plain(x)
     if not isinstance(got, Tensor) or got.shape != want.shape:
-        raise ArchitectureError(
-            f"{type(mlp).__name__} does not return one tensor; mixtures of experts are not supported"
-        )
+        raise ArchitectureError(f"{type(mlp).__name__} does not return one tensor of the shape of its input")
     tolerance = 1e-4 if weight.dtype in (torch.float32, torch.float64) else 3e-2
     error = float((got - want).abs().max() / want.abs().max().clamp(min=1e-20))
     if not error <= tolerance:

@@ -16,6 +16,9 @@ from memsinks.sinks.gradient import isolated_weight, opened_ids
 from memsinks.sinks.run import run, run_weighted
 from memsinks.sinks.state import SinkState, refuse_taken, require_sinks
 
+NOT_TEXT = ("pixel_", "image_", "video_", "audio_", "input_features", "mm_encoder")
+"""How the names of a multimodal model's arguments begin that are no text."""
+
 
 def forward(
     model: Any,
@@ -80,6 +83,12 @@ def _train(
 ) -> Any:
     state = require_sinks(model)
     config = state.config
+    seen = [name for name, value in arguments.items() if value is not None and name.startswith(NOT_TEXT)]
+    if seen:
+        raise ArchitectureError(
+            f"a model with sinks is trained on text alone, got {seen}; leave them out (evaluation takes them): no test shows "
+            "what sinks do beside images"
+        )
     ids = _aligned(document_ids, "document_ids", shape, NO_SINKS)
     counted = config.needs_exposures or _any_gated(isolation)
     counts = _aligned(exposures, "exposures", shape, 1) if counted else torch.ones_like(ids)
@@ -199,10 +208,10 @@ def _check_isolation(
         before_the_end = text[:, 1:].flip(1).cumsum(1).flip(1).bool()
         if not any(bool((border & before_the_end).any()) for border in borders):
             return
-    kind = model.config.model_type
-    if kind not in ISOLATES_PACKED:
+    kinds = dict.fromkeys(config.model_type for config in (model.config, model.config.get_text_config()))
+    if leaky := [kind for kind in kinds if kind not in ISOLATES_PACKED]:
         raise ArchitectureError(
-            f"packed rows (several documents in one) leak between documents in {kind}, or were not shown not to; "
+            f"packed rows (several documents in one) leak between documents in {leaky[0]}, or were not shown not to; "
             "pack with one_document_per_row=True"
         )
     if arguments.get("position_ids") is None:

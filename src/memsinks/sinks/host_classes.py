@@ -129,17 +129,22 @@ class SinkLayer(Derived):
 
 
 class SinkMlp(Derived):
-    """An MLP whose sinks add to its output where the plan opens them."""
+    """An MLP, or a mixture of experts, whose sinks add to its output where the plan opens them."""
 
     sinks: Sinks
 
-    def forward(self, x: Tensor, *args: Any, sink_plan: tuple[LayerPlan, Tensor | None] | None = None) -> Tensor:
+    def forward(self, x: Tensor, *args: Any, sink_plan: tuple[LayerPlan, Tensor | None] | None = None) -> Any:
         if sink_plan is None and self.training:  # type: ignore[attr-defined]
             raise ArchitectureError(BYPASSED)
         out = super().forward(x, *args)  # type: ignore[misc]
         if sink_plan is None:
             return out
-        return out + self.sinks(x, *sink_plan).to(out.dtype)
+        if isinstance(out, tuple):
+            return self._added(out[0], x, *sink_plan), *out[1:]
+        return self._added(out, x, *sink_plan)
+
+    def _added(self, out: Tensor, x: Tensor, plan: LayerPlan, scale: Tensor | None) -> Tensor:
+        return out + self.sinks(x, plan, scale).to(out.dtype).view_as(out)
 
 
 class SinkHead(Derived):

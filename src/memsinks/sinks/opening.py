@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from memsinks.batch import NO_SINKS, check_ids
-from memsinks.errors import ConfigError, DataError
-from memsinks.sinks.families import read_mlp
+from memsinks.errors import ArchitectureError, ConfigError, DataError
+from memsinks.sinks.experts import read_host
+from memsinks.sinks.families import Mlp
 from memsinks.sinks.host_classes import SinkMlp
 from memsinks.sinks.state import SinkState, refuse_taken, require_sinks, sink_modules, unwrap
 from memsinks.sinks.table import open_mask
@@ -82,15 +83,15 @@ def sinks_closed(model: nn.Module, rescale: str = "none") -> Iterator[None]:
 
     Raises:
         ConfigError: an unknown rescale, or a model in training mode, in which sinks follow the document ids.
+        ArchitectureError: a rescale beside mixtures of experts.
     """
     state = require_sinks(model)
     if model.training:
         raise ConfigError("sinks_closed is for evaluation, the model is in training mode; call model.eval() first")
-    before, state.running.opened = state.running.opened, None
     factor = rescale_factor(state, rescale)
-    hooks = [
-        host.register_forward_pre_hook(lambda _, args: (args[0] * factor, *args[1:])) for host in down_modules(model)
-    ]
+    hosts = down_modules(model) if factor != 1.0 else []
+    hooks = [host.register_forward_pre_hook(lambda _, args: (args[0] * factor, *args[1:])) for host in hosts]
+    before, state.running.opened = state.running.opened, None
     try:
         yield
     finally:
@@ -108,9 +109,16 @@ def rescale_factor(state: SinkState, rescale: str) -> float:
 
 
 def down_modules(model: nn.Module) -> list[nn.Module]:
-    """The down projections of the host MLPs that have sinks."""
+    """The down projections of the host MLPs that have sinks; ArchitectureError for a mixture of experts."""
     inner: Any = unwrap(model)
-    return [read_mlp(part, inner.config.model_type).down for part in inner.modules() if issubclass(type(part), SinkMlp)]
+    hosts = [read_host(part, inner.config) for part in inner.modules() if issubclass(type(part), SinkMlp)]
+    downs = [host.down for host in hosts if isinstance(host, Mlp)]
+    if len(downs) < len(hosts):
+        raise ArchitectureError(
+            f"{type(inner).__name__} has mixtures of experts, which have no share of general neurons to rescale by; use "
+            'rescale="none"'
+        )
+    return downs
 
 
 def documents_closed(model: nn.Module, ids: Sequence[int]) -> AbstractContextManager[None]:
