@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from chats import PLAIN
 from pages import GENERATED, PAGES, ROOT, Block, anchors, blocks, commands, name_of, prose
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -126,6 +127,19 @@ def check_rows(world: dict[str, Any]) -> None:
     assert int(done["rows"].exposures.max()) == 3
 
 
+def check_chats(world: dict[str, Any]) -> None:
+    tokenizer = world["tokenizer"]
+    with pytest.raises(ms.ConfigError, match="no chat template"):
+        run("docs/guide.md", "chats", world)
+    tokenizer.chat_template = PLAIN
+    try:
+        rows = run("docs/guide.md", "chats", world)["rows"]
+    finally:
+        tokenizer.chat_template = None
+    text = tokenizer.decode(rows.labels[rows.labels != -100])
+    assert text.count("The cat.") == 2 and text.count("The dog.") == 1 and "yard?" not in text and "mat?" not in text
+
+
 def check_loop(world: dict[str, Any]) -> None:
     assert moved(run("docs/guide.md", "loop", without_sinks(world))["model"])
 
@@ -221,6 +235,7 @@ CHECKS: dict[tuple[str, str], Callable[[dict[str, Any]], None]] = {
     ("README.md", "trainer"): check_trainer,
     ("docs/audit.md", "audit"): check_audit,
     ("docs/faq.md", "peft"): check_peft,
+    ("docs/guide.md", "chats"): check_chats,
     ("docs/guide.md", "export open"): check_export_open,
     ("docs/guide.md", "loop"): check_loop,
     ("docs/guide.md", "opening"): check_opening,

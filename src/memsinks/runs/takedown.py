@@ -254,8 +254,8 @@ def _audit(
         return {}, same
     model = load(checkpoint)
     owner = plan.owner
-    ids = identify([plan.documents[x] for x in owner.documents], by)[0].tolist()
-    texts = [plan.documents[x].text for x in owner.documents]
+    documents = [plan.documents[x] for x in owner.documents]
+    ids = identify(documents, by)[0].tolist()
     close = sorted(others, key=lambda x: -plan.collateral.get(x[0], 0.0))[:AUDITED]
     kinds = {plan.documents[x].kind for x in owner.documents}
     controls = load_documents(folder / "controls.jsonl") if (folder / "controls.jsonl").is_file() else []
@@ -265,9 +265,9 @@ def _audit(
         load_tokenizer(checkpoint),
         owner.ids,
         plan.erased[main],
-        (texts[:AUDITED], ids[:AUDITED]),
-        ([document.text for _, document in close], [one for one, _ in close]),
-        [document.text for document in controls],
+        (documents[:AUDITED], ids[:AUDITED]),
+        ([document for _, document in close], [one for one, _ in close]),
+        controls,
         record,
     )
     for name, value in named_sinks(model).items():
