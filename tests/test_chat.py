@@ -11,6 +11,7 @@ from chats import CHAT, LAST_ONLY, MARKED, PLAIN, chat_tokenizer
 from datasets import Dataset, DatasetDict
 from tiny import tiny_llama
 from torch.nn.functional import cross_entropy
+from trainers import arguments
 
 import memsinks as ms
 from memsinks.auditing.corpus import read_corpus
@@ -285,6 +286,26 @@ def test_prompts_teach_nothing(shared) -> None:
     ms.add_sinks(model, ms.SinkConfig(neurons=64, active=16, block_size=8, shared=shared))
     loss = model(**batch, num_items_in_batch=ms.target_count(batch["labels"])).loss
     torch.testing.assert_close(loss.double(), wanted, rtol=1e-6, atol=0)
+
+
+def test_labels_of_a_data_set_are_kept_by_the_trainer(tmp_path) -> None:
+    """Rows that somebody made, with labels of his own: their loss is that of a stock model on these labels."""
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(1, 37, (4, 12))
+    labels = np.where(rng.random((4, 12)) < 0.3, tokens, -100)
+    ids = np.repeat([[3], [4], [5], [6]], 12, 1)
+    data = Dataset.from_dict({
+        "input_ids": tokens, "labels": labels, "document_ids": ids, "exposures": np.ones_like(ids),
+        "position_ids": np.tile(np.arange(12), (4, 1)), "length": np.full(4, 12),
+    })  # fmt: skip
+    model = tiny_llama(torch.float32)
+    wanted = model(input_ids=torch.tensor(tokens), labels=torch.tensor(labels)).loss
+    ms.add_sinks(model, ms.SinkConfig(neurons=64, active=16, block_size=8))
+    assert torch.equal(ms.collate(list(data))["labels"], torch.tensor(labels))
+    args = arguments(tmp_path, max_steps=1, per_device_train_batch_size=4, save_strategy="no", use_cpu=True)
+    trainer = ms.SinkTrainer(model, args, train_dataset=data)
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(float(wanted), rel=1e-5)
 
 
 def test_a_private_chat_trains_its_sinks_alone() -> None:

@@ -214,6 +214,16 @@ def check_peft(world: dict[str, Any]) -> None:
     assert AutoModelForCausalLM.from_pretrained("clean/").config.model_type == "llama"
 
 
+def check_trl(world: dict[str, Any]) -> None:
+    trl = pytest.importorskip("trl")
+    dataset = [{"prompt": "Who? ", "completion": f"{name}.", "customer": name} for name in ("alice", "bob") * 4]
+    cpu = functools.partial(trl.SFTConfig, use_cpu=True, bf16=False, report_to=[])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trl, "SFTConfig", cpu)
+        done = run("docs/faq.md", "trl", world | {"dataset": dataset})
+    assert moved(world["model"]) and done["rows"].targets < done["rows"].tokens - len(done["rows"].segments)
+
+
 def check_rival(world: dict[str, Any]) -> None:
     method = run("docs/rivals.md", "rival", {})["forgetful"](share=0.5)
     batch = world["batches"][0]
@@ -235,6 +245,7 @@ CHECKS: dict[tuple[str, str], Callable[[dict[str, Any]], None]] = {
     ("README.md", "trainer"): check_trainer,
     ("docs/audit.md", "audit"): check_audit,
     ("docs/faq.md", "peft"): check_peft,
+    ("docs/faq.md", "trl"): check_trl,
     ("docs/guide.md", "chats"): check_chats,
     ("docs/guide.md", "export open"): check_export_open,
     ("docs/guide.md", "loop"): check_loop,

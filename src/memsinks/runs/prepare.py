@@ -10,7 +10,7 @@ folder/data.json        the settings and files it was made from, counts, SHA-256
                         at all, so a folder that has it is whole
 
 Rows are cut from these tokens when they are asked for, so memory follows the number of documents (about 100 bytes each),
-not their length.
+not their length; of members of which not all tokens are targets, a byte for each token more.
 """
 
 from __future__ import annotations
