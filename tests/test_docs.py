@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from chats import PLAIN
 from pages import GENERATED, PAGES, ROOT, Block, anchors, blocks, commands, name_of, prose
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -126,6 +127,19 @@ def check_rows(world: dict[str, Any]) -> None:
     assert int(done["rows"].exposures.max()) == 3
 
 
+def check_chats(world: dict[str, Any]) -> None:
+    tokenizer = world["tokenizer"]
+    with pytest.raises(ms.ConfigError, match="no chat template"):
+        run("docs/guide.md", "chats", world)
+    tokenizer.chat_template = PLAIN
+    try:
+        rows = run("docs/guide.md", "chats", world)["rows"]
+    finally:
+        tokenizer.chat_template = None
+    text = tokenizer.decode(rows.labels[rows.labels != -100])
+    assert text.count("The cat.") == 2 and text.count("The dog.") == 1 and "yard?" not in text and "mat?" not in text
+
+
 def check_loop(world: dict[str, Any]) -> None:
     assert moved(run("docs/guide.md", "loop", without_sinks(world))["model"])
 
@@ -200,6 +214,16 @@ def check_peft(world: dict[str, Any]) -> None:
     assert AutoModelForCausalLM.from_pretrained("clean/").config.model_type == "llama"
 
 
+def check_trl(world: dict[str, Any]) -> None:
+    trl = pytest.importorskip("trl")
+    dataset = [{"prompt": "Who? ", "completion": f"{name}.", "customer": name} for name in ("alice", "bob") * 4]
+    cpu = functools.partial(trl.SFTConfig, use_cpu=True, bf16=False, report_to=[])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trl, "SFTConfig", cpu)
+        done = run("docs/faq.md", "trl", world | {"dataset": dataset})
+    assert moved(world["model"]) and done["rows"].targets < done["rows"].tokens - len(done["rows"].segments)
+
+
 def check_rival(world: dict[str, Any]) -> None:
     method = run("docs/rivals.md", "rival", {})["forgetful"](share=0.5)
     batch = world["batches"][0]
@@ -221,6 +245,8 @@ CHECKS: dict[tuple[str, str], Callable[[dict[str, Any]], None]] = {
     ("README.md", "trainer"): check_trainer,
     ("docs/audit.md", "audit"): check_audit,
     ("docs/faq.md", "peft"): check_peft,
+    ("docs/faq.md", "trl"): check_trl,
+    ("docs/guide.md", "chats"): check_chats,
     ("docs/guide.md", "export open"): check_export_open,
     ("docs/guide.md", "loop"): check_loop,
     ("docs/guide.md", "opening"): check_opening,

@@ -55,8 +55,10 @@ def test_the_results_that_the_readme_shows_are_those_of_the_page() -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("script", ["torch_loop.py", "hf_trainer.py"])
+@pytest.mark.parametrize("script", ["torch_loop.py", "hf_trainer.py", "trl_sft.py"])
 def test_examples_run(script: str, tmp_path: Path) -> None:
+    if script.startswith("trl"):
+        pytest.importorskip("trl")
     command = [sys.executable, str(ROOT / "examples" / script), str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -91,14 +91,14 @@ def test_a_batch_of_them(tokenizer) -> None:
     ],
 )
 def test_bad_documents_are_refused_before_any_is_encoded(tokenizer, monkeypatch, documents, message) -> None:
-    monkeypatch.setattr(module, "encode", None)
+    monkeypatch.setattr(module, "encode_documents", None)
     with pytest.raises(ms.DataError, match=message):
         ms.make_rows(documents, tokenizer, length=8)
 
 
 @pytest.mark.parametrize("by", ["key", "source"])
 def test_bad_identity_and_counts_are_refused_before_any_is_encoded(tokenizer, monkeypatch, by) -> None:
-    monkeypatch.setattr(module, "encode", None)
+    monkeypatch.setattr(module, "encode_documents", None)
     with pytest.raises(ms.DataError, match=f"document 1 has no {by}"):
         ms.make_rows([DOCUMENTS[0], dataclasses.replace(DOCUMENTS[1], **{by: None})], tokenizer, length=8, by=by)
     with pytest.raises(ms.DataError, match="'7' is no group"):

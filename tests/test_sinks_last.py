@@ -133,7 +133,7 @@ def test_what_is_wrong_is_said_before_anything_moves() -> None:
     with pytest.raises(DataError, match="row 0 of documents does not hold one document"):
         ms.sinks_last(model, rows(together=True), lr=1e-2)
     short = ms.pack([np.array([3])], [1], [2], length=LENGTH, pad_id=0)
-    with pytest.raises(DataError, match="row 0 of documents holds one token"):
+    with pytest.raises(DataError, match="row 0 of documents holds no target"):
         ms.sinks_last(model, short, lr=1e-2)
     with pytest.raises(ArchitectureError, match="has no sinks"):
         ms.sinks_last(tiny_llama(torch.float32), rows(), lr=1e-2)

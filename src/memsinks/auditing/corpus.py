@@ -12,9 +12,10 @@ from transformers import PreTrainedTokenizerBase
 from memsinks.auditing.settings import AuditSettings, Identity
 from memsinks.batch import NO_SINKS
 from memsinks.checks import is_int
+from memsinks.data.chat import encode_documents
 from memsinks.data.documents import Document, texts_hash
 from memsinks.data.identity import identify
-from memsinks.data.tokens import encode
+from memsinks.data.tokens import agreeing, encode
 from memsinks.errors import DataError
 
 EXACT = 2**56
@@ -81,7 +82,8 @@ def read_corpus(
     if harmless is not None:
         _check_harmless(harmless, everything)
     ids = _ids(everything, settings.by, document_ids)
-    tokens = [one.astype(np.int32) for one in encode(tokenizer, (x.text for x in everything), end=settings.end)]
+    start = start_tokens(tokenizer)
+    tokens = [x.astype(np.int32) for x in _without(start, encode_documents(tokenizer, everything, settings.end)[0])]
     private = None if private_start is None else _private(everything, tokens, tokenizer, private_start)
     copies = np.array([document.copies for document in documents] + [0] * len(controls))
     return Corpus(
@@ -90,11 +92,16 @@ def read_corpus(
         tokens,
         copies,
         ids,
-        start_tokens(tokenizer),
+        start,
         private,
         texts_hash(everything),
-        None if harmless is None else encode(tokenizer, (x.text for x in harmless), end=settings.end),
+        None if harmless is None else _without(start, encode_documents(tokenizer, harmless, settings.end)[0]),
     )
+
+
+def _without(start: np.ndarray, tokens: list[np.ndarray]) -> list[np.ndarray]:
+    """The tokens without the start token that a chat template puts first: every document is scored after one."""
+    return [x[1:] if len(start) and len(x) > 1 and x[0] == start[0] else x for x in tokens]
 
 
 def _check_sides(documents: Sequence[Document], controls: Sequence[Document]) -> None:
@@ -128,6 +135,10 @@ def _private(
     private_start: Callable[[Document], int],
 ) -> list[int]:
     """The token at which the private part of each document begins."""
+    if any(document.messages is not None for document in documents):
+        raise DataError(
+            "private_start is a place in a text, but there are chats among the documents; leave one of them out"
+        )
     offsets = [private_start(document) for document in documents]
     outside = [f"{at} of {len(x.text)}" for at, x in zip(offsets, documents, strict=True) if not 0 <= at < len(x.text)]
     if outside:
@@ -136,13 +147,7 @@ def _private(
             + ", ".join(outside[:5])
         )
     prompts = iter(encode(tokenizer, [x.text[:at] for at, x in zip(offsets, documents, strict=True) if at], end=False))
-    return [_agreeing(next(prompts), own) if at else 0 for at, own in zip(offsets, tokens, strict=True)]
-
-
-def _agreeing(prompt: np.ndarray, tokens: np.ndarray) -> int:
-    """How many tokens of a prompt are the document's: one across the boundary belongs to the private part."""
-    both = min(len(prompt), len(tokens))
-    return int((prompt[:both] == tokens[:both]).cumprod().sum())
+    return [agreeing(next(prompts), own) if at else 0 for at, own in zip(offsets, tokens, strict=True)]
 
 
 def _ids(documents: list[Document], by: Identity, given: Any) -> np.ndarray:

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from memsinks.auditing.corpus import Corpus
 from memsinks.auditing.measure import Measurement, token_probabilities
 from memsinks.auditing.result import Example
+from memsinks.data.documents import Document
 from memsinks.data.tokens import token_offsets
 
 
@@ -27,17 +28,18 @@ def examples(
                 index=index,
                 copies=int(corpus.copies[index]),
                 key=document.key,
-                pieces=_pieces(tokenizer, document.text, tokens),
+                pieces=_pieces(tokenizer, document, tokens),
                 probabilities={one.name: token_probabilities(one.table[index], len(tokens)) for one in shown},
             )
         )
     return tuple(found)
 
 
-def _pieces(tokenizer: PreTrainedTokenizerBase, text: str, tokens: np.ndarray) -> tuple[str, ...]:
-    """The text cut at its tokens; a character of several tokens stands with the last of them, the end token is named."""
-    pieces, done = [], 0
-    for start, end in token_offsets(tokenizer, text):
+def _pieces(tokenizer: PreTrainedTokenizerBase, document: Document, tokens: np.ndarray) -> tuple[str, ...]:
+    """The text cut at its tokens; a character of several tokens stands with the last of them, the end token is named. A chat
+    is shown as its tokens are decoded one by one."""
+    pieces, done, text = [], 0, document.text
+    for start, end in token_offsets(tokenizer, text) if document.messages is None else ():
         following = max(done, end)
         pieces.append(text[done:following] if end > start else "")
         done = following if end > start else done

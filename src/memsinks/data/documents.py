@@ -6,34 +6,67 @@ import hashlib
 import json
 import operator
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 from memsinks.batch import ISOLATIONS
+from memsinks.checks import is_int
+from memsinks.data.messages import checked_messages, text_of
 from memsinks.errors import DataError
+
+OF_PARTS = ("messages", "prompt")
+"""Fields of a document that say which parts of it are learned; files leave them out where all of it is."""
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One text and what its owner knows about it.
+    """One text, or a chat, and what its owner knows about it.
+
+    All of a text is learned. A question with its answer is ``Document(question + answer, prompt=len(question))``, a chat is
+    ``Document(messages=[{"role": "user", "content": ...}, ...])``, of which the messages of the assistant are learned.
 
     Args:
-        text: the text itself, never changed after reading.
+        text: the text itself, never changed after reading. Of a chat it is made from `messages`, a line ``role: content`` each.
+            Identity and matching go by it, so neither depends on the tokenizer.
         key: the owner's name for the document (a file name, a database key).
         source: where it came from (a site, a licensor).
         copies: how often it stands in the training corpus; 0 = held-out control, never trained on.
         kind: a free label used by reports, e.g. "story", "record", "canary".
         isolation: what it may teach the shared weights, "gated", "exact" or "private", see `batch.ISOLATIONS`; None = what the
             model's settings say.
+        messages: of a chat, {"role": ..., "content": ...} each; other keys are for the chat template. None = a text.
+        prompt: how much is given and not learned: characters of a text, messages of a chat.
+
+    Raises:
+        DataError: messages that are none, a text beside them that is another, or a prompt that leaves nothing to learn.
     """
 
-    text: str
+    text: str = ""
     key: str | None = None
     source: str | None = None
     copies: int = 1
     kind: str = "text"
     isolation: str | None = None
+    messages: tuple[Mapping[str, Any], ...] | None = None
+    prompt: int = 0
+
+    def __post_init__(self) -> None:
+        if self.messages is not None:
+            messages = checked_messages(self.messages)
+            text = text_of(messages)
+            if self.text not in ("", text):
+                raise DataError(
+                    f"a document has text or messages; these messages are {text!r:.80}, got {self.text!r:.80}"
+                )
+            object.__setattr__(self, "messages", messages)
+            object.__setattr__(self, "text", text)
+        if self.messages is not None or self.prompt != 0:
+            whole = self.text if self.messages is None else self.messages
+            if not is_int(self.prompt) or not 0 <= self.prompt < len(whole):
+                what = "characters" if self.messages is None else "messages"
+                raise DataError(f"prompt must leave some of the {len(whole)} {what} to learn, got {self.prompt!r}")
 
 
 def as_documents(documents: Iterable[Document | str]) -> list[Document]:
@@ -81,11 +114,15 @@ def cut_documents(documents: Iterable[Document], characters: int) -> Iterator[Do
     those of the whole; without a key the pieces have none either.
 
     Raises:
-        DataError: `characters` is less than 1.
+        DataError: `characters` is less than 1; a document with messages or a prompt.
     """
     if characters < 1:
         raise DataError(f"documents are cut into pieces of at least 1 character, got {characters}")
     for document in documents:
+        if document.messages is not None or document.prompt:
+            raise DataError(
+                f"only plain text is cut into pieces; this document has messages or a prompt: {document.text!r:.80}"
+            )
         text, begin, place = document.text.rstrip(), 0, 0
         while begin < len(text):
             while text[begin].isspace():
@@ -101,7 +138,8 @@ def cut_documents(documents: Iterable[Document], characters: int) -> Iterator[Do
 def write_documents(path: str | os.PathLike[str], documents: Iterable[Document]) -> None:
     """Write documents as .jsonl with all their fields; `load_documents` gives them back.
 
-    `read_documents` reads the file too (``copies_field="copies"``, ``key_field="key"`` where all have keys), but for `kind`.
+    `read_documents` reads the file too (``copies_field="copies"``, ``key_field="key"`` where all have keys), but for `kind`, and
+    chats and prompts as plain text.
 
     Raises:
         DataError: a text that cannot be written as UTF-8; what stands at `path` is then as it was.
@@ -109,7 +147,9 @@ def write_documents(path: str | os.PathLike[str], documents: Iterable[Document])
     lines = []
     for index, document in enumerate(documents):
         try:
-            line = json.dumps(asdict(document) | {"copies": operator.index(document.copies)}, ensure_ascii=False)
+            values = asdict(document) | {"copies": operator.index(document.copies)}
+            values = {name: value for name, value in values.items() if value or name not in OF_PARTS}
+            line = json.dumps(values, ensure_ascii=False)
             lines.append(line.encode() + b"\n")
         except (TypeError, ValueError) as error:
             raise DataError(f"document {index} cannot be written: {error}") from error
@@ -123,7 +163,7 @@ def load_documents(path: str | os.PathLike[str]) -> list[Document]:
         DataError: a line that is none of its lines; names file and line.
     """
     names = {field.name for field in fields(Document)}
-    at_first = names - {"isolation"}
+    at_first = names - {"isolation", *OF_PARTS}
     documents = []
     with Path(path).open("rb") as file:  # lines end with \n alone, and a text may hold other line ends
         for number, line in enumerate(file, start=1):
@@ -133,7 +173,7 @@ def load_documents(path: str | os.PathLike[str]) -> list[Document]:
                 raise DataError(
                     f"{path}, line {number}: damaged or cut short ({error}); write the file again"
                 ) from error
-            if not isinstance(row, dict) or row.keys() not in (names, at_first):
+            if not isinstance(row, dict) or not at_first <= row.keys() <= names:
                 raise DataError(
                     f"{path}, line {number}: not written by write_documents; use read_documents, which takes any fields"
                 )

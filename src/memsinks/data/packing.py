@@ -21,6 +21,15 @@ import torch
 from memsinks.batch import FIELDS, IGNORED, ISOLATION, NO_SINKS, PLACES, as_int64
 from memsinks.checks import int_at_least, one_of
 from memsinks.data.isolation import row_kinds
+from memsinks.data.targets import (
+    Targets,
+    check_targets,
+    check_tokens,
+    refuse_long,
+    refuse_untaught,
+    segment_targets,
+    truncated,
+)
 from memsinks.data.token_store import StoredTokens
 from memsinks.errors import DataError, refuse
 
@@ -50,7 +59,7 @@ class Rows:
 
     Attributes, int64 [rows, length] unless said otherwise:
         input_ids: tokens; `pad_id` on padding, which is always at the end of a row.
-        labels: input_ids, but -100 at the first token of every segment and on padding.
+        labels: input_ids, but -100 at the first token of every segment, at tokens that are no targets and on padding.
         document_ids: the id of the document; -1 on padding (and where a document opens no sinks).
         exposures: the exposure of the document; 1 on padding.
         position_ids: count from 0 within each segment; padding is a segment of its own.
@@ -59,6 +68,7 @@ class Rows:
         segments: `SEGMENT` [segments], in the order of the rows; those of row r are [first[r], first[r + 1]).
         length: tokens per row, padding included.
         places: int64 [rows], where each row stands in its training order, see `batch.PLACES`.
+        masks: which tokens of each document are targets, see `targets.Targets`; None = all.
     """
 
     documents: Sequence[np.ndarray]
@@ -67,6 +77,7 @@ class Rows:
     length: int
     pad_id: int
     places: np.ndarray
+    masks: Targets | None = None
 
     def __post_init__(self) -> None:
         if len(self.places) != len(self):
@@ -92,13 +103,13 @@ class Rows:
         spans = [np.arange(self.first[row], self.first[row + 1]) for row in chosen]
         segments = self.segments[np.concatenate([*spans, np.arange(0)])]
         first = np.cumsum([0, *map(len, spans)], dtype=np.int64)
-        return Rows(self.documents, segments, first, self.length, self.pad_id, self.places[list(chosen)])
+        return Rows(self.documents, segments, first, self.length, self.pad_id, self.places[list(chosen)], self.masks)
 
     def one_segment_each(self, segments: np.ndarray) -> Rows:
         """Rows of one segment each, of some of these rows (`SEGMENT` [n]), in the order given: an order of their own."""
         segments = segments.copy()
         segments["column"] = 0
-        return _rows(self.documents, segments, np.arange(len(segments) + 1), self.length, self.pad_id)
+        return _rows(self.documents, segments, np.arange(len(segments) + 1), self.length, self.pad_id, self.masks)
 
     def texts(self) -> np.ndarray:
         """int64 [segments], a number for the text that each segment is of: the same for all meetings of a text.
@@ -153,7 +164,12 @@ class Rows:
     @property
     def targets(self) -> int:
         """Tokens that are predicted: labels other than -100."""
-        return self.tokens - len(self.segments)
+        return int(self.segment_targets.sum())
+
+    @functools.cached_property
+    def segment_targets(self) -> np.ndarray:
+        """int64 [segments], the targets of each."""
+        return segment_targets(self.segments, self.masks)
 
     @property
     def fill(self) -> float:
@@ -192,7 +208,9 @@ class Rows:
                 part = self.documents[index][start : start + size]
                 end = column + size
                 input_ids[place, column:end] = part
-                labels[place, column + 1 : end] = part[1:]
+                mask = None if self.masks is None else self.masks[index]
+                wanted = part if mask is None else np.where(mask[start : start + size], part, IGNORED)
+                labels[place, column + 1 : end] = wanted[1:]
                 document_ids[place, column:end] = one
                 exposures[place, column:end] = exposure
                 position_ids[place, column:end] = count[:size]
@@ -208,6 +226,7 @@ def pack(
     length: int,
     pad_id: int,
     isolation: Iterable[int] | np.ndarray | None = None,
+    targets: Iterable[np.ndarray | None] | None = None,
     apart_from: int | None = None,
     one_document_per_row: bool = False,
     long: Long = "split",
@@ -223,6 +242,8 @@ def pack(
         pad_id: the token that fills a row up.
         isolation: int64 [documents], 0 or one of `batch.ISOLATIONS`; None = 0. Documents that train their sinks alone whatever
             the model's settings (exact ones from `apart_from` on, private ones) get rows of their own.
+        targets: bool [tokens of the document] each, whether a token is learned (of labels that you have: ``labels != -100``);
+            None, also of one document, = all. The first token of a segment is never a target.
         apart_from: documents of this exposure and more get rows of their own, apart from those with fewer exposures
             and from those of id -1 (`SinkConfig.open_from` in exact mode: such rows train nothing but sinks). Several rows
             are open then and rows come out in the order in which they were opened, so a document can stand one open
@@ -231,24 +252,28 @@ def pack(
         long: what happens to a document longer than `length`: ``"split"`` cuts it into segments of `length` tokens
             which carry its id and exposure and do not see each other, ``"fill"`` does so too and also cuts documents
             longer than a quarter of `length` where a row ends, so that rows of long documents are full, ``"truncate"``
-            keeps the first `length` tokens, ``"refuse"`` raises.
+            keeps the first `length` tokens and says in the log how many that leaves out, ``"refuse"`` raises.
 
     Raises:
         DataError: no documents, an empty one, tokens, ids or exposures of another dtype, shape or range, ids that went
-            through floats, or a long document under ``long="refuse"``; names the index.
+            through floats, a long document under ``long="refuse"``, or one whose targets are all masked or cut off; names
+            the index.
         ConfigError: `length` below 2, another setting out of range.
     """
     refuse(packing_problems(length, pad_id, apart_from, long), "cannot pack")
-    documents = tokens if isinstance(tokens, StoredTokens) else _check_tokens(tokens)
+    documents = tokens if isinstance(tokens, StoredTokens) else check_tokens(tokens)
     sizes = documents.sizes if isinstance(documents, StoredTokens) else np.array([len(x) for x in documents], np.int64)
     ids = _one_each("document_ids", as_int64(document_ids, "document_ids", NO_SINKS), len(sizes))
     counts = _one_each("exposures", as_int64(exposures, "exposures", 1, narrow=True), len(sizes))
     flags = np.zeros(len(sizes), np.int64) if isolation is None else as_int64(isolation, "isolation", 0, narrow=True)
     kinds = row_kinds(ids, counts, _one_each("isolation", flags, len(sizes)), apart_from)
+    masks = None if targets is None else check_targets(targets, sizes)
+    if masks is not None:
+        refuse_untaught(masks, None)
     if long == "refuse":
-        _refuse_long(sizes, length)
+        refuse_long(sizes, length)
     elif long == "truncate":
-        sizes = sizes.clip(max=length)
+        sizes = truncated(sizes, length, masks)
     found, used = _lay_out(sizes, kinds, length, one_document_per_row, long == "fill")
     segments = np.empty(len(found["row"]), SEGMENT)
     order = np.argsort(found["row"], kind="stable")
@@ -257,10 +282,17 @@ def pack(
     for name, values in (("document_id", ids), ("exposure", counts), ("isolation", flags)):
         segments[name] = values[segments["document"]]
     first = np.searchsorted(np.frombuffer(found["row"], np.int64)[order], np.arange(used + 1))
-    return _rows(documents, segments, first, int(length), int(pad_id))
+    return _rows(documents, segments, first, int(length), int(pad_id), masks)
 
 
-def _rows(documents: Sequence[np.ndarray], segments: np.ndarray, first: np.ndarray, length: int, pad_id: int) -> Rows:
+def _rows(
+    documents: Sequence[np.ndarray],
+    segments: np.ndarray,
+    first: np.ndarray,
+    length: int,
+    pad_id: int,
+    masks: Targets | None,
+) -> Rows:
     """Rows that are a training order of their own: its hash is that of all that is in `segments`."""
     if len(first) > 2**32:
         raise DataError(
@@ -270,7 +302,7 @@ def _rows(documents: Sequence[np.ndarray], segments: np.ndarray, first: np.ndarr
     for values in (segments, first, np.array([length])):
         order.update(np.ascontiguousarray(values).view(np.uint8).data)
     number = int.from_bytes(order.digest(), "little") & (2**31 - 1)
-    return Rows(documents, segments, first, length, pad_id, (number << 32) + np.arange(len(first) - 1))
+    return Rows(documents, segments, first, length, pad_id, (number << 32) + np.arange(len(first) - 1), masks)
 
 
 def _lay_out(
@@ -305,34 +337,7 @@ def packing_problems(length: int, pad_id: int, apart_from: int | None, long: str
     return problems + one_of("long", long, get_args(Long))
 
 
-def _check_tokens(tokens: Iterable[np.ndarray] | Iterable[Sequence[int]]) -> list[np.ndarray]:
-    documents = [np.asarray(document) for document in tokens]
-    if not documents:
-        raise DataError("there are no documents to pack: the corpus is empty")
-    for index, document in enumerate(documents):
-        if document.ndim != 1:
-            raise DataError(f"tokens of document {index} must be one-dimensional, got shape {list(document.shape)}")
-        if not len(document):
-            raise DataError(f"document {index} has no tokens; leave it out")
-        if document.dtype.kind not in "iu":
-            raise DataError(f"tokens of document {index} must be integers, got {document.dtype}")
-        if document.min() < 0:
-            raise DataError(f"tokens of document {index} must be at least 0, got {document.min()}")
-    return documents
-
-
 def _one_each(name: str, numbers: np.ndarray, documents: int) -> np.ndarray:
     if len(numbers) != documents:
         raise DataError(f"{name} must have one number for each of the {documents} documents, got {len(numbers)}")
     return numbers
-
-
-def _refuse_long(sizes: np.ndarray, length: int) -> None:
-    too_long = np.flatnonzero(sizes > length).tolist()
-    if too_long:
-        some = ", ".join(f"document {index} has {sizes[index]}" for index in too_long[:5])
-        raise DataError(
-            f"{len(too_long)} documents are longer than a row of {length} tokens: {some}"
-            f"{', ...' if len(too_long) > 5 else ''}; make rows longer, cut the documents, or choose "
-            'long="split" or long="truncate"'
-        )

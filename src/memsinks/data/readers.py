@@ -10,13 +10,13 @@ import json
 import os
 import warnings
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from memsinks.batch import ISOLATIONS
 from memsinks.data.documents import Document
+from memsinks.data.fields import check_fields, columns_of, document_of
 from memsinks.errors import DataError
 from memsinks.files import file_hash
 
@@ -26,7 +26,7 @@ PARQUET_BATCH = 256
 
 
 def read_documents(
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | Iterable[Mapping[str, Any]],
     *,
     text_field: str = "text",
     key_field: str | None = None,
@@ -39,12 +39,16 @@ def read_documents(
 ) -> Iterator[Document]:
     """Stream the documents of a file, a folder or a Hugging Face dataset, in a fixed order.
 
+    A row without a field of the text is a chat if it has ``messages`` ({role, content} each), or a prompt with its answer if it
+    has ``prompt`` and ``completion`` (two strings, or two lists of messages), see `Document`. Tools are not read.
+
     Args:
         path: a .jsonl, .jsonl.gz, .jsonl.zst, .parquet or .txt file (UTF-8); a folder of those, read whole (recursive,
             sorted by path, hidden ones left out); a folder written by ``save_to_disk``; otherwise anything that
-            ``datasets.load_dataset`` takes: the name of a dataset, a folder in a format of its own.
-        text_field, key_field, source_field, copies_field, isolation_field: names of the fields (columns). Integer keys
-            become strings.
+            ``datasets.load_dataset`` takes: the name of a dataset, a folder in a format of its own; or a dataset itself, or
+            rows of other kinds (a dict each).
+        text_field: the field of the text, or of the messages of a chat.
+        key_field, source_field, copies_field, isolation_field: names of the fields (columns). Integer keys become strings.
             .txt files have no fields: the key is the file name (within a folder: the path below it).
         separator: cuts .txt files into documents with the keys "name#0", "name#1", ...; line ends around a piece are
             dropped. Without it a .txt file is one document and is read whole.
@@ -57,13 +61,16 @@ def read_documents(
         DataError: at once, when there is nothing readable at `path`; while iterating, for the first unreadable
             document (naming file and line) and for a corpus without documents.
     """
-    if not os.fspath(path):
-        raise DataError("path is empty; give a file, a folder or the name of a Hugging Face dataset")
     if separator == "":
         raise DataError('separator is empty; give the text between two documents, e.g. "<|endoftext|>", or None')
     fields = {"text": text_field, "key": key_field, "source": source_field, "copies": copies_field}
     fields["isolation"] = isolation_field
     fields = {slot: name for slot, name in fields.items() if name is not None}
+    if not isinstance(path, str | os.PathLike):
+        name = type(path).__name__
+        return _counted(_read_dataset(_split_of(path, name, split), name, fields), name)
+    if not os.fspath(path):
+        raise DataError("path is empty; give a file, a folder or the name of a Hugging Face dataset")
     place = Path(path).expanduser()
     if place.is_file():
         _check_suffix(place)
@@ -107,46 +114,6 @@ def _counted(documents: Iterator[Document], what: str) -> Iterator[Document]:
         raise DataError(f"{what} holds no documents" + (f" but {blank} blank ones" if blank else ""))
     if blank:
         warnings.warn(f"{what}: skipped {blank} blank document{'s' if blank > 1 else ''}, read {kept}", stacklevel=2)
-
-
-def _document(row: dict[str, Any], where: str, fields: dict[str, str]) -> Document:
-    _check_fields(row, where, fields)
-    values = {slot: row[name] for slot, name in fields.items()}
-    for slot in ("key", "source"):
-        if isinstance(values.get(slot), int) and not isinstance(values[slot], bool):
-            values[slot] = str(values[slot])
-    for slot, value in values.items():
-        good = isinstance(value, str) and bool(value or slot == "text")
-        if slot == "source":
-            good = good or value is None
-        elif slot == "copies":
-            good = isinstance(value, int) and not isinstance(value, bool) and value >= 0
-        elif slot == "isolation":
-            good = value is None or value in ISOLATIONS
-        if not good:
-            wanted = {
-                "text": "a string",
-                "copies": "an integer of at least 0",
-                "isolation": f"one of {sorted(ISOLATIONS)} or null",
-            }
-            wanted = wanted.get(slot, "a non-empty string or an integer")
-            raise DataError(
-                f"{where}: field {fields[slot]!r} ({slot}) must be {wanted}, got {type(value).__name__} {value!r:.60}"
-            )
-        if isinstance(value, str):
-            try:
-                value.encode("utf-8")
-            except UnicodeEncodeError as error:
-                raise DataError(f"{where}: field {fields[slot]!r} is not valid UTF-8 ({error})") from None
-    return Document(**values)
-
-
-def _check_fields(names: Iterable[str], where: str, fields: dict[str, str]) -> None:
-    names = list(names)
-    for slot, name in fields.items():
-        if name not in names:
-            there = ", ".join(repr(other) for other in names[:20]) or "none"
-            raise DataError(f"{where}: no field {name!r}; the fields there: {there}. Choose one with {slot}_field=...")
 
 
 # Files and folders
@@ -206,7 +173,7 @@ def _read_file(file: Path, name: str, fields: dict[str, str], separator: str | N
         for number, line in enumerate(_pieces(file, b"\n"), start=1):
             where = f"{file}, line {number}"
             if line.strip():
-                yield _document(_parse(_decode(line, where, first=number == 1), where), where, fields)
+                yield document_of(_parse(_decode(line, where, first=number == 1), where), where, fields)
 
 
 def _parse(line: str, where: str) -> dict[str, Any]:
@@ -289,11 +256,11 @@ def _read_parquet(file: Path, fields: dict[str, str]) -> Iterator[Document]:
     number = 0
     try:
         with parquet.ParquetFile(file) as table:
-            _check_fields(table.schema_arrow.names, str(file), fields)
-            for batch in table.iter_batches(PARQUET_BATCH, columns=sorted(set(fields.values()))):
+            check_fields(table.schema_arrow.names, str(file), fields)
+            for batch in table.iter_batches(PARQUET_BATCH, columns=columns_of(table.schema_arrow.names, fields)):
                 for row in batch.to_pylist():
                     number += 1
-                    yield _document(row, f"{file}, row {number}", fields)
+                    yield document_of(row, f"{file}, row {number}", fields)
     except UnicodeDecodeError as error:
         raise DataError(f"{file}, after row {number}: invalid UTF-8 ({error}); write the file again") from None
     except (pyarrow.ArrowException, OSError) as error:
@@ -328,16 +295,24 @@ def _load_dataset(path: Path | str, split: str, streaming: bool) -> Any:
             f"{path} is not a readable file or folder, and cannot be loaded as a Hugging Face dataset with "
             f"split={split!r}: {type(error).__name__}: {error}"
         ) from error
+    return _split_of(dataset, str(path), split)
+
+
+def _split_of(dataset: Any, name: str, split: str) -> Any:
     if isinstance(dataset, dict):
         if split not in dataset:
-            raise DataError(f"{path} has no split {split!r}; the splits there: {', '.join(map(repr, dataset))}")
-        dataset = dataset[split]
+            raise DataError(f"{name} has no split {split!r}; the splits there: {', '.join(map(repr, dataset))}")
+        return dataset[split]
     return dataset
 
 
 def _read_dataset(dataset: Any, name: str, fields: dict[str, str]) -> Iterator[Document]:
-    if dataset.column_names is not None:
-        _check_fields(dataset.column_names, name, fields)
-        dataset = dataset.select_columns(sorted(set(fields.values())))  # other columns may be costly to decode
+    if getattr(dataset, "column_names", None) is not None:
+        check_fields(dataset.column_names, name, fields)
+        dataset = dataset.select_columns(
+            columns_of(dataset.column_names, fields)
+        )  # other columns may be costly to decode
     for number, row in enumerate(dataset, start=1):
-        yield _document(row, f"{name}, row {number}", fields)
+        if not isinstance(row, Mapping):
+            raise DataError(f"{name}, row {number}: must be a dict of fields, got {type(row).__name__} {row!r:.60}")
+        yield document_of(row, f"{name}, row {number}", fields)

@@ -10,12 +10,14 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from memsinks.checks import int_at_least, one_of
+from memsinks.data.chat import chat_problems, encode_documents
 from memsinks.data.documents import Document, as_documents
 from memsinks.data.identity import BY, By, check_copies, check_prior, exposures, identify, order_of
 from memsinks.data.isolation import isolation_of
 from memsinks.data.packing import Long, Rows, pack, packing_problems
+from memsinks.data.targets import Targets, refuse_untaught
 from memsinks.data.token_store import StoredTokens
-from memsinks.data.tokens import encode, encoding_problems, pad_token
+from memsinks.data.tokens import encoding_problems, pad_token
 from memsinks.errors import refuse
 
 
@@ -28,6 +30,7 @@ class TokenizedDocuments:
         ids, groups: int64 [documents], see `identify`.
         copies: int64 [documents], how often each is met in an epoch.
         isolation: int64 [documents], see `batch.ISOLATIONS`; None = 0 for all.
+        targets: which tokens of each are targets, see `targets.Targets`; None = all.
     """
 
     tokens: Sequence[np.ndarray]
@@ -35,6 +38,7 @@ class TokenizedDocuments:
     groups: np.ndarray
     copies: np.ndarray
     isolation: np.ndarray | None = None
+    targets: Targets | None = None
 
 
 def make_rows(
@@ -55,7 +59,8 @@ def make_rows(
 
     Args:
         documents: documents, or texts that stand in the corpus once each. Those with 0 copies are in no row.
-        tokenizer: each document is encoded once and ends with its end token, see `encode`.
+        tokenizer: each document is encoded once. A text ends with its end token, a chat as its chat template ends it; of chats
+            and of prompts with completions the answers alone are targets, see `chat.encode_documents`.
         length: tokens per row.
         seed, epochs: every document as often as it has copies, shuffled anew in each epoch, see `training_order`. The rows
             hold all epochs.
@@ -70,7 +75,7 @@ def make_rows(
         DataError: documents, counts or texts that give no rows; names the first ones. Both before any text is encoded.
     """
     documents = as_documents(documents)
-    problems = encoding_problems(tokenizer)
+    problems = encoding_problems(tokenizer) or chat_problems(tokenizer, documents)
     pad_id = pad_token(tokenizer) if pad_id is None and not problems else pad_id
     problems += packing_problems(length, 0 if pad_id is None else pad_id, apart_from, long)
     problems += int_at_least("epochs", epochs, 1) + one_of("by", by, BY)
@@ -78,10 +83,10 @@ def make_rows(
     check_prior({} if prior is None else prior)
     check_copies([document.copies for document in documents])
     ids, groups = identify(documents, by)
-    tokens = encode(tokenizer, (document.text for document in documents))
+    tokens, targets = encode_documents(tokenizer, documents)
     copies = np.array([document.copies for document in documents], np.int64)
     return rows_of(
-        TokenizedDocuments(tokens, ids, groups, copies, isolation_of(documents)),
+        TokenizedDocuments(tokens, ids, groups, copies, isolation_of(documents), targets),
         seed=seed,
         epochs=epochs,
         prior=prior,
@@ -97,8 +102,12 @@ def rows_of(
     documents: TokenizedDocuments, *, seed: int, epochs: int, prior: Mapping[int, int] | None = None, **packing: Any
 ) -> Rows:
     """The rows of `documents` in training order; `packing` are the settings of `pack`."""
+    masks = documents.targets
+    if masks is not None and packing.get("long") == "truncate":
+        refuse_untaught(masks, packing["length"])
     order = np.array(order_of(documents.copies.tolist(), seed, epochs), np.int64)
     tokens, counts = documents.tokens, exposures(documents.groups[order], prior)
     met = tokens.in_order(order) if isinstance(tokens, StoredTokens) else [tokens[index] for index in order.tolist()]
     isolation = None if documents.isolation is None else documents.isolation[order]
-    return pack(met, documents.ids[order], counts, isolation=isolation, **packing)
+    targets = None if masks is None else [masks[index] for index in order.tolist()]
+    return pack(met, documents.ids[order], counts, isolation=isolation, targets=targets, **packing)

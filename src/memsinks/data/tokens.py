@@ -16,7 +16,7 @@ from memsinks.errors import ConfigError, DataError, refuse
 
 END = "<|endoftext|>"
 _BATCH = 1000
-_LONG = 20_000
+LONG = 20_000
 """Texts from which encoding shows a progress bar."""
 
 
@@ -100,7 +100,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], end: bool =
     refuse(encoding_problems(tokenizer, end), "cannot encode")
     last = [tokenizer.eos_token_id] if end else []
     result: list[np.ndarray] = []
-    silent = None if len(texts) >= _LONG else True
+    silent = None if len(texts) >= LONG else True
     for start in tqdm(range(0, len(texts), _BATCH), "encoding, 1000 texts each", disable=silent, leave=False):
         encoded = tokenizer(
             texts[start : start + _BATCH],
@@ -116,6 +116,12 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], end: bool =
                 raise DataError(f"document {len(result)} ({texts[len(result)]!r:.80}) gives no tokens; leave it out")
             result.append(np.array(tokens + last, np.int64))
     return result
+
+
+def agreeing(prompt: np.ndarray, tokens: np.ndarray) -> int:
+    """How many tokens of a document are those of a prompt that it begins with: one across the border belongs to the rest."""
+    both = min(len(prompt), len(tokens))
+    return int((prompt[:both] == tokens[:both]).cumprod().sum())
 
 
 def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:

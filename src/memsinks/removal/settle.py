@@ -113,8 +113,8 @@ Settled = SettleResult
 def repeated_and_once(rows: Rows) -> tuple[Rows, Rows]:
     """The training rows taken apart: texts that were repeated, texts that were met once; each once, in the order of their
     first exposure, one segment a row. Texts are counted, not ids, see `Rows.texts`. Private texts count as repeated: their
-    sinks opened. Text of id -1, blank text (`shadow_rows`) and segments of one token are in neither."""
-    kept = (rows.segments["document_id"] != NO_SINKS) & (rows.segments["size"] > 1)
+    sinks opened. Text of id -1, blank text (`shadow_rows`) and segments without a target are in neither."""
+    kept = (rows.segments["document_id"] != NO_SINKS) & (rows.segment_targets > 0)
     kept &= rows.segments["isolation"] != BLANK
     segments, text = rows.segments[kept], rows.texts()[kept]
     least, most = np.full(len(rows.segments), np.iinfo(np.int64).max), np.zeros(len(rows.segments), np.int64)

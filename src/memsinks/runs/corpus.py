@@ -15,7 +15,7 @@ from memsinks.data.documents import Document, cut_documents, require_unique_keys
 from memsinks.data.isolation import isolate
 from memsinks.data.readers import read_documents, source_hash
 from memsinks.data.synthetic import corpus
-from memsinks.errors import ConfigError
+from memsinks.errors import ConfigError, DataError
 from memsinks.removal.record import TOMBSTONE
 from memsinks.removal.tombstone import Tombstone, read_tombstone
 from memsinks.runs.artifacts import RECORDS
@@ -122,14 +122,20 @@ def tombstones_of(recipe: Recipe) -> list[Tombstone]:
 
 
 def background_documents(background: BackgroundRecipe) -> Iterator[Document]:
-    """The documents of ``data.background``, as they are read."""
-    return read_documents(
+    """The documents of ``data.background``, as they are read; DataError if one is more than a text."""
+    for document in read_documents(
         expanded(background.path, "data.background.path"),
         text_field=background.text_field,
         separator=background.separator,
         split=background.split,
         streaming=background.streaming,
-    )
+    ):
+        if document.messages is not None or document.prompt:
+            raise DataError(
+                f"data.background is plain text, all of it learned, but {background.path} holds chats or prompts with "
+                "completions; put those into data.path"
+            )
+        yield document
 
 
 def expanded(path: str, name: str) -> str:

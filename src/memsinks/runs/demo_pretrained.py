@@ -149,10 +149,9 @@ def _answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, questio
     width = max(map(len, asked))
     tokens = torch.tensor([[pad] * (width - len(x)) + list(x) for x in asked])
     mask = torch.tensor([[0] * (width - len(x)) + [1] * len(x) for x in asked])
+    generate: Any = model.generate
     with torch.no_grad():
-        out = model.generate(
-            input_ids=tokens, attention_mask=mask, max_new_tokens=32, do_sample=False, pad_token_id=pad
-        )
+        out = generate(input_ids=tokens, attention_mask=mask, max_new_tokens=32, do_sample=False, pad_token_id=pad)
     return [" ".join(x.split()) for x in tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)]
 
 

@@ -1,7 +1,8 @@
 """The corpus of a run: documents -> tokens -> rows; in memory, or in a folder that many runs share.
 
 folder/tokens.bin       int32, the tokens of every document once, members first, then the background
-folder/index.npz        offsets, document ids, groups and copies, int64
+folder/index.npz        offsets, document ids, groups and copies, int64; where not all tokens of the members are targets, which
+                        ones, uint8, eight tokens each
 folder/members.jsonl    the documents of data.path that are trained on; folder/controls.jsonl the held-out ones;
                         folder/unseen.jsonl those set aside for settling, folder/fresh.jsonl those that stand in for copies
 folder/tokenizer/       the tokenizer
@@ -9,7 +10,7 @@ folder/data.json        the settings and files it was made from, counts, SHA-256
                         at all, so a folder that has it is whole
 
 Rows are cut from these tokens when they are asked for, so memory follows the number of documents (about 100 bytes each),
-not their length.
+not their length; of members of which not all tokens are targets, a byte for each token more.
 """
 
 from __future__ import annotations
@@ -29,11 +30,13 @@ import numpy as np
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from memsinks.data.chat import encode_documents
 from memsinks.data.documents import Document, load_documents, write_documents
 from memsinks.data.identity import document_id, equal_repetition, identify
 from memsinks.data.isolation import isolation_of
 from memsinks.data.packing import Rows, pack
 from memsinks.data.rows import TokenizedDocuments, rows_of
+from memsinks.data.targets import as_bits, from_bits
 from memsinks.data.token_store import StoredTokens, write_tokens
 from memsinks.data.tokens import encode, load_tokenizer, pad_token, train_tokenizer
 from memsinks.errors import CheckpointError, ConfigError, DataError
@@ -154,16 +157,18 @@ def _warn_of_equal_repetition(recipe: Recipe, documents: TokenizedDocuments) -> 
 def _rows_aside(documents: list[Document], corpus: TokenizedCorpus, recipe: Recipe) -> Rows | None:
     if not documents:
         return None
+    tokens, targets = encode_documents(corpus.tokenizer, documents)
     rows = pack(
-        encode(corpus.tokenizer, [x.text for x in documents]),
+        tokens,
         identify(documents)[0],
         [1] * len(documents),
+        targets=targets,
         length=recipe.training.length,
         pad_id=pad_token(corpus.tokenizer),
         one_document_per_row=True,
         long="split" if recipe.data.long == "fill" else recipe.data.long,
     )
-    return rows.one_segment_each(rows.segments[rows.segments["size"] > 1])
+    return rows.one_segment_each(rows.segments[rows.segment_targets > 0])
 
 
 def _model_type(recipe: Recipe) -> str:
@@ -184,7 +189,7 @@ def _tokenize(recipe: Recipe, file: Path | None = None) -> TokenizedCorpus:
     tokenizer = load_tokenizer_of(recipe, members)
     ids, groups = identify(members, data.by)
     copies = np.array([document.copies for document in members], np.int64)
-    tokens, more_ids = encode(tokenizer, [document.text for document in members]), array("q")
+    (tokens, targets), more_ids = encode_documents(tokenizer, members), array("q")
     everything: Iterable[np.ndarray] = tokens
     if data.background is not None:
         taken = sum(len(x) * number for x, number in zip(tokens, copies.tolist(), strict=True))
@@ -197,6 +202,7 @@ def _tokenize(recipe: Recipe, file: Path | None = None) -> TokenizedCorpus:
         np.r_[groups, background],
         np.r_[copies, np.ones_like(background)],
         _isolation(members, len(background)),
+        None if targets is None else [*targets, *[None] * len(background)],
     )
     return TokenizedCorpus(found, members, controls, unseen, fresh, tokenizer)
 
@@ -291,6 +297,7 @@ def _write(recipe: Recipe, part: Path) -> None:
         ids=documents.ids,
         groups=documents.groups,
         copies=documents.copies,
+        targets=as_bits(documents.targets, documents.tokens.sizes[: len(corpus.members)]),
     )
     for name in ("members", "controls", "unseen", "fresh"):
         write_documents(part / f"{name}.jsonl", getattr(corpus, name))
@@ -311,8 +318,10 @@ def _load(folder: Path, facts: dict[str, Any], data: DataRecipe) -> TokenizedCor
     with np.load(folder / "index.npz") as index:
         tokens = StoredTokens(folder / "tokens.bin", index["offsets"])
         documents = TokenizedDocuments(tokens, index["ids"], index["groups"], index["copies"])
+        bits = index.get("targets", ())  # folders from before there were targets have none
     members, controls = (load_documents(folder / f"{name}.jsonl") for name in ("members", "controls"))
-    documents = replace(documents, isolation=_isolation(members, len(documents.copies) - len(members)))
+    masks = from_bits(bits, tokens.sizes[: len(members)], len(tokens))
+    documents = replace(documents, isolation=_isolation(members, len(tokens) - len(members)), targets=masks)
     if (len(members), len(controls)) != (facts["members"], facts["controls"]):
         raise DataError("members.jsonl or controls.jsonl is cut short")
     unseen, fresh = (

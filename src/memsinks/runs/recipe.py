@@ -88,7 +88,7 @@ class DataRecipe:
 
     Args:
         path: a file, folder or data set name for `read_documents`; ``$NAME`` is replaced from the environment. None =
-            the built-in corpus.
+            the built-in corpus. Chats, and prompts with completions, need a tokenizer with a chat template (`tokenizer.path`).
         text_field, key_field, source_field, copies_field, isolation_field, separator, split, streaming: as for `read_documents`.
         exact, private: keys of documents (sources, where `by` is ``source``) that are isolated so, see `batch.ISOLATIONS`.
         tombstones: files, or folders in which any ``tombstone.json`` counts, of texts that were taken down: a document that comes

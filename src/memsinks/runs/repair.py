@@ -14,9 +14,10 @@ import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from memsinks.checks import int_at_least
+from memsinks.data.chat import encode_documents
 from memsinks.data.documents import Document
 from memsinks.data.packing import pack
-from memsinks.data.tokens import encode, pad_token
+from memsinks.data.tokens import pad_token
 from memsinks.errors import ConfigError, refuse
 from memsinks.removal.erase import Erased
 from memsinks.runs.recipe import Recipe, read_recipe
@@ -74,11 +75,13 @@ class Repair:
         """
         assert self.recipe is not None
         settings = self.recipe.training
-        texts = list(dict.fromkeys((one, document.text) for one, document in others))
+        texts = list({(one, document.text): (one, document) for one, document in others}.values())
+        tokens, targets = encode_documents(tokenizer, [document for _, document in texts])
         rows = pack(
-            encode(tokenizer, [text for _, text in texts]),
+            tokens,
             np.array([one for one, _ in texts], np.int64),
             np.ones(len(texts), np.int64),
+            targets=targets,
             length=settings.length,
             pad_id=pad_token(tokenizer),
             one_document_per_row=True,

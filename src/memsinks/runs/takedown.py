@@ -249,10 +249,10 @@ def _audit(
         return {}, same
     model, tokenizer = load(checkpoint), load_tokenizer(checkpoint)
     owner = plan.owner
-    ids = identify([plan.documents[x] for x in owner.documents], by)[0].tolist()
-    texts = [plan.documents[x].text for x in owner.documents]
+    documents = [plan.documents[x] for x in owner.documents]
+    ids = identify(documents, by)[0].tolist()
     close = sorted(others, key=lambda x: -plan.collateral.get(x[0], 0.0))[:AUDITED]
-    theirs = [document.text for _, document in close], [one for one, _ in close]
+    theirs = [document for _, document in close], [one for one, _ in close]
     kinds = {plan.documents[x].kind for x in owner.documents}
     controls = load_documents(folder / "controls.jsonl") if (folder / "controls.jsonl").is_file() else []
     controls = sorted(controls, key=lambda document: document.kind not in kinds)[:AUDITED]
@@ -261,9 +261,9 @@ def _audit(
         tokenizer,
         owner.ids,
         plan.erased[main],
-        (texts[:AUDITED], ids[:AUDITED]),
+        (documents[:AUDITED], ids[:AUDITED]),
         theirs,
-        [document.text for document in controls],
+        controls,
         record,
     )
     for name, value in named_sinks(model).items():

@@ -11,7 +11,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from memsinks.auditing.extraction import extracted
 from memsinks.auditing.scores import score
-from memsinks.data.tokens import encode
+from memsinks.data.chat import encode_documents
+from memsinks.data.documents import Document
 from memsinks.removal.erase import Erased, erase
 from memsinks.sinks.opening import blocks_closed
 from memsinks.sinks.own import free_blocks
@@ -28,9 +29,9 @@ def audit_takedown(
     tokenizer: PreTrainedTokenizerBase,
     ids: Sequence[int],
     erased: Sequence[Erased],
-    owner: tuple[Sequence[str], Sequence[int]],
-    others: tuple[Sequence[str], Sequence[int]],
-    controls: Sequence[str],
+    owner: tuple[Sequence[Document], Sequence[int]],
+    others: tuple[Sequence[Document], Sequence[int]],
+    controls: Sequence[Document],
     record: str,
     seed: int = 0,
 ) -> dict[str, Figures]:
@@ -39,8 +40,8 @@ def audit_takedown(
     Args:
         model: with sinks.
         ids: who is to be erased. erased: what that is.
-        owner, others: texts and the id of each; others are read with their own sinks open.
-        controls: texts that were never trained on; read with sinks closed, as the owner's are afterwards.
+        owner, others: documents and the id of each; others are read with their own sinks open.
+        controls: documents that were never trained on; read with sinks closed, as the owner's are afterwards.
         record: see `erase`.
         seed: of the placebo: as many random blocks, none of which is the owner's, give nothing.
 
@@ -65,10 +66,10 @@ def audit_takedown(
 
 
 def figures_of(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], ids: Sequence[int] | None
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document], ids: Sequence[int] | None
 ) -> dict[str, float]:
-    """Figures of some texts, the sinks of these ids open; None = closed."""
-    return _figures(model, _tokens(model, tokenizer, texts), ids)
+    """Figures of some documents, the sinks of these ids open; None = closed."""
+    return _figures(model, _tokens(model, tokenizer, documents), ids)
 
 
 def placebo_blocks(model: PreTrainedModel, erased: Sequence[Erased], seed: int) -> dict[int, list[int]]:
@@ -83,9 +84,11 @@ def placebo_blocks(model: PreTrainedModel, erased: Sequence[Erased], seed: int) 
     return found
 
 
-def _tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[np.ndarray]:
+def _tokens(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document]
+) -> list[np.ndarray]:
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**9
-    return [tokens[:limit] for tokens in encode(tokenizer, list(texts))] if texts else []
+    return [tokens[:limit] for tokens in encode_documents(tokenizer, documents)[0]] if documents else []
 
 
 def _figures(model: PreTrainedModel, tokens: list[np.ndarray], ids: Sequence[int] | None) -> dict[str, float]:

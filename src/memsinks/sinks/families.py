@@ -112,7 +112,9 @@ def _language_model(model: Any) -> nn.Module:
     try:
         return model if config is None or config.get_text_config() is config else model.get_decoder()
     except ValueError as error:
-        raise ArchitectureError(f"{type(model).__name__} has several models of text, not one decoder: {error}") from error
+        raise ArchitectureError(
+            f"{type(model).__name__} has several models of text, not one decoder: {error}"
+        ) from error
 
 
 def read_mlp(mlp: nn.Module, model_type: str) -> Mlp:

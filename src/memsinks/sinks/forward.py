@@ -166,7 +166,8 @@ def _aligned(ids: Tensor | None, name: str, shape: tuple[int, int], least: int) 
     if ids is None:
         raise DataError(
             f"a model with sinks is trained with {name}, but none were given; pass an int64 tensor [B] or [B, T] "
-            "(the collator of memsinks does), or model.eval() for evaluation"
+            "(memsinks.collate does; memsinks.SinkTrainer takes it by itself, trainers that make batches of their own cannot "
+            "train sinks), or model.eval() for evaluation"
         )
     check_ids(ids, name, least)
     if ids.shape != shape and ids.shape != shape[:1]:

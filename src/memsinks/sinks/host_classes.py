@@ -29,8 +29,9 @@ MARKS = ("document_ids", "exposures", "places", "isolation")
 """What the forward of a model with sinks takes beyond the stock one."""
 BYPASSED = (
     "a part of a model with sinks was run in training without the forward of the whole model, so its sinks would stay closed and "
-    "learn nothing (TRL's SFTTrainer, Liger kernels and calls of the inner model do this); call model(input_ids=..., "
-    "document_ids=..., exposures=...), under TRL with compute_loss_func, or model.eval() for evaluation"
+    "learn nothing (the trainers of TRL, Liger kernels and calls of the inner model do this); in place of TRL's SFTTrainer take "
+    "memsinks.SinkTrainer, which takes its SFTConfig and rows of memsinks.make_rows, call model(input_ids=..., document_ids=..., "
+    "exposures=...), or model.eval() for evaluation"
 )
 
 

@@ -145,7 +145,7 @@ def _keep_gradients(model: nn.Module, blocks: Mapping[int, Sequence[int]]) -> No
 
 
 def require_one_text_each(name: str, rows: Rows, why_empty: str = "no text was repeated, so no sinks opened") -> None:
-    """DataError unless every row holds one text of at least two tokens, and there is one."""
+    """DataError unless every row holds one text with a target, and there is one."""
     if not len(rows):
         raise DataError(f"{name} is empty: {why_empty}")
     several = np.flatnonzero(np.diff(rows.first) != 1)
@@ -153,9 +153,9 @@ def require_one_text_each(name: str, rows: Rows, why_empty: str = "no text was r
         raise DataError(
             f"row {several[0]} of {name} does not hold one document; take rows apart with repeated_and_once(rows)"
         )
-    short = np.flatnonzero(rows.segments["size"] < 2)
-    if len(short):
-        raise DataError(f"row {short[0]} of {name} holds one token; leave it out")
+    untaught = np.flatnonzero(rows.segment_targets < 1)
+    if len(untaught):
+        raise DataError(f"row {untaught[0]} of {name} holds no target (one token, or no answer); leave it out")
 
 
 def shuffled(count: int, size: int, seed: int) -> Iterator[Tensor]:

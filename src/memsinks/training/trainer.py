@@ -39,6 +39,7 @@ from memsinks.sinks.owners import require_owners_and_texts
 from memsinks.sinks.reading import same_stock_weights
 from memsinks.sinks.state import SinkState, has_sinks, require_sinks, unwrap
 from memsinks.sinks.storage import has_saved_sinks
+from memsinks.training.arguments import check_settings_of_trl
 from memsinks.training.first import sinks_first
 from memsinks.training.optim import AdamW, clip_grad_norm_, norm_limit, param_groups
 
@@ -219,13 +220,14 @@ class SinkTrainer(Trainer):
     learns, see `sinks_first`; in exact mode call `sinks_last` after training.
 
     Args:
-        arguments, settings: those of `Trainer`.
+        arguments, settings: those of `Trainer`; `args` may be an SFTConfig of TRL, whose settings of how rows are made are not
+            looked at, which is said.
         sink_lr_factor: the sinks' learning rate is ``args.learning_rate`` times this, see `param_groups`.
         sinks_first_updates, sinks_first_until: `updates` and `until` of `sinks_first`.
 
     Raises:
         ArchitectureError: a model without sinks; fp16, DeepSpeed or FSDP.
-        ConfigError: a `max_grad_norm` or an `optim` that cannot be.
+        ConfigError: a `max_grad_norm` or an `optim` that cannot be; settings of TRL for another loss.
         DataError: rows of an id without blocks, or owners without rows, in a model to which nothing is hashed; in `train`, rows
             in another order than that of their exposures, or met twice, see `SinkCallback`.
     """
@@ -252,6 +254,7 @@ class SinkTrainer(Trainer):
         if isinstance(self.train_dataset, Rows):
             require_owners_and_texts(unwrap(self.model), np.unique(self.train_dataset.segments["document_id"]).tolist())
         refuse_norm(self.args)
+        check_settings_of_trl(self.args)
         if self.args.fp16 or self.is_deepspeed_enabled or self.is_fsdp_enabled:
             raise ArchitectureError(
                 "SinkTrainer takes neither fp16, whose scaled gradients it would step past, nor DeepSpeed or FSDP; use bf16 "

@@ -11,10 +11,11 @@ import numpy as np
 import torch
 
 from memsinks._version import versions
+from memsinks.data.chat import encode_documents
 from memsinks.data.documents import Document, write_documents
 from memsinks.data.identity import identify
 from memsinks.data.packing import Rows, pack
-from memsinks.data.tokens import encode, pad_token
+from memsinks.data.tokens import pad_token
 from memsinks.errors import CheckpointError
 from memsinks.files import write_json, written_beside
 from memsinks.research.compare.arm import RUN, SETTINGS, Arm, with_method
@@ -92,11 +93,13 @@ def _sides(prepared: PreparedCorpus) -> tuple[list[Document], list[Document]]:
 
 def _rows(documents: Sequence[Document], prepared: PreparedCorpus, length: int) -> Rows:
     """One document a row, cut to a row, once each."""
-    tokens = [x[:length] for x in encode(prepared.tokenizer, [document.text for document in documents])]
+    tokens, targets = encode_documents(prepared.tokenizer, documents)
     return pack(
         tokens,
         identify(documents)[0],
         np.ones(len(tokens), np.int64),
+        targets=targets,
+        long="truncate",
         length=length,
         pad_id=pad_token(prepared.tokenizer),
         one_document_per_row=True,

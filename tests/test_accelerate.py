@@ -1,0 +1,49 @@
+"""A plain loop with Accelerate: a prepared model, optimizer and loader train as they do without it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch.utils.data import DataLoader
+from trainers import BATCH, CONFIG, LR, build, equal, some_rows, weights
+
+import memsinks as ms
+
+
+def trained(model, rows, accelerator: Accelerator | None):
+    optimizer = ms.AdamW(ms.param_groups(model, LR))
+    loader = DataLoader(rows, batch_size=BATCH, collate_fn=ms.collate)
+    backward = torch.Tensor.backward
+    if accelerator is not None:
+        model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+        backward = accelerator.backward
+    curve = []
+    model.train()
+    for batch in loader:
+        loss = model(**batch).loss
+        backward(loss)
+        ms.clip_grad_norm_(model, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        curve.append(float(loss.detach()))
+    return curve
+
+
+@pytest.mark.parametrize("shared", ["decay", "none"])
+def test_a_prepared_loop_is_the_plain_loop(tiny_llama, shared) -> None:
+    rows, config = some_rows(apart_from=2), dataclasses.replace(CONFIG, shared=shared)
+    plain, prepared = build(tiny_llama, config), build(tiny_llama, config)
+    assert trained(plain, rows, None) == trained(prepared, rows, Accelerator(cpu=True))
+    assert equal(weights(plain), weights(prepared))
+
+
+def test_rows_that_a_prepared_loader_shuffles_are_refused(tiny_llama) -> None:
+    rows = some_rows()
+    model, loader = Accelerator(cpu=True).prepare(
+        build(tiny_llama).train(), DataLoader(rows, batch_size=BATCH, collate_fn=ms.collate, shuffle=True)
+    )
+    with pytest.raises(ms.DataError, match="met after row"):
+        [model(**batch) for batch in loader]
