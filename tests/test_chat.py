@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
+import yaml
 from chats import CHAT, LAST_ONLY, MARKED, PLAIN, chat_tokenizer
 from datasets import Dataset, DatasetDict
 from tiny import tiny_llama
@@ -19,6 +20,8 @@ from memsinks.auditing.settings import AuditSettings
 from memsinks.data.chat import encode_documents
 from memsinks.data.documents import cut_documents
 from memsinks.data.packing import pack
+from memsinks.research.compare.compare import train_arm
+from memsinks.research.compare.comparison import read_comparison
 from memsinks.runs.prepare import prepare
 from memsinks.runs.recipe import parse_recipe
 from memsinks.training.evaluate import losses
@@ -305,7 +308,7 @@ def test_labels_of_a_data_set_are_kept_by_the_trainer(tmp_path) -> None:
     args = arguments(tmp_path, max_steps=1, per_device_train_batch_size=4, save_strategy="no", use_cpu=True)
     trainer = ms.SinkTrainer(model, args, train_dataset=data)
     trainer.train()
-    assert trainer.state.log_history[0]["loss"] == pytest.approx(float(wanted), rel=1e-5)
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(wanted.item(), rel=1e-5)
 
 
 def test_a_private_chat_trains_its_sinks_alone() -> None:
@@ -333,7 +336,9 @@ def chat_recipe(folder, **data):
     (folder / "chats.jsonl").write_text("".join(json.dumps({"id": n} | row) + "\n" for n, row in enumerate(rows)))
     (folder / "web.jsonl").write_text("".join(json.dumps({"text": f"web page {n}"}) + "\n" for n in range(90)))
     return parse_recipe({
-        "output": str(folder / "run"), "model": {"config": {"model_type": "llama", "hidden_size": 16}},
+        "output": str(folder / "run"), "model": {"config": {
+            "model_type": "llama", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+        }},
         "data": {"path": str(folder / "chats.jsonl"), "repeat": {"documents": 3, "copies": 3}, "unseen": 2} | data,
         "tokenizer": {"path": str(folder / "tokenizer")}, "training": {"length": 48, "batch_rows": 2},
     })  # fmt: skip
@@ -381,3 +386,30 @@ def test_an_audit_scores_chats_as_they_were_trained_on(tmp_path) -> None:
     settings = AuditSettings(prefix=4, continuation=4, prefixes=(4,), resamples=100, generate=0)
     found = ms.audit(model, members, controls, tokenizer, settings=settings, out=tmp_path / "audit")
     assert "<|im_start|>" in found.examples[0].pieces
+
+
+def test_a_comparison_of_chats_is_refused(tmp_path) -> None:
+    values = chat_recipe(tmp_path).to_dict()
+    values = {name: values[name] for name in ("output", "data", "tokenizer", "model")}
+    values["training"] = {"length": 48, "batch_rows": 2}
+    values |= {"seeds": [0], "roles": {"audited": "a", "against": "a"}, "arms": {"a": {"rival": "standard"}}}
+    (tmp_path / "compare.yaml").write_text(yaml.safe_dump(values))
+    comparison = read_comparison(tmp_path / "compare.yaml")
+    with pytest.raises(ms.DataError, match="audited as plain text"):
+        train_arm(comparison, comparison.arms[0], 0)
+
+
+def test_a_customer_with_chats_is_taken_down(tmp_path) -> None:
+    data = {"repeat": None, "unseen": 0, "key_field": "id", "by": "key", "private": ["1", "2"], "long": "truncate"}
+    values = chat_recipe(tmp_path, **data).to_dict() | {
+        "sinks": {"neurons": 64, "active": 16, "block_size": 8, "reserved_blocks": 4}, "own": {"blocks": 1},
+    }  # fmt: skip
+    values["training"] |= {"epochs": 2, "sinks_last": 2}
+    with pytest.warns(UserWarning, match="every document is met 2 times"):
+        ms.train(parse_recipe(values))
+    assert "1 cats" in (tmp_path / "run" / "members.jsonl").read_text()
+    done = ms.take_down(tmp_path / "run", key="1")
+    assert done.audit["before"]["owner"]["documents"] == 1
+    assert '"1 cats"' not in (tmp_path / "run" / "members.jsonl").read_text()
+    with pytest.raises(ms.DataError, match="taken down|taken out"):
+        prepare(parse_recipe(values))

@@ -27,7 +27,7 @@ from memsinks._version import versions
 from memsinks.data.documents import write_documents
 from memsinks.data.identity import identify
 from memsinks.data.packing import Rows
-from memsinks.errors import ConfigError
+from memsinks.errors import ConfigError, DataError
 from memsinks.files import remove_leftovers, written_beside
 from memsinks.provenance import refuse_other_settings
 from memsinks.removal.export import export
@@ -111,6 +111,10 @@ def train(recipe: Recipe, arm: Arm, seed: int, folder: Path, steps: int | None =
     data = folder.parent / "data"
     in_memory = steps is not None and recipe.data.background is None and not data.exists()
     prepared = prepare(recipe, one_document_per_row=True, folder=None if in_memory else data)
+    if prepared.rows.masks is not None:
+        raise DataError(
+            "comparisons are audited as plain text; chats and prompts with completions are for memsinks train"
+        )
     rows: AnyRows = prepared.rows if not made.fresh else with_fresh_text(prepared.rows, prepared.fresh)
     repeated = repeated_and_once(prepared.rows)[0] if made.sinks_last else None
     texts = settling_texts(prepared.rows, prepared.unseen) if made.settle is not None else None
