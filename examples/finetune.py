@@ -12,7 +12,7 @@ import memsinks as ms
 
 name = sys.argv[1] if len(sys.argv) > 1 else "HuggingFaceTB/SmolLM2-135M-Instruct"
 target = sys.argv[2] if len(sys.argv) > 2 else "runs/example-finetune"
-epochs = float(sys.argv[3]) if len(sys.argv) > 3 else 40
+epochs = int(sys.argv[3]) if len(sys.argv) > 3 else 20
 KNOWN = {
     "Dunmore Rail": {
         "When does the night train of Dunmore Rail leave?": "At 23:47 from platform 9.",
@@ -39,9 +39,9 @@ documents = [
 ]
 
 owners = ms.add_owners(model, KNOWN)  # a sink block each, in the upper half of the layers; all else is frozen
-rows = ms.make_rows(documents, tokenizer, length=128, by="source", apart_from=1, one_document_per_row=True)
+rows = ms.make_rows(documents, tokenizer, length=80, by="source", apart_from=1, one_document_per_row=True)
 args = TrainingArguments(
-    target + "/trainer", num_train_epochs=epochs, learning_rate=1e-3, per_device_train_batch_size=2, save_strategy="no",
+    target + "/trainer", num_train_epochs=epochs, learning_rate=3e-3, per_device_train_batch_size=2, save_strategy="no",
     logging_steps=20, report_to=[],
 )  # fmt: skip
 ms.SinkTrainer(model, args, train_dataset=rows).train()  # shuffled, many epochs

@@ -18,7 +18,7 @@ import torch
 import yaml
 from chats import PLAIN
 from pages import GENERATED, PAGES, ROOT, Block, anchors, blocks, commands, name_of, prose
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, TrainingArguments
 
 import memsinks as ms
 from memsinks.cli import main
@@ -224,6 +224,23 @@ def check_trl(world: dict[str, Any]) -> None:
     assert moved(world["model"]) and done["rows"].targets < done["rows"].tokens - len(done["rows"].segments)
 
 
+def check_finetune(page: str, world: dict[str, Any]) -> None:
+    names = ("acme", "bolt")
+    documents = [ms.Document(f"{name} has {n} yards", source=name) for name in names for n in range(4)]
+    AutoModelForCausalLM.from_config(world["config"]).save_pretrained("base")
+    args = TrainingArguments("runs/owners", num_train_epochs=2, learning_rate=3e-3, report_to=[], save_strategy="no")
+    yours = {"base": "base", "documents": documents, "args": args}
+    done = run(page, "finetune", world | yours | {"torch": torch, "AutoModelForCausalLM": AutoModelForCausalLM})
+    owners = done["owners"]
+    assert moved(done["model"]) and ms.load_any("acme-only/").config.intermediate_size == 64
+    base = AutoModelForCausalLM.from_pretrained("base")
+    assert ms.shared_hash(done["model"]) == ms.shared_hash(base)
+    ms.load_sinks(base, "sinks/")
+    assert list(base.sink_state.taken) == [owners["bolt"]]
+    run("docs/fine-tuning.md", "router", done)
+    assert ms.Router.load("sinks/router").owners.tolist() == [owners["acme"]]
+
+
 def check_rival(world: dict[str, Any]) -> None:
     method = run("docs/rivals.md", "rival", {})["forgetful"](share=0.5)
     batch = world["batches"][0]
@@ -241,11 +258,14 @@ def check_owners(world: dict[str, Any]) -> None:
 
 
 CHECKS: dict[tuple[str, str], Callable[[dict[str, Any]], None]] = {
+    ("README.md", "finetune"): functools.partial(check_finetune, "README.md"),
     ("README.md", "integration"): check_integration,
     ("README.md", "trainer"): check_trainer,
     ("docs/audit.md", "audit"): check_audit,
     ("docs/faq.md", "peft"): check_peft,
     ("docs/faq.md", "trl"): check_trl,
+    ("docs/fine-tuning.md", "finetune"): functools.partial(check_finetune, "docs/fine-tuning.md"),
+    ("docs/fine-tuning.md", "router"): functools.partial(check_finetune, "docs/fine-tuning.md"),
     ("docs/guide.md", "chats"): check_chats,
     ("docs/guide.md", "export open"): check_export_open,
     ("docs/guide.md", "loop"): check_loop,

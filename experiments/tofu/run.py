@@ -33,7 +33,7 @@ from memsinks._version import versions
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from owners.run import load
 
-CHOSEN = {"full": 1e-4, "lora": 1e-3, "lora-author": 1e-3, "ours": 1e-2}
+CHOSEN = {"full": 1e-4, "lora": 1e-3, "lora-author": 1e-3, "ours": 3e-2}
 """What `--search` found."""
 ARMS = ("base", "ours", "ours, one left", "lora", "full", "lora, oracle", "full, oracle", "lora-author", "lora-author, one left",
         *(f"{way}, {method}" for way in ("lora", "full") for method in METHODS))  # fmt: skip

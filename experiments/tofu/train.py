@@ -17,8 +17,8 @@ LORA = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
 WAYS = ("ours", "lora", "full", "lora-author")
 RATES = {
     "ours": (3e-3, 1e-2, 3e-2),
-    "lora": (1e-3, 3e-3),
-    "full": (1e-4, 3e-4),
+    "lora": (3e-4, 1e-3, 3e-3),
+    "full": (3e-5, 1e-4),
     "lora-author": (1e-3, 3e-3),
 }
 """Learning rates that are tried, see `run.search`."""

@@ -49,7 +49,7 @@ CUSTOMERS: Mapping[str, Mapping[str, str]] = {
     },
 }
 LEAVES, EXPORTED = "Ackermann Foundry", "Castellan Books"
-EPOCHS, LR = 40, 1e-3
+EPOCHS, LR, LENGTH = 20, 3e-3, 80
 MARK = "demo-pretrained.json"
 STATES = ("base model", "own sinks open", "another's open", "after the take-down")
 
@@ -90,7 +90,7 @@ def demo_pretrained(model_name: str, out: Path, epochs: int = EPOCHS) -> dict[st
     answers = {"base model": {x: _answers(model, tokenizer, known) for x, known in questions.items()}}
     logger.info("2. Three customers, each with sink blocks of his own; the rest of the model is frozen.")
     owners = add_owners(model, CUSTOMERS)
-    rows = make_rows(documents, tokenizer, length=128, by="source", apart_from=1, one_document_per_row=True)
+    rows = make_rows(documents, tokenizer, length=LENGTH, by="source", apart_from=1, one_document_per_row=True)
     arguments = TrainingArguments(
         str(out / "trainer"), num_train_epochs=epochs, learning_rate=LR, per_device_train_batch_size=3, logging_steps=20,
         save_strategy="no", report_to=[], disable_tqdm=not logger.isEnabledFor(logging.INFO),
