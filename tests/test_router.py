@@ -31,10 +31,10 @@ def test_a_question_finds_its_owner_or_nobody():
 
 def test_the_weights_by_hand():
     router = ms.Router.fit([ms.Document("a b", source="x"), ms.Document("a c", source="y")])
-    rare = np.log(3 / 2) + 1
-    here, there = np.array([1, rare]) / np.hypot(1, rare), np.array([1.0, 0.0])
-    nearest, near = router.similarities(["b a", "a"])
-    assert near == pytest.approx([1, float(here @ there)]) and nearest[0] == ms.document_id("x", "source")
+    common, rare = np.log(3 / 2), np.log(3 / 1)
+    nearest, near = router.similarities(["b a", "a", "a d"])
+    alone = common / np.hypot(common, rare)
+    assert near == pytest.approx([1, alone, alone**2]) and nearest[0] == ms.document_id("x", "source")
 
 
 def test_one_who_left_was_never_there_also_on_disk(tmp_path):
@@ -46,6 +46,7 @@ def test_one_who_left_was_never_there_also_on_disk(tmp_path):
         assert (tmp_path / "left" / file).read_bytes() == (tmp_path / "never" / file).read_bytes()
     again = ms.Router.load(tmp_path / "left")
     assert again.owners_of(["Who repairs bicycles?", "green ropes"]) == [-1, CORD]
+    assert router.owners_of(["What is Bolt led by?"]) == [-1], "the words of an owner who left are nobody's"
     nobody = left.remove(ACME).remove(CORD)
     assert nobody.owners_of(["green ropes"]) == [-1]
     with pytest.raises(ms.DataError, match="is not in the router; there are 2 owners"):

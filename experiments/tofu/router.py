@@ -1,4 +1,4 @@
-"""Does the router find the author? TOFU's 200 authors, questions in other words, and questions about nobody among them.
+"""Does the router find the author? TOFU's 200 authors; questions in other words, about nobody of them, about authors who left.
 
 MEMSINKS_DATA=... python experiments/tofu/router.py     # writes router.json beside this file; seconds
 """
@@ -17,6 +17,8 @@ from memsinks._version import versions
 from memsinks.data.router import THRESHOLD
 
 THRESHOLDS = (0.0, 0.1, 0.15, 0.2, 0.25, 0.3)
+LEAVE = 180
+"""Authors from this on leave: those of forget10."""
 
 
 def main() -> None:
@@ -42,11 +44,14 @@ def main() -> None:
         router = ms.Router.fit(documents)
         nearest, near = router.similarities([question for question, _ in asked])
         _, others = router.similarities([x.question for x in tofu.real + tofu.world])
+        left = ms.Router.fit([x for x, pair in zip(documents, tofu.learned, strict=True) if pair.author < LEAVE])
+        _, gone = left.similarities([x.question for x in tofu.learned if x.author >= LEAVE])
         result[f"router of {name}"] = {
             str(threshold): {
                 "right": float(((nearest == right) & (near >= threshold)).mean()),
                 "another's": float(((nearest != right) & (near >= threshold)).mean()),
                 "of nobody, opened": float((others >= threshold).mean()),
+                "of who left, another's": float((gone >= threshold).mean()),
             }
             for threshold in THRESHOLDS
         }

@@ -16,6 +16,7 @@ DESCRIPTION = """\
 Train language models whose memorization can be taken out again.
 
   memsinks demo                          the whole journey on the built-in corpus, in minutes
+  memsinks demo --pretrained             owners in a finished model, one of whom leaves
   memsinks train recipes/tinystories.yaml
   memsinks estimate recipes/paper/smollm-360m-1b.yaml --gpu H100
   memsinks audit runs/NAME/model@closed --documents members.jsonl --controls heldout.jsonl --out report/

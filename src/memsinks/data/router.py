@@ -70,10 +70,13 @@ class Router:
 
     @cached_property
     def _rarity(self) -> np.ndarray:
-        """log((1 + owners) / (1 + owners who use it)) + 1, float64 [`FEATURES`]; 0 for words that nobody uses."""
+        """log((1 + owners) / owners who use it), float64 [`FEATURES`]; words that nobody uses weigh as those of one.
+
+        So a question whose names nobody uses, as those of an owner who left, is far from everybody.
+        """
         count = self.counts.shape[0]
         held = np.bincount(self.counts.indices, minlength=FEATURES)
-        return np.where(held > 0, np.log((1 + count) / (1 + held)) + 1, 0.0)
+        return np.log((1 + count) / np.maximum(1, held))
 
     @cached_property
     def _weighted(self) -> Any:
