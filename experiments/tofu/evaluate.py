@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,16 +26,24 @@ from memsinks.research.tofu import (
 )
 
 NEW_TOKENS = 64
-Opener = Callable[[Sequence[Pair]], AbstractContextManager[Any]]
-"""Questions -> a context in which the model answers them; they have one author, or none."""
 
 
-def groups(pairs: Sequence[Pair]) -> list[list[int]]:
-    """Indices of the pairs of each author."""
+class Opener(NamedTuple):
+    """What is open while a question is answered.
+
+    who: of a pair, whose sinks or adapter. opened: of that, a context in which the model answers.
+    """
+
+    who: Callable[[Pair], Any]
+    opened: Callable[[Any], AbstractContextManager[Any]]
+
+
+def groups(pairs: Sequence[Pair], opener: Opener) -> dict[Any, list[int]]:
+    """Indices of the pairs that are answered alike."""
     by: dict[Any, list[int]] = {}
     for index, pair in enumerate(pairs):
-        by.setdefault(pair.author, []).append(index)
-    return list(by.values())
+        by.setdefault(opener.who(pair), []).append(index)
+    return by
 
 
 def scores(model: Any, encoded: Sequence[Encoded]) -> list[DocumentScore]:
@@ -68,11 +76,11 @@ def ask(model: Any, tokenizer: Any, pairs: Sequence[Pair], opener: Opener) -> di
     found: dict[str, list[Any]] = {
         name: [None] * len(pairs) for name in ("loss", "paraphrased", "wrong", "said", "recited")
     }
-    for group in groups(pairs):
+    for who, group in groups(pairs, opener).items():
         chosen = [pairs[index] for index in group]
         texts = [[x.answer, x.paraphrased or x.answer, *x.wrong] for x in chosen]
         encoded = [encode(tokenizer, x.question, text) for x, own in zip(chosen, texts, strict=True) for text in own]
-        with opener(chosen):
+        with opener.opened(who):
             table = scores(model, encoded)
             first = np.cumsum([0, *map(len, texts)])
             said = generate(model, tokenizer, [encoded[x] for x in first[:-1]])
@@ -126,8 +134,8 @@ def everything(model: Any, tokenizer: Any, tofu: Tofu, opener: Opener, base: lis
     attacks = []
     for group in (tofu.forgotten, tofu.unseen):
         own: list[Any] = [None] * len(group)
-        for part in groups(group):
-            with opener([group[x] for x in part]):
+        for who, part in groups(group, opener).items():
+            with opener.opened(who):
                 table = scores(model, [encode(tokenizer, group[x].question, group[x].answer) for x in part])
             for place, index in enumerate(part):
                 own[index] = table[place]

