@@ -143,3 +143,34 @@ def test_sinks_of_another_layout_do_not_get_into_it(trained, base, tmp_path) -> 
     save_file({name: value + 1 for name, value in tensors.items()}, path)
     with pytest.raises(ms.CheckpointError, match=r"sinks\.safetensors is not the file"):
         ms.load_sinks(AutoModelForCausalLM.from_pretrained(base), tmp_path)
+
+
+def test_owners_beside_a_lora_that_learns_what_is_nobodys(base):
+    learned = []
+    for blank in (False, True):
+        model = AutoModelForCausalLM.from_pretrained(base)
+        owners = ms.add_owners(
+            model, ["acme", "bolt"], config=ms.SinkConfig.for_finetuning(model, 2, neurons=8, layers=(1,))
+        )
+        stock = ms.shared_hash(model)
+        torch.manual_seed(0)
+        model = peft.get_peft_model(
+            model, peft.LoraConfig(r=2, target_modules=["q_proj", "up_proj"], modules_to_save=["sinks"])
+        ).train()
+        optimizer = ms.AdamW(ms.param_groups(model, lr=3e-2))
+        rows = torch.arange(18).reshape(3, 6)
+        labels = torch.where(torch.tensor([[blank], [False], [False]]), -100, rows)
+        for _ in range(3):
+            ids = torch.tensor([owners["acme"], owners["bolt"], ms.NO_SINKS])
+            model(input_ids=rows, labels=labels, document_ids=ids, num_items_in_batch=torch.tensor(15)).loss.backward()
+            ms.clip_grad_norm_(model, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        learned.append({name: x.detach().clone() for name, x in model.named_parameters() if x.requires_grad})
+        ms.remove_sinks(model.get_base_model())
+        assert ms.shared_hash(model.unload()) == stock
+    lora = [name for name in learned[0] if "lora_B" in name]
+    assert lora and all(torch.equal(learned[0][name], learned[1][name]) and learned[0][name].any() for name in lora)
+    downs = [name for name in learned[0] if name.endswith("down") and "sinks" in name]
+    assert downs and all(torch.equal(learned[0][x][1], learned[1][x][1]) and learned[0][x][0].any() for x in downs)
+    assert not any(learned[1][x][0].any() for x in downs)
