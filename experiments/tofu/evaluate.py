@@ -66,7 +66,11 @@ def generate(model: Any, tokenizer: Any, questions: Sequence[Encoded]) -> list[s
         mask[row, width - one.start :] = 1
     with torch.no_grad():
         out = model.generate(
-            input_ids=tokens, attention_mask=mask, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=pad
+            input_ids=tokens.to(model.device),
+            attention_mask=mask.to(model.device),
+            max_new_tokens=NEW_TOKENS,
+            do_sample=False,
+            pad_token_id=pad,
         )
     return [x.strip() for x in tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)]
 

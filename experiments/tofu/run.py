@@ -75,13 +75,14 @@ def routed(model: Any, pairs: Sequence[Pair]) -> Opener:
 class Runs:
     """The arms of one seed, on disk."""
 
-    def __init__(self, path: Path, tofu: Tofu, folder: Path, seed: int) -> None:
-        self.path, self.tofu, self.folder, self.seed = path, tofu, folder, seed
+    def __init__(self, path: Path, tofu: Tofu, folder: Path, seed: int, device: str) -> None:
+        self.path, self.tofu, self.folder, self.seed, self.device = path, tofu, folder, seed, device
         folder.mkdir(parents=True, exist_ok=True)
 
     def base(self) -> tuple[Any, Any]:
         torch.manual_seed(self.seed)
-        return load(self.path)
+        model, tokenizer = load(self.path)
+        return model.to(self.device), tokenizer
 
     def result(self, arm: str) -> dict[str, Any]:
         return json.loads((self.folder / f"{arm}.json").read_text())
@@ -96,7 +97,7 @@ class Runs:
         model = prepare(model, way, authors)
         state, facts = self.folder / f"{arm}.pt", self.folder / f"{arm}.facts.json"
         if state.is_file():
-            model.load_state_dict(torch.load(state, mmap=True), strict=False)
+            model.load_state_dict(torch.load(state, mmap=True, map_location=self.device), strict=False)
             return model.eval(), tokenizer, json.loads(facts.read_text())
         found = learn(model, tokenizer, way, pairs, CHOSEN[way], self.seed)
         learned = {
@@ -198,6 +199,7 @@ def main() -> None:
     parser.add_argument("--asked", type=int, default=36, help="retained, real and world questions, each at most")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--search", action="store_true", help="only find the learning rates")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -211,7 +213,7 @@ def main() -> None:
     (folder / "settings.json").write_text(json.dumps(settings | versions("torch", "transformers", "peft")))
     assert peft.__version__
     for seed in arguments.seeds:
-        runs = Runs(arguments.model, tofu, folder / str(seed), seed)
+        runs = Runs(arguments.model, tofu, folder / str(seed), seed, arguments.device)
         for arm in arguments.arms:
             if not (runs.folder / f"{arm}.json").is_file():
                 print(time.strftime("%H:%M:%S"), f"{arm}, seed {seed}", flush=True)

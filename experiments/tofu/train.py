@@ -76,7 +76,7 @@ def _loop(model: Any, tokenizer: Any, pairs: Sequence[Pair], lr: float, seed: in
             chosen = order[first : first + rows]
             ids = [author_id(pairs[x].author or 0) for x in chosen] if sinks else None
             rows_of = batch([encoded[x] for x in chosen], tokenizer.eos_token_id, ids)
-            loss = model(**rows_of).loss
+            loss = model(**{name: x.to(model.device) for name, x in rows_of.items()}).loss
             loss.backward()
             if sinks:
                 ms.clip_grad_norm_(model, 1.0)

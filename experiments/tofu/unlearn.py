@@ -24,11 +24,12 @@ ALPHA = 1.0
 """How much of the task vector is taken off. Ilharco et al., "Editing models with task arithmetic", ICLR 2023."""
 
 
-def batches(tokenizer: Any, pairs: Sequence[Pair], seed: int) -> list[dict[str, Tensor]]:
+def batches(tokenizer: Any, pairs: Sequence[Pair], seed: int, device: torch.device) -> list[dict[str, Tensor]]:
     order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed)).tolist()
     encoded = [encode(tokenizer, pairs[x].question, pairs[x].answer) for x in order]
     made = [batch(encoded[first : first + ROWS], tokenizer.eos_token_id) for first in range(0, len(encoded), ROWS)]
-    return [x | {"position_ids": torch.arange(x["input_ids"].shape[1]).expand_as(x["input_ids"])} for x in made]
+    made = [x | {"position_ids": torch.arange(x["input_ids"].shape[1]).expand_as(x["input_ids"])} for x in made]
+    return [{name: value.to(device) for name, value in x.items()} for x in made]
 
 
 def forget(model: Any, tokenizer: Any, method: str, tofu: Tofu, lr: float, seed: int) -> dict[str, float]:
@@ -44,7 +45,7 @@ def forget(model: Any, tokenizer: Any, method: str, tofu: Tofu, lr: float, seed:
                 if name in before:
                     x.copy_(before[name] - ALPHA * (x - before[name]))
     else:
-        rows = batches(tokenizer, gone, seed), batches(tokenizer, kept, seed)
+        rows = batches(tokenizer, gone, seed, model.device), batches(tokenizer, kept, seed, model.device)
         steps = EPOCHS * len(rows[0])
         if method == "rmu":
             rmu(model, *rows, steps, lr * SHARE, seed)
@@ -64,7 +65,7 @@ def rmu(model: Any, gone: Sequence[Any], kept: Sequence[Any], steps: int, lr: fl
     with torch.no_grad():
         before = [hidden(x) for x in kept]
     direction = torch.rand(before[0].shape[1], generator=torch.Generator().manual_seed(seed))
-    target = RMU_SCALE * direction / direction.norm()
+    target = (RMU_SCALE * direction / direction.norm()).to(model.device)
     chosen = [x for name, x in model.named_parameters() if x.requires_grad and _steers(name)]
     optimizer = torch.optim.AdamW(chosen, lr=lr, weight_decay=0.0)
     for step in range(steps):
