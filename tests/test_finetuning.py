@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import warnings
+
 import pytest
 import torch
+from pages import ROOT
 from safetensors.torch import load_file
 from tiny import tiny_llama
 from torch.utils.data import RandomSampler
@@ -200,3 +204,29 @@ def test_what_is_refused(tokenizer, tmp_path):
     ms.add_sinks(hashed, ms.SinkConfig(neurons=64, active=8, block_size=8, reserved_blocks=2))
     with pytest.raises(ms.ConfigError, match="blocks are hashed to"):
         ms.add_owners(hashed, ["a"])
+
+
+def test_a_recipe_and_a_takedown_of_its_run(tokenizer, tmp_path):
+    base = tmp_path / "base"
+    finished(tokenizer).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    lines = [json.dumps({"text": x.text, "source": x.source}) for x in DOCUMENTS]
+    (tmp_path / "customers.jsonl").write_text("\n".join(lines))
+    changes = {
+        "output": str(tmp_path / "run"), "data.path": str(tmp_path / "customers.jsonl"), "model.pretrained": str(base),
+        "tokenizer.path": str(base), "sinks.neurons": "32", "sinks.active": "8", "sinks.block_size": "8",
+        "sinks.reserved_blocks": "4", "sinks.layers": "[1]", "training.length": "48", "training.batch_rows": "2",
+        "training.epochs": "30", "training.log_every": "20",
+    }  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = ms.load(ms.train(ms.read_recipe(ROOT / "recipes/finetune.yaml", changes)))
+    assert ms.shared_hash(model) == ms.shared_hash(finished(tokenizer))
+    done = take_down(tmp_path / "run", source="acme")
+    before, after = done.audit["before"], done.audit["after"]
+    assert after["owner"]["loss"] == before["owner, sinks closed"]["loss"] > before["owner"]["loss"] + 0.5
+    assert after["others, own sinks open"] == before["others, own sinks open"] and not done.collateral
+    with pytest.raises(ms.ConfigError, match="frozen is for a pretrained model"):
+        ms.read_recipe(ROOT / "recipes/take-one-out.yaml", {"model.frozen": "true"})
+    with pytest.raises(ms.ConfigError, match="leaves nothing to learn without sinks"):
+        ms.read_recipe(ROOT / "recipes/finetune.yaml", {"sinks": "null", "own": "null"})

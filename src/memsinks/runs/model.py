@@ -11,6 +11,7 @@ from memsinks.errors import ConfigError
 from memsinks.runs.recipe import Recipe
 from memsinks.sinks.attach import add_sinks
 from memsinks.sinks.checkpoint import load_stock
+from memsinks.sinks.own import freeze_shared
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +37,8 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTraine
         )
     if recipe.sinks is not None:
         logger.info("%s", add_sinks(model, recipe.sinks))
+        if recipe.model.frozen:
+            freeze_shared(model)
     if recipe.training.gradient_checkpointing:
         enable = getattr(model, "activation_checkpointing_enable", None)  # renamed in transformers 5.23
         (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})

@@ -140,7 +140,7 @@ def _apart_from(sinks: SinkConfig | None, documents: TokenizedDocuments) -> int 
 
 def _warn_of_equal_repetition(recipe: Recipe, documents: TokenizedDocuments) -> None:
     same = equal_repetition(np.repeat(documents.groups, documents.copies * recipe.training.epochs))
-    if not same or recipe.sinks is None:
+    if not same or recipe.sinks is None or not recipe.sinks.needs_exposures:
         return
     if recipe.sinks.shared == "none":
         why = "in exact mode the shared weights learn from the first time alone; train without sinks, or with shared_decay"

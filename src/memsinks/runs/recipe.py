@@ -201,16 +201,20 @@ class TokenizerRecipe:
 class ModelRecipe:
     """The model: `pretrained` (folder or name), or a new one from `config`, which needs ``model_type``.
 
-    ``vocab_size`` and the special tokens of a new model are set from the tokenizer.
+    ``vocab_size`` and the special tokens of a new model are set from the tokenizer. `frozen`: its own weights stay as they are,
+    the sinks alone learn.
     """
 
     pretrained: str | None = None
+    frozen: bool = False
     config: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         problems = []
         if (self.pretrained is None) == (not self.config):
             problems.append("give either pretrained or config")
+        if self.frozen and self.pretrained is None:
+            problems.append("frozen is for a pretrained model")
         refuse(problems + (_config_problems(self.config) if self.config else []), "model")
 
 
@@ -236,6 +240,8 @@ class Recipe:
             )
         if self.data.shadow and self.sinks is None:
             problems.append("data.shadow is for models with sinks; leave it out, or give sinks")
+        if self.model.frozen and self.sinks is None:
+            problems.append("model.frozen leaves nothing to learn without sinks")
         if self.own is not None and (self.sinks is None or not self.sinks.reserved_blocks):
             problems.append("own gives away blocks that are not hashed to; set sinks.reserved_blocks")
         if self.sinks is not None and self.sinks.shared == "none":
