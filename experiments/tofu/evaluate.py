@@ -14,7 +14,7 @@ from data import Encoded, Pair, Tofu, encode
 
 from memsinks.auditing.attacks_reference import differences, error_zone_attack
 from memsinks.auditing.membership import auc
-from memsinks.auditing.scores import DocumentScore, score
+from memsinks.auditing.scores import FIELDS, DocumentScore, score
 from memsinks.research.tofu import (
     forget_quality,
     model_utility,
@@ -127,28 +127,31 @@ def ratios(asked: dict[str, dict[str, list[Any]]]) -> list[float]:
     return truth_ratio(gone["paraphrased"], gone["wrong"]).tolist()
 
 
-def everything(model: Any, tokenizer: Any, tofu: Tofu, opener: Opener, base: list[DocumentScore]) -> dict[str, Any]:
-    """What is asked of a model, and the membership of the forgotten against authors that nobody learned.
-
-    base: scores of the forgotten and the unseen pairs under the model before.
-    """
-    model.eval()
-    sets = {"forgotten": tofu.forgotten, "retained": tofu.retained, "real": tofu.real, "world": tofu.world}
-    asked = {name: ask(model, tokenizer, pairs, opener) for name, pairs in sets.items()}
-    attacks = []
-    for group in (tofu.forgotten, tofu.unseen):
-        own: list[Any] = [None] * len(group)
-        for who, part in groups(group, opener).items():
+def answers(model: Any, tokenizer: Any, tofu: Tofu, opener: Opener) -> list[DocumentScore]:
+    """Scores of the answers about the forgotten and about authors that nobody learned."""
+    found: list[Any] = []
+    for pairs in (tofu.forgotten, tofu.unseen):
+        own: list[Any] = [None] * len(pairs)
+        for who, part in groups(pairs, opener).items():
+            encoded = [encode(tokenizer, pairs[x].question, pairs[x].answer) for x in part]
             with opener.opened(who):
-                table = scores(model, [encode(tokenizer, group[x].question, group[x].answer) for x in part])
-            for place, index in enumerate(part):
-                own[index] = table[place]
-        attacks += own
-    zone = np.array([error_zone_attack(x, differences(x, y)) for x, y in zip(attacks, base, strict=True)])
+                table = scores(model, encoded)
+            for index, one, text in zip(part, table, encoded, strict=True):
+                said = {name: getattr(one, name)[text.start - one.first :] for name in FIELDS}
+                own[index] = DocumentScore(**said, first=text.start)
+        found += own
+    return found
+
+
+def error_zone(model: Any, tokenizer: Any, tofu: Tofu, opener: Opener, base: list[DocumentScore]) -> float:
+    """AUC of EZ-MIA on answers: the forgotten against authors that nobody learned; base: `answers` of the model before."""
+    own = answers(model, tokenizer, tofu, opener)
+    zone = np.array([error_zone_attack(x, differences(x, y)) for x, y in zip(own, base, strict=True)])
     members = len(tofu.forgotten)
-    return {"asked": asked, "error zone": auc(zone[:members], zone[members:])}
+    return auc(zone[:members], zone[members:])
 
 
-def base_scores(model: Any, tokenizer: Any, tofu: Tofu) -> list[DocumentScore]:
-    """Scores of the forgotten and the unseen pairs, for `everything`."""
-    return scores(model, [encode(tokenizer, x.question, x.answer) for x in [*tofu.forgotten, *tofu.unseen]])
+def everything(model: Any, tokenizer: Any, tofu: Tofu, opener: Opener) -> dict[str, dict[str, list[Any]]]:
+    """What is asked of a model, by set of questions; see `ask`."""
+    sets = {"forgotten": tofu.forgotten, "retained": tofu.retained, "real": tofu.real, "world": tofu.world}
+    return {name: ask(model, tokenizer, pairs, opener) for name, pairs in sets.items()}

@@ -24,7 +24,7 @@ import numpy as np
 import peft
 import torch
 from data import FORGOTTEN, Pair, Tofu, encode, read, spread
-from evaluate import Opener, answer_loss, base_scores, everything, scores
+from evaluate import Opener, answer_loss, answers, error_zone, everything, scores
 from train import RATES, WAYS, author_id, learn, prepare
 from unlearn import METHODS, forget
 
@@ -34,6 +34,7 @@ from memsinks._version import versions
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from owners.run import load
 
+ATTACK = "EZ-MIA on answers"
 CHOSEN = {"full": 1e-4, "lora": 1e-3, "lora-author": 3e-3, "ours": 3e-2}
 """What `--search` found."""
 ARMS = ("base", "ours", "ours, one left", "ours, router", "ours, router, one left",
@@ -87,6 +88,11 @@ class Runs:
     def result(self, arm: str) -> dict[str, Any]:
         return json.loads((self.folder / f"{arm}.json").read_text())
 
+    def finished(self, arm: str) -> bool:
+        if not (self.folder / f"{arm}.json").is_file():
+            return False
+        return all(ATTACK in x for x in self.result(arm).values() if isinstance(x, dict) and "asked" in x)
+
     def keep(self, arm: str, result: dict[str, Any]) -> None:
         (self.folder / f"{arm}.json").write_text(json.dumps(result))
 
@@ -114,11 +120,15 @@ class Runs:
         started = time.time()
         tofu, (way, _, kind) = self.tofu, arm.partition(", ")
         model, tokenizer = self.base()
-        base, before = base_scores(model, tokenizer, tofu), ms.shared_hash(model)
+        model.eval()
+        base, before = answers(model, tokenizer, tofu, opener_of(model, "base")), ms.shared_hash(model)
+        kept = self.result(arm) if (self.folder / f"{arm}.json").is_file() else {}
         found: dict[str, Any] = {"facts": {}}
 
         def ask(name: str, model: Any, opener: Any) -> None:
-            found[name] = everything(model, tokenizer, tofu, opener, base)
+            model.eval()
+            found[name] = kept.get(name) or {"asked": everything(model, tokenizer, tofu, opener)}
+            found[name][ATTACK] = error_zone(model, tokenizer, tofu, opener, base)
 
         if arm == "base":
             ask("as it is", model, opener_of(model, way))
@@ -139,7 +149,7 @@ class Runs:
             if way == "ours" and not kind.startswith("router"):
                 ask("all open", model, all_open(model))
                 found["facts"]["base kept every bit"] = ms.shared_hash(model) == before
-        found["minutes"] = round((time.time() - started) / 60, 1)
+        found["minutes"] = kept.get("minutes") or round((time.time() - started) / 60, 1)
         self.keep(arm, found)
 
     def leave(self, model: Any, way: str, facts: dict[str, Any]) -> None:
@@ -215,7 +225,7 @@ def main() -> None:
     for seed in arguments.seeds:
         runs = Runs(arguments.model, tofu, folder / str(seed), seed, arguments.device)
         for arm in arguments.arms:
-            if not (runs.folder / f"{arm}.json").is_file():
+            if not runs.finished(arm):
                 print(time.strftime("%H:%M:%S"), f"{arm}, seed {seed}", flush=True)
                 runs.run(arm)
 

@@ -60,7 +60,11 @@ def lines(folder: Path) -> dict[str, list[dict[str, Any]]]:
                     continue
                 one = result[state]
                 values = figures(one["asked"], ratios(oracle["asked"]) if oracle else None)
-                values |= {"error zone": one["error zone"], "facts": result["facts"], "seed": int(seed.name)}
+                values |= {
+                    "error zone": one.get("EZ-MIA on answers", float("nan")),
+                    "facts": result["facts"],
+                    "seed": int(seed.name),
+                }
                 found.setdefault(arm if state == "as it is" else f"{arm}, {state}", []).append(values)
     return found
 
