@@ -365,3 +365,44 @@ def test_a_copy_is_quantized_too(monkeypatch) -> None:
     model = packed()
     owned(model)
     assert ms.shared_hash(copy.deepcopy(model)) == ms.shared_hash(model)
+
+
+# Files with dequantized weights
+
+GGUF_NAMES = {
+    "model.embed_tokens": "token_embd", "model.norm": "output_norm", "model.layers": "blk", "self_attn.o_proj": "attn_output",
+    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}  # fmt: skip
+
+
+def test_a_gguf_file_is_a_model_in_plain_weights(tmp_path) -> None:
+    gguf = pytest.importorskip("gguf")
+    writer = gguf.GGUFWriter(tmp_path / "tiny.gguf", "llama")
+    writer.add_block_count(2)
+    writer.add_context_length(64)
+    writer.add_embedding_length(64)
+    writer.add_feed_forward_length(128)
+    writer.add_head_count(2)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_vocab_size(64)
+    for name, value in tiny_llama(torch.float32, **SIZES).state_dict().items():
+        for ours, theirs in GGUF_NAMES.items():
+            name = name.replace(ours, theirs)
+        kind = gguf.GGMLQuantizationType.Q8_0 if value.dim() == 2 else gguf.GGMLQuantizationType.F32
+        if name != "lm_head.weight":
+            writer.add_tensor(name, gguf.quants.quantize(value.numpy(), kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="tiny.gguf").eval()
+    assert model.is_quantized and not quantized.quantizer_of(model)
+    ms.add_sinks(model, ms.SinkConfig(neurons=64, active=16, block_size=8))
+    assert all(x.requires_grad for x in model.parameters())
+    model.save_pretrained(tmp_path / "model")
+    assert torch.equal(logits(ms.load(tmp_path / "model")), logits(model))
+    ms.export(model, tmp_path / "clean", verify=False)
+    assert "quantization_config" not in (tmp_path / "clean" / "config.json").read_text()

@@ -112,8 +112,8 @@ def add_sinks(model: PreTrainedModel, config: SinkConfig) -> SinkReport:
     """Put sinks into a causal language model, in place; its function does not change.
 
     Call it before torch.compile, DDP, FSDP and PEFT. The global random state is not touched. Sinks have the dtype of their host,
-    but float32 beside bfloat16, float16 and quantized weights, in which they would not learn. A quantized model is
-    frozen, and takes settings such as `SinkConfig.for_finetuning`.
+    but float32 beside bfloat16, float16 and quantized weights, in which they would not learn. A quantized model is frozen, and
+    takes settings such as `SinkConfig.for_finetuning`.
 
     Args:
         model: a Hugging Face decoder with an output embedding.

@@ -154,9 +154,7 @@ def save_with_sinks(
             f"the state dict that is to be saved lacks {len(missing)} sink tensors ({missing[0]}, ...); give the whole one"
         )
     with written_beside(target) as part:
-        with (
-            _sinks_apart(model) if quantizer_of(model) else nullcontext()
-        ):  # the quantizers take the model, not a state dict
+        with _sinks_apart(model) if quantizer_of(model) else nullcontext():
             stock_save(part, state_dict={name: x for name, x in tensors.items() if not is_sink(name)}, **arguments)
         folder = part / FOLDER
         folder.mkdir()
@@ -201,7 +199,7 @@ def write_sinks(
 
 @contextmanager
 def _sinks_apart(model: nn.Module) -> Iterator[None]:
-    """Within the block the model has no sinks; it is not to be run."""
+    """Within the block the model has no sinks and is not to be run; quantized weights are written from it, not a state dict."""
     hosts = [part for part in model.modules() if isinstance(part._modules.get("sinks"), Sinks)]
     kept = [part._modules.pop("sinks") for part in hosts]
     try:
