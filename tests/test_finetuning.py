@@ -96,6 +96,20 @@ def test_the_setting_of_finetuning(tokenizer):
     assert all(x.requires_grad == (".sinks." in name) for name, x in model.named_parameters())
 
 
+def test_beside_bfloat16_the_sinks_and_their_moments_are_float32(tokenizer, tmp_path):
+    model = finished(tokenizer).to(torch.bfloat16)
+    ms.add_owners(model, TEXTS, config=ms.SinkConfig.for_finetuning(model, **SETTINGS))
+    base = ms.shared_hash(model)
+    trainer = ms.SinkTrainer(model, epochs(tmp_path, 2, bf16=True), train_dataset=rows_of(tokenizer))
+    trainer.train()
+    assert ms.shared_hash(model) == base
+    own = named_sinks(model).values()
+    optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+    moments = [x for sink in own for x in optimizer.state[sink].values() if torch.is_tensor(x)]
+    assert {x.dtype for x in own} == {x.dtype for x in moments} == {torch.float32} and len(moments) >= 2 * len(own)
+    assert {x.dtype for name, x in model.named_parameters() if ".sinks." not in name} == {torch.bfloat16}
+
+
 def test_owners_who_come_later_move_nobody(tokenizer, tmp_path):
     model = finished(tokenizer)
     settings = ms.SinkConfig.for_finetuning(model, **SETTINGS | {"blocks": 2})

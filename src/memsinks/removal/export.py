@@ -16,6 +16,7 @@ from memsinks.removal.model_card import model_card
 from memsinks.removal.opened import OpenDocuments, Opening, open_for_export
 from memsinks.removal.verify import verify_closed, verify_open
 from memsinks.sinks.opening import down_modules, rescale_factor
+from memsinks.sinks.quantized import refuse_quantized
 from memsinks.sinks.state import is_sink, refuse_adapters, require_sinks, unwrap
 from memsinks.sinks.storage import fingerprint
 
@@ -55,7 +56,7 @@ def export(
 
     Raises:
         ArchitectureError: the model has no sinks; its MLPs cannot be widened (BLOOM, MPT, MLPs of different
-            widths, mixtures of experts), or a mixture of experts is to be rescaled.
+            widths, mixtures of experts), or a mixture of experts is to be rescaled; it is quantized.
         ConfigError: an unknown `rescale`, or one other than ``"none"`` together with `open`.
         DataError: `open` is empty, or names something that is no id or an id that opens nothing (-1).
         CheckpointError: the directory is not empty, the model is sharded, writing failed, or the check did not pass.
@@ -63,6 +64,7 @@ def export(
     """
     state = require_sinks(model)
     refuse_adapters(model)
+    refuse_quantized(model, "its weights are no plain checkpoint")
     model, target = unwrap(model), Path(directory)
     _check_place(model, target)
     factor = rescale_factor(state, rescale)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from memsinks.errors import ArchitectureError, ConfigError
@@ -19,6 +19,8 @@ from memsinks.sinks.experts import Experts, read_host
 from memsinks.sinks.families import Mlp, decoder_layers
 from memsinks.sinks.host_classes import Derived, SinkHead, SinkLayer, SinkMlp, SinkModel, derive
 from memsinks.sinks.layer import Sinks
+from memsinks.sinks.own import freeze_shared
+from memsinks.sinks.quantized import prepare_quantized
 from memsinks.sinks.state import SinkState, has_sinks, is_sharded, require_sinks, sink_parameters
 
 PATCHED = "forward", "_original_forward"
@@ -83,11 +85,6 @@ def _check_host(model: Any) -> None:
         raise ArchitectureError("tensor-parallel models are not supported: sinks would not be sharded with their host")
     if is_sharded(model):
         raise ArchitectureError("the model is sharded already (FSDP2 or tensor parallel); add sinks before sharding")
-    if any(_is_quantized(parameter) for parameter in model.parameters()):
-        raise ArchitectureError(
-            "quantized models are not supported; add sinks to the full-precision model (a GGUF file is loaded with "
-            "dequantized weights)"
-        )
     if any(part._compiled_call_impl is not None for part in model.modules()):
         raise ArchitectureError("a part of the model is compiled already; add sinks first, then compile")
     if any("forward" in vars(part) for part in model.modules()):
@@ -95,12 +92,6 @@ def _check_host(model: Any) -> None:
             "a module of the model has a forward of its own (device_map over several devices, or a compiled forward), which "
             "would bypass the sinks; load the model without device_map and add sinks before anything is wrapped"
         )
-
-
-def _is_quantized(parameter: nn.Parameter) -> bool:
-    """Whether a weight is not a plain tensor of 16 bits or more: whole numbers, 8-bit floats, a class of a quantizer."""
-    plain = type(parameter.data) is Tensor and parameter.is_floating_point() and parameter.element_size() > 1
-    return not plain
 
 
 def _forget_quantization(model: Any) -> None:
@@ -121,7 +112,8 @@ def add_sinks(model: PreTrainedModel, config: SinkConfig) -> SinkReport:
     """Put sinks into a causal language model, in place; its function does not change.
 
     Call it before torch.compile, DDP, FSDP and PEFT. The global random state is not touched. Sinks have the dtype of their host,
-    but float32 beside bfloat16 and float16, in which they would not learn.
+    but float32 beside bfloat16, float16 and quantized weights, in which they would not learn. A quantized model is frozen, and
+    takes settings such as `SinkConfig.for_finetuning`.
 
     Args:
         model: a Hugging Face decoder with an output embedding.
@@ -135,6 +127,7 @@ def add_sinks(model: PreTrainedModel, config: SinkConfig) -> SinkReport:
         ConfigError: the settings do not fit the model.
     """
     _check_host(model)
+    quantized = prepare_quantized(model, config)
     layers, mlp_name = decoder_layers(model)
     chosen = tuple(range(len(layers))) if config.layers is None else tuple(sorted(config.layers))
     if chosen[-1] >= len(layers):
@@ -155,7 +148,8 @@ def add_sinks(model: PreTrainedModel, config: SinkConfig) -> SinkReport:
         )
 
     arguments = _arguments(model)
-    _forget_quantization(model)
+    if not quantized:
+        _forget_quantization(model)
     state = SinkState(config, chosen, max(sizes), arguments)
     for place, (index, host) in enumerate(zip(chosen, hosts, strict=True)):
         layer: Any = layers[index]
@@ -166,6 +160,8 @@ def add_sinks(model: PreTrainedModel, config: SinkConfig) -> SinkReport:
     head.sink_state = state
     model.__class__ = derive(type(model), SinkModel)
     model.sink_state = state  # type: ignore[assignment]
+    if quantized:
+        freeze_shared(model)
     sinks = sum(parameter.numel() for parameter in sink_parameters(model))
     shared = sum(parameter.numel() for parameter in model.parameters()) - sinks
     opened = sinks * config.active // config.neurons

@@ -17,6 +17,7 @@ from transformers.activations import ACT2FN
 
 from memsinks.errors import ArchitectureError
 from memsinks.sinks.families import Mlp, read_mlp
+from memsinks.sinks.quantized import is_packed
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ def read_host(module: nn.Module, config: PretrainedConfig) -> Mlp | Experts:
         ArchitectureError: see `read_mlp`; a mixture whose parts are unknown, or whose tokens are not independent.
     """
     if not is_mixture(module):
-        return read_mlp(module, config.model_type)
+        return read_mlp(module, config.model_type, quantized=True)
     name, experts = type(module).__name__, module.get_submodule("experts")
     down: Any = getattr(experts, "down_proj", None)
     into: Any = getattr(experts, "gate_up_proj", getattr(experts, "up_proj", None))
@@ -50,7 +51,7 @@ def read_host(module: nn.Module, config: PretrainedConfig) -> Mlp | Experts:
     act = getattr(experts, "act_fn", None)
     if act is None and getattr(text, "hidden_act", None) in ACT2FN:
         act = ACT2FN[text.hidden_act]
-    plain = all(isinstance(x, Tensor) and x.dim() == 3 and x.is_floating_point() for x in (down, into))
+    plain = all(isinstance(x, Tensor) and x.dim() == 3 and not is_packed(x) for x in (down, into))
     if not plain or act is None or text.hidden_size not in down.shape[1:]:
         raise ArchitectureError(
             f"{name} is not a mixture of experts that is known here: their weights must be up_proj or gate_up_proj and "

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from memsinks.errors import ArchitectureError
+from memsinks.sinks.quantized import is_packed, packed_spread
 
 ISOLATES_PACKED = frozenset(
     "llama qwen2 qwen3 mistral gemma2 gemma3_text gpt2 gpt_neox gptj gpt_neo olmo2 olmo3 phi phi3 smollm3 granite "
@@ -55,8 +56,8 @@ ACTIVATIONS = ("act_fn", "activation_fn", "act", "gelu_impl")
 class Mlp:
     """What the sinks need to know of their host: its sizes, its activation, its projections, the spread of its weights.
 
-    up, down, gate: modules with a weight. gate is None without a gate, and `up` itself where one projection holds both, the gate
-    in its first half. transposed: weights are [in, out] (Conv1D) instead of [out, in].
+    up, down, gate: modules with a weight, plain or quantized. gate is None without a gate, and `up` itself where one projection
+    holds both, the gate in its first half. transposed: weights are [in, out] (Conv1D) instead of [out, in].
     """
 
     intermediate_size: int
@@ -117,8 +118,11 @@ def _language_model(model: Any) -> nn.Module:
         ) from error
 
 
-def read_mlp(mlp: nn.Module, model_type: str) -> Mlp:
+def read_mlp(mlp: nn.Module, model_type: str, *, quantized: bool = False) -> Mlp:
     """Recognize a host MLP and prove the reading.
+
+    Args:
+        quantized: whether its weights may be; what they are as numbers then is not to be had.
 
     Raises:
         ArchitectureError: unknown parts, or an output that differs from the plain formula.
@@ -136,12 +140,14 @@ def read_mlp(mlp: nn.Module, model_type: str) -> Mlp:
     up, down = getattr(mlp, layout.up), getattr(mlp, layout.down)
     for part in (up, down):
         weight = getattr(part, "weight", None)
-        if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.dim() != 2:
+        plain_weight = isinstance(weight, Tensor) and not is_packed(weight) and weight.dim() == 2
+        if not plain_weight and not (quantized and isinstance(getattr(part, "in_features", None), int)):
             raise ArchitectureError(
                 f"{name} has no plain floating-point weights (quantized?); add sinks before quantizing"
             )
     transposed = type(down).__name__ == "Conv1D"
-    hidden_size, intermediate_size = down.weight.shape if not transposed else down.weight.shape[::-1]
+    sizes = (down.out_features, down.in_features) if is_packed(down.weight) else down.weight.shape
+    hidden_size, intermediate_size = sizes if not transposed else sizes[::-1]
     gate = getattr(mlp, layout.gate) if layout.gate else None
 
     def plain(x: Tensor) -> Tensor:
@@ -152,7 +158,10 @@ def read_mlp(mlp: nn.Module, model_type: str) -> Mlp:
 
     if up.weight.device.type != "meta":
         _prove(mlp, plain, hidden_size, model_type)
-    std = 0.02 if up.weight.device.type == "meta" else float(up.weight.detach().float().std())
+    if up.weight.device.type == "meta":
+        std = 0.02
+    else:
+        std = packed_spread(up) if is_packed(up.weight) else float(up.weight.detach().float().std())
     if std == 0:
         raise ArchitectureError(f"the weights of {name} are all equal (not initialized?); sinks start at their spread")
     return Mlp(intermediate_size, hidden_size, act, std, up, down, gate, transposed)
@@ -161,7 +170,8 @@ def read_mlp(mlp: nn.Module, model_type: str) -> Mlp:
 @torch.no_grad()
 def _prove(mlp: nn.Module, plain: Callable[[Tensor], Tensor], hidden_size: int, model_type: str) -> None:
     weight = next(mlp.parameters())
-    x = torch.randn(1, 4, hidden_size, generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
+    dtype = weight.dtype if weight.dtype.itemsize > 1 else torch.float32
+    x = torch.randn(1, 4, hidden_size, generator=torch.Generator().manual_seed(0)).to(weight.device, dtype)
     more: tuple[Any, ...] = (torch.zeros_like(x),) if model_type in RESIDUAL_INSIDE else ()
     training = mlp.training
     mlp.eval()
@@ -174,7 +184,8 @@ def _prove(mlp: nn.Module, plain: Callable[[Tensor], Tensor], hidden_size: int, 
     want = plain(x)
     if not isinstance(got, Tensor) or got.shape != want.shape:
         raise ArchitectureError(f"{type(mlp).__name__} does not return one tensor of the shape of its input")
-    tolerance = 1e-4 if weight.dtype in (torch.float32, torch.float64) else 3e-2
+    exact = dtype in (torch.float32, torch.float64) and not any(map(is_packed, mlp.parameters()))
+    tolerance = 1e-4 if exact else 3e-2
     error = float((got - want).abs().max() / want.abs().max().clamp(min=1e-20))
     if not error <= tolerance:
         raise ArchitectureError(

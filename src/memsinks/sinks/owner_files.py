@@ -25,6 +25,7 @@ from memsinks.errors import ArchitectureError, CheckpointError, DataError, Memsi
 from memsinks.sinks.attach import add_sinks, remove_sinks
 from memsinks.sinks.config import TRAINING, SinkConfig
 from memsinks.sinks.own import free_blocks, freeze_shared, grow
+from memsinks.sinks.quantized import quantizer_of
 from memsinks.sinks.reading import check_tensors, differences, read_tensors, say_training
 from memsinks.sinks.state import (
     SinkState,
@@ -127,7 +128,10 @@ def put_owners(model: PreTrainedModel, files: Sequence[OwnerFile], any_base: boo
         first = files[0].saved
         blocks = sum(len(x.table.blocks.unique()) for x in files)
         most = max(x.saved.config.open_blocks for x in files)
-        add_sinks(model, _pool(first.config, blocks, most))
+        config = _pool(first.config, blocks, most)
+        if quantizer_of(model):  # whose weights learn nothing, whatever the settings of training were
+            config = replace(config, open_from=1, shared="none")
+        add_sinks(model, config)
         for sinks in sink_modules(model).values():
             sinks.std = float(first.stored["start_std"].get(str(sinks.layer), sinks.std))
         freeze_shared(model)

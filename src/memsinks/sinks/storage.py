@@ -16,19 +16,22 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import PreTrainedModel
 
 from memsinks.errors import CheckpointError, ConfigError
 from memsinks.files import file_hash, written_beside
 from memsinks.sinks.config import FORMAT_VERSION, LAYOUT, SinkConfig
+from memsinks.sinks.layer import Sinks
+from memsinks.sinks.quantized import quantizer_of, refuse_unsavable
 from memsinks.sinks.routing import HASH_VERSION
 from memsinks.sinks.state import (
     SinkState,
@@ -136,6 +139,7 @@ def save_with_sinks(
     if push_to_hub:
         raise ConfigError("push_to_hub would upload only a part; save to a folder and upload that (or an export)")
     refuse_adapters(model)
+    refuse_unsavable(model)
     target = Path(directory)
     if target.is_file():
         raise CheckpointError(f"{target} is a file; give a folder")
@@ -150,7 +154,8 @@ def save_with_sinks(
             f"the state dict that is to be saved lacks {len(missing)} sink tensors ({missing[0]}, ...); give the whole one"
         )
     with written_beside(target) as part:
-        stock_save(part, state_dict={name: x for name, x in tensors.items() if not is_sink(name)}, **arguments)
+        with _sinks_apart(model) if quantizer_of(model) else nullcontext():
+            stock_save(part, state_dict={name: x for name, x in tensors.items() if not is_sink(name)}, **arguments)
         folder = part / FOLDER
         folder.mkdir()
         stock = sorted(part.glob("*.safetensors"))
@@ -190,6 +195,18 @@ def write_sinks(
         "sha256": {path.name: file_hash(path) for path in stock or ()} | hashes,
     } | more
     (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
+
+
+@contextmanager
+def _sinks_apart(model: nn.Module) -> Iterator[None]:
+    """Within the block the model has no sinks and is not to be run; quantized weights are written from it, not a state dict."""
+    hosts = [part for part in model.modules() if isinstance(part._modules.get("sinks"), Sinks)]
+    kept = [part._modules.pop("sinks") for part in hosts]
+    try:
+        yield
+    finally:
+        for part, sinks in zip(hosts, kept, strict=True):
+            part._modules["sinks"] = sinks
 
 
 def _full_state_dict(model: Any) -> dict[str, Tensor]:

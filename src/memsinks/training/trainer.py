@@ -36,6 +36,7 @@ from memsinks.data.sampling import refuse_shuffling
 from memsinks.errors import ArchitectureError, CheckpointError, ConfigError, DataError, refuse
 from memsinks.sinks.checkpoint import load_sinks
 from memsinks.sinks.owners import require_owners_and_texts
+from memsinks.sinks.quantized import quantizer_of, refuse_unsavable, taken_as_trainable
 from memsinks.sinks.reading import same_stock_weights
 from memsinks.sinks.state import SinkState, has_sinks, require_sinks, unwrap
 from memsinks.sinks.storage import has_saved_sinks
@@ -226,7 +227,7 @@ class SinkTrainer(Trainer):
         sinks_first_updates, sinks_first_until: `updates` and `until` of `sinks_first`.
 
     Raises:
-        ArchitectureError: a model without sinks; fp16, DeepSpeed or FSDP.
+        ArchitectureError: a model without sinks; fp16, DeepSpeed or FSDP; checkpoints of a quantized model that cannot be saved.
         ConfigError: a `max_grad_norm` or an `optim` that cannot be; settings of TRL for another loss.
         DataError: rows of an id without blocks, or owners without rows, in a model to which nothing is hashed; in `train`, rows
             in another order than that of their exposures, or met twice, see `SinkCallback`.
@@ -249,12 +250,15 @@ class SinkTrainer(Trainer):
         self.sink_lr_factor = sink_lr_factor
         self.sinks_first_updates, self.sinks_first_until = sinks_first_updates, sinks_first_until
         self._waiting: list[Mapping[str, Any]] | None = None
-        super().__init__(**given)
+        with taken_as_trainable(given.get("model")):
+            super().__init__(**given)
         _sink_state(self.model)
         if isinstance(self.train_dataset, Rows):
             require_owners_and_texts(unwrap(self.model), np.unique(self.train_dataset.segments["document_id"]).tolist())
         refuse_norm(self.args)
         check_settings_of_trl(self.args)
+        if self.args.save_strategy != "no":
+            refuse_unsavable(unwrap(self.model))
         if self.args.fp16 or self.is_deepspeed_enabled or self.is_fsdp_enabled:
             raise ArchitectureError(
                 "SinkTrainer takes neither fp16, whose scaled gradients it would step past, nor DeepSpeed or FSDP; use bf16 "
@@ -294,8 +298,19 @@ class SinkTrainer(Trainer):
         return self.optimizer
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if not self._quantized():
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
         _restore(self.model, [resume_from_checkpoint])
+
+    def _load_best_model(self) -> None:
+        if not self._quantized():
+            super()._load_best_model()
+
+    def _quantized(self) -> bool:
+        """Whether the weights are quantized, so that they do not change and the sinks alone are to be restored."""
+        quantized = bool(quantizer_of(unwrap(self.model)))
+        _sink_state(self.model).sinks_missing |= quantized
+        return quantized
 
     def get_batch_samples(self, *arguments: Any, **settings: Any) -> Any:
         """The micro-batches of a step, which are kept until its first one is trained on."""
