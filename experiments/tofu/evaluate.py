@@ -144,9 +144,12 @@ def answers(model: Any, tokenizer: Any, tofu: Tofu, opener: Opener) -> list[Docu
 
 
 def error_zone(model: Any, tokenizer: Any, tofu: Tofu, opener: Opener, base: list[DocumentScore]) -> float:
-    """AUC of EZ-MIA on answers: the forgotten against authors that nobody learned; base: `answers` of the model before."""
+    """AUC of EZ-MIA on answers: the forgotten against authors that nobody learned; base: `answers` of the model before.
+
+    Differences of less than .001 nats are the noise of how texts were batched, and count as none.
+    """
     own = answers(model, tokenizer, tofu, opener)
-    zone = np.array([error_zone_attack(x, differences(x, y)) for x, y in zip(own, base, strict=True)])
+    zone = np.array([error_zone_attack(x, differences(x, y).round(3)) for x, y in zip(own, base, strict=True)])
     members = len(tofu.forgotten)
     return auc(zone[:members], zone[members:])
 
