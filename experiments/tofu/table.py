@@ -28,7 +28,7 @@ ORDER = {
     "ours": ("sinks an author", "base"),
     "ours, one left": ("sinks an author, theirs erased", "base"),
     "ours, router": ("sinks an author, opened by the router", "base"),
-    "ours, router, one left": ("the same, theirs erased", "base"),
+    "ours, router, one left": ("sinks an author, theirs erased, opened by the router", "base"),
 }
 COLUMNS = {
     "utility": "model utility",
@@ -77,11 +77,11 @@ def title(arm: str) -> str:
 
 
 def mean(values: list[dict[str, Any]], name: str) -> str:
-    known = [x[name] for x in values if name in x]
+    known = [x[name] for x in values if name in x and x[name] == x[name]]
     if not known:
         return "-"
     middle, half = statistics.mean(known), (max(known) - min(known)) / 2
-    text = f"{middle:.1e}" if name == "forget quality" and 0 < middle < 0.001 else f"{middle:.2f}"
+    text = f"{middle:.1e}" if name == "forget quality" and 0 < middle < 0.01 else f"{middle:.2f}"
     return text if len(known) == 1 else f"{text} ± {half:.2f}"
 
 
