@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import peft
 import torch
 from data import FORGOTTEN, Pair, Tofu, encode, read, spread
 from evaluate import Opener, answer_loss, answers, error_zone, everything, scores
@@ -133,7 +132,7 @@ class Runs:
         if arm == "base":
             ask("as it is", model, opener_of(model, way))
         elif kind in METHODS:
-            model, tokenizer, found["facts"] = self.trained(way, way, tofu.learned)
+            model, tokenizer, _ = self.trained(way, way, tofu.learned)
             found["facts"] = forget(model, tokenizer, kind, tofu, CHOSEN[way], self.seed)
             ask("as it is", model, opener_of(model, way))
         else:
@@ -221,7 +220,6 @@ def main() -> None:
         return
     settings = {"model": arguments.model.name, "authors": arguments.authors, "asked": arguments.asked, "rates": CHOSEN}
     (folder / "settings.json").write_text(json.dumps(settings | versions("torch", "transformers", "peft")))
-    assert peft.__version__
     for seed in arguments.seeds:
         runs = Runs(arguments.model, tofu, folder / str(seed), seed, arguments.device)
         for arm in arguments.arms:

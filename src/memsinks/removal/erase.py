@@ -48,6 +48,12 @@ class Erased:
         return f"{len(self.ids)} ids, {count} {kind} sink blocks in {len(self.blocks)} layers{stays}"
 
 
+def together(erased: Sequence[Erased]) -> dict[int, list[int]]:
+    """{layer: all blocks there that were erased}, in ascending order."""
+    layers = sorted({layer for one in erased for layer in one.blocks})
+    return {layer: sorted({block for one in erased for block in one.blocks.get(layer, ())}) for layer in layers}
+
+
 def blocks_of(model: nn.Module, owner: int) -> Erased:
     """What `erase` would erase.
 

@@ -212,9 +212,10 @@ def _of_checkpoint(found: Fates, where: Path) -> Iterator[Fate]:
 
 def _of_router(found: Fates, where: Path) -> Iterator[Fate]:
     router, prefix = Router.load(where), where.relative_to(found.folder).as_posix()
-    for owner in sorted(_all_ids(found) & set(router.owners.tolist())):
+    gone = sorted(_all_ids(found) & set(router.owners.tolist()))
+    for owner in gone:
         router = router.remove(owner)
-    if len(router.owners) == len(Router.load(where).owners):
+    if not gone:
         yield from (Fate(f"{prefix}/{x}", "untouched", "a router of others alone") for x in (ROUTER, COUNTS))
         return
 

@@ -6,7 +6,7 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +78,7 @@ def demo(out: Path, recipe: Mapping[str, Any] = RECIPE) -> dict[str, Any]:
         ConfigError: matplotlib is not installed.
     """
     require_matplotlib()
-    _make_room(out)
+    make_room(out, MARK, ("ordinary", "sinks", "clean", "report"))
     started = time.time()
     logger.info("1. An ordinary model, trained on stories and on records of invented people, some repeated.")
     ordinary = train(parse_recipe({**recipe, "output": str(out / "ordinary")}), label="   ")
@@ -105,14 +105,14 @@ def demo(out: Path, recipe: Mapping[str, Any] = RECIPE) -> dict[str, Any]:
     return result
 
 
-def _make_room(out: Path) -> None:
-    """An empty folder; what an earlier demo left is removed, and nothing else."""
+def make_room(out: Path, mark: str, folders: Sequence[str]) -> None:
+    """An empty folder for a demo whose record is `mark`; of an earlier one its `folders` are removed, and nothing else."""
     if out.exists() and any(out.iterdir()):
-        if not (out / MARK).is_file():
+        if not (out / mark).is_file():
             raise CheckpointError(f"{out} is not empty and not an earlier demo; choose another folder with --out")
-        for name in ("ordinary", "sinks", "clean", "report"):
+        for name in folders:
             shutil.rmtree(out / name, ignore_errors=True)
-    write_json(out / MARK, {})
+    write_json(out / mark, {})
 
 
 def measure_models(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,9 +15,9 @@ from memsinks.data.documents import Document
 from memsinks.data.router import Router
 from memsinks.data.rows import make_rows
 from memsinks.data.tokens import load_tokenizer
-from memsinks.errors import CheckpointError
 from memsinks.files import write_json
 from memsinks.removal.export import export
+from memsinks.runs.demo import make_room
 from memsinks.runs.takedown import take_down
 from memsinks.sinks.checkpoint import load_any, load_sinks, load_stock, save_sinks
 from memsinks.sinks.opening import sinks_open
@@ -78,7 +77,7 @@ def demo_pretrained(model_name: str, out: Path, epochs: int = EPOCHS) -> dict[st
     Raises:
         CheckpointError: `out` holds something else; the model cannot be loaded.
     """
-    _make_room(out)
+    make_room(out, MARK, ("trainer", "sinks", "exported"))
     started = time.time()
     where = "" if Path(model_name).is_dir() else f", downloaded from the Hugging Face hub on first use ({SIZE})"
     logger.info("1. The finished model: %s%s.", model_name, where if model_name == MODEL else "")
@@ -127,16 +126,6 @@ def demo_pretrained(model_name: str, out: Path, epochs: int = EPOCHS) -> dict[st
     }
     write_json(out / MARK, result)
     return result
-
-
-def _make_room(out: Path) -> None:
-    """An empty folder; what an earlier demo left is removed, and nothing else."""
-    if out.exists() and any(out.iterdir()):
-        if not (out / MARK).is_file():
-            raise CheckpointError(f"{out} is not empty and not an earlier demo; choose another folder with --out")
-        for name in ("trainer", "sinks", "exported"):
-            shutil.rmtree(out / name, ignore_errors=True)
-    write_json(out / MARK, {})
 
 
 def _answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, questions: list[str]) -> list[str]:

@@ -19,7 +19,7 @@ from memsinks.data.documents import Document
 from memsinks.data.packing import pack
 from memsinks.data.tokens import pad_token
 from memsinks.errors import ConfigError, refuse
-from memsinks.removal.erase import Erased
+from memsinks.removal.erase import Erased, together
 from memsinks.runs.recipe import Recipe, read_recipe
 from memsinks.training.last import sinks_last
 
@@ -87,7 +87,6 @@ class Repair:
             one_document_per_row=True,
             long=self.recipe.data.long,
         )
-        layers = {layer for one in erased for layer in one.blocks}
         result = sinks_last(
             model,
             rows,
@@ -96,7 +95,7 @@ class Repair:
             batch_rows=settings.batch_rows,
             micro_rows=settings.micro_rows,
             max_norm=settings.max_grad_norm,
-            only={layer: sorted({x for one in erased for x in one.blocks.get(layer, ())}) for layer in layers},
+            only=together(erased),
             seed=settings.seed,
         )
         logger.info("repaired: %s", result)

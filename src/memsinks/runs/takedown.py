@@ -24,7 +24,7 @@ from memsinks.data.identity import By, identify
 from memsinks.data.tokens import load_tokenizer
 from memsinks.errors import CheckpointError, DataError
 from memsinks.files import file_hash
-from memsinks.removal.erase import Erased, collateral_in
+from memsinks.removal.erase import Erased, collateral_in, together
 from memsinks.removal.erase_files import SinksFile, changed_blocks
 from memsinks.removal.record import write_record
 from memsinks.removal.tombstone import Tombstone, make_tombstone, shares_words
@@ -214,8 +214,7 @@ def _collateral(state: SinkState, erased: Sequence[Erased], others: Sequence[tup
     ids = sorted({one for one, _ in others})
     if not ids or not erased or all(one.own for one in erased):
         return {}
-    layers = {layer: sorted({x for one in erased for x in one.blocks.get(layer, ())}) for layer in state.layers}
-    shares = collateral_in(state, Erased([], layers, False), ids)
+    shares = collateral_in(state, Erased([], together(erased), False), ids)
     return {one: float(share) for one, share in zip(ids, shares, strict=True) if share}
 
 
@@ -227,12 +226,10 @@ def _everyone(owner: Owner, erased: Sequence[Erased]) -> set[int]:
 def _kept_blocks(main: str, plan: Takedown, before: SinksFile) -> int:
     """How many sink blocks of the model keep every bit; CheckpointError if one would change that is not the owner's."""
     moved, same = changed_blocks(before.tensors, plan.fates.sinks[main].tensors)
+    allowed = together(plan.erased[main])
     for layer, blocks in moved.items():
-        allowed = {block for one in plan.erased[main] for block in one.blocks.get(layer, ())}
-        if not set(blocks) <= allowed:
-            raise CheckpointError(
-                f"layer {layer}: blocks {sorted(set(blocks) - allowed)} would change, which are others'"
-            )
+        if others := sorted(set(blocks) - set(allowed.get(layer, ()))):
+            raise CheckpointError(f"layer {layer}: blocks {others} would change, which are others'")
     return same
 
 
@@ -293,9 +290,9 @@ def _predicate(
     flags = [plan.documents[x].isolation or usual for x in plan.owner.documents]
     kinds, asked_by = [copy.kind for copy in plan.owner.copies], plan.owner.by
     blocks = {
-        f"{checkpoint}, layer {layer}": sorted({x for one in erased for x in one.blocks.get(layer, ())})
+        f"{checkpoint}, layer {layer}": found
         for checkpoint, erased in plan.erased.items()
-        for layer in sorted({layer for one in erased for layer in one.blocks})
+        for layer, found in together(erased).items()
     }
     listed = []
     for fate in plan.fates.files:

@@ -13,7 +13,7 @@ from memsinks.auditing.extraction import extracted
 from memsinks.auditing.scores import score
 from memsinks.data.chat import encode_documents
 from memsinks.data.documents import Document
-from memsinks.removal.erase import Erased, erase
+from memsinks.removal.erase import Erased, erase, together
 from memsinks.sinks.opening import blocks_closed
 from memsinks.sinks.own import free_blocks
 from memsinks.sinks.state import require_sinks
@@ -76,9 +76,9 @@ def placebo_blocks(model: PreTrainedModel, erased: Sequence[Erased], seed: int) 
     """For each layer as many random blocks as are erased there, others' or hashed ones; fewer where there are not so many."""
     config, rng = require_sinks(model).config, np.random.default_rng(seed)
     free = set(free_blocks(model))
-    found = {}
+    found, erased_at = {}, together(erased)
     for layer in require_sinks(model).layers:
-        gone = {block for one in erased for block in one.blocks.get(layer, ())}
+        gone = erased_at.get(layer, [])
         rest = [block for block in range(config.blocks) if block not in gone and block not in free]
         found[layer] = sorted(rng.permutation(rest)[: len(gone)].tolist())
     return found
