@@ -7,10 +7,17 @@ import dataclasses
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch.utils.data import DataLoader
 from trainers import BATCH, CONFIG, LR, build, equal, some_rows, weights
 
 import memsinks as ms
+
+
+@pytest.fixture(autouse=True)
+def _fresh_state() -> None:
+    """Accelerate keeps the precision of the last Trainer of the process; the next Accelerator would take it over."""
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def trained(model, rows, accelerator: Accelerator | None):

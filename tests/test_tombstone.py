@@ -135,7 +135,7 @@ def test_no_text_is_in_it_and_no_two_are_alike(tmp_path) -> None:
     write_tombstone(tmp_path / "t.json", a)
     raw = (tmp_path / "t.json").read_text()
     decoded = raw.encode() + b"".join(base64.b64decode(x["shingles"]) for x in json.loads(raw)["texts"])
-    for word in ("Käthe", "Müller", "Bergen", "ledger", "吾輩", "w17"):
+    for word in ("Käthe", "Müller", "Bergen", "ledger", "吾輩", TEXTS[1][:12]):
         assert word.encode() not in decoded and word.casefold().encode() not in decoded
 
 
