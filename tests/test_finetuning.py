@@ -230,7 +230,7 @@ def test_a_recipe_and_a_takedown_of_its_run(tokenizer, tmp_path):
         "output": str(tmp_path / "run"), "data.path": str(tmp_path / "customers.jsonl"), "model.pretrained": str(base),
         "tokenizer.path": str(base), "sinks.neurons": "32", "sinks.active": "8", "sinks.block_size": "8",
         "sinks.reserved_blocks": "4", "sinks.layers": "[1]", "training.length": "48", "training.batch_rows": "2",
-        "training.epochs": "30", "training.log_every": "20",
+        "training.epochs": "30", "training.log_every": "20", "model.keep_prefix": "true",
     }  # fmt: skip
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -242,5 +242,7 @@ def test_a_recipe_and_a_takedown_of_its_run(tokenizer, tmp_path):
     assert after["others, own sinks open"] == before["others, own sinks open"] and not done.collateral
     with pytest.raises(ms.ConfigError, match="frozen is for a pretrained model"):
         ms.read_recipe(ROOT / "recipes/take-one-out.yaml", {"model.frozen": "true"})
+    with pytest.raises(ms.ConfigError, match="keep_prefix is for a frozen model"):
+        ms.read_recipe(ROOT / "recipes/take-one-out.yaml", {"model.keep_prefix": "true"})
     with pytest.raises(ms.ConfigError, match="leaves nothing to learn without sinks"):
         ms.read_recipe(ROOT / "recipes/finetune.yaml", {"sinks": "null", "own": "null"})

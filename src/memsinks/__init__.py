@@ -65,6 +65,7 @@ if TYPE_CHECKING:
     from memsinks.training.first import sinks_first
     from memsinks.training.last import SinksLastResult, sinks_last
     from memsinks.training.optim import AdamW, GradientNorms, clip_grad_norm_, param_groups
+    from memsinks.training.prefix import KeptPrefix, prefix_kept
     from memsinks.training.shadow import shadow_rows
     from memsinks.training.trainer import SinkCallback, SinkTrainer
 
@@ -105,6 +106,7 @@ _HOMES = {
     "memsinks.sinks.table": "AssignmentTable",
     "memsinks.training.first": "sinks_first",
     "memsinks.training.last": "SinksLastResult sinks_last",
+    "memsinks.training.prefix": "KeptPrefix prefix_kept",
     "memsinks.training.shadow": "shadow_rows",
     "memsinks.training.optim": "AdamW GradientNorms clip_grad_norm_ param_groups",
     "memsinks.training.trainer": "SinkCallback SinkTrainer",
@@ -127,6 +129,7 @@ __all__ = [
     "Document",
     "Erased",
     "GradientNorms",
+    "KeptPrefix",
     "MemsinksError",
     "Recipe",
     "Router",
@@ -174,6 +177,7 @@ __all__ = [
     "pack",
     "param_groups",
     "parse_recipe",
+    "prefix_kept",
     "read_documents",
     "read_recipe",
     "refuse_shuffling",

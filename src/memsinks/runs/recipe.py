@@ -202,11 +202,13 @@ class ModelRecipe:
     """The model: `pretrained` (folder or name), or a new one from `config`, which needs ``model_type``.
 
     ``vocab_size`` and the special tokens of a new model are set from the tokenizer. `frozen`: its own weights stay as they are,
-    the sinks alone learn.
+    the sinks alone learn. `keep_prefix`: what lies below the sinks of a frozen model is computed once, see `prefix_kept`; a
+    resumed run then equals the one without interruption up to rounding.
     """
 
     pretrained: str | None = None
     frozen: bool = False
+    keep_prefix: bool = False
     config: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -215,6 +217,8 @@ class ModelRecipe:
             problems.append("give either pretrained or config")
         if self.frozen and self.pretrained is None:
             problems.append("frozen is for a pretrained model")
+        if self.keep_prefix and not self.frozen:
+            problems.append("keep_prefix is for a frozen model")
         refuse(problems + (_config_problems(self.config) if self.config else []), "model")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from memsinks.training.config import TrainingConfig
 from memsinks.training.evaluate import AnyRows
 from memsinks.training.last import PASSES, require_one_text_each, sinks_last
 from memsinks.training.loop import Batches, Training, steps
+from memsinks.training.prefix import prefix_kept
 from memsinks.training.processes import joined_processes, main_process, main_process_first, process_count, process_rank
 
 logger = logging.getLogger(__name__)
@@ -76,7 +78,8 @@ def train(recipe: Recipe, *, resume: bool = False, label: str = "") -> Path:
         started = time.time()
         _start_or_resume(training, recipe, prepared, folder, resume)
         at_end = training.step == training.total
-        _train(training, prepared.rows, folder, label)
+        with prefix_kept(model) if recipe.model.keep_prefix else nullcontext():
+            _train(training, prepared.rows, folder, label)
         if (texts is not None or repeated is not None) and not at_end:
             training.save(folder.checkpoints)
         if not main_process():
