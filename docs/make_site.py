@@ -1,8 +1,8 @@
 """The site of the documentation, in build/site: `make docs`.
 
-The pages are those of docs/ and what they link to: other pages of this repository, code, pictures, results. docs/tutorials/*.ipynb and
-docs/api.md become pages too. The builder warns of nothing (that is an error), every link and anchor leads somewhere, and nothing is
-loaded from another host.
+The pages are those of docs/ and what they link to: other pages of this repository, code, pictures, results. The notebooks of
+docs/tutorials become pages, docs/api.md a page a room. A warning of the builder is an error; every link and anchor leads
+somewhere, and nothing is loaded from another host.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from urllib.parse import unquote
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
-PAGES, SITE = ROOT / "build/pages", ROOT / "build/site"
 CODE = {".py": "python", ".yaml": "yaml"}
 """Files that are shown as pages, by the language of their code."""
 MOST_LINKED = 20
@@ -128,9 +127,8 @@ def gather(target: Path) -> None:
         done.add(path)
         at = place(path)
         (target / at).parent.mkdir(parents=True, exist_ok=True)
-        if at.suffix != ".md" or path.suffix == ".ipynb":
-            if path.is_file():
-                shutil.copy(path, target / (path.relative_to(DOCS) if path.is_relative_to(DOCS) else at))
+        if path.is_file() and (at.suffix != ".md" or path.suffix == ".ipynb"):
+            shutil.copy(path, target / (path.relative_to(DOCS) if path.is_relative_to(DOCS) else at))
         if at.suffix == ".md":
             text, wanted = (page_of(path), set()) if path.suffix in CODE else linked(page_of(path), path, at)
             (target / at).write_text(text)
@@ -150,7 +148,7 @@ def split_api(target: Path) -> None:
         home |= {name.lower(): room for name in [*found, room]}
         home |= {x.lower().replace(".", ""): room for x in re.findall(r"^#### ([\w.]+)$", section, re.M)}
         names.append(f"| [{room}]({room}.md) | {', '.join(f'[{x}]({room}.md#{x.lower()})' for x in found)} |")
-        text = "# " + re.sub(r"^##(#+) ", r"\1 ", section, flags=re.M)
+        text = "# " + re.sub(r"^#(##+) ", r"\1 ", section, flags=re.M)
         (target / "api" / f"{room}.md").write_text(text)
     (target / "api/index.md").write_text(head + "| room | names |\n|---|---|\n" + "\n".join(names) + "\n")
     for page in target.rglob("*.md"):
@@ -161,7 +159,8 @@ def split_api(target: Path) -> None:
             api, anchor = match["api"], match["anchor"]
             if not (api or (inside and anchor)):
                 return match[0]
-            return f"]({base}/{home[anchor] if anchor else 'index'}.md{f'#{anchor}' if anchor and anchor != home[anchor] else ''})"
+            room = home[anchor] if anchor else "index"
+            return f"]({base}/{room}.md{f'#{anchor}' if anchor and anchor != room else ''})"
 
         page.write_text(re.sub(r"\]\((?P<api>[./]*api\.md)?(?:#(?P<anchor>[\w-]+))?\)", follow, page.read_text()))
 
@@ -212,7 +211,10 @@ def problems(site: Path) -> list[str]:
             elif anchor and to in pages and anchor not in pages[to].anchors | {"only-light", "only-dark"}:
                 found.append(f"{name} leads to {link}, an anchor that is not there")
     for style in site.rglob("*.css"):
-        found += [f"{style.relative_to(site)} loads {x}" for x in re.findall(r"url\([\"']?(https?:[^)\"']+)", style.read_text())]
+        found += [
+            f"{style.relative_to(site)} loads {x}"
+            for x in re.findall(r"url\([\"']?(https?:[^)\"']+)", style.read_text())
+        ]
     return found
 
 
@@ -224,14 +226,22 @@ def unlisted(pages: Path) -> list[str]:
     return [f"{name} is not in the navigation of zensical.toml" for name in names if f'"{name}"' not in listed]
 
 
-def main() -> None:
-    gather(PAGES)
-    shutil.rmtree(SITE, ignore_errors=True)
-    subprocess.run([sys.executable, "-m", "zensical", "build", "--clean", "--strict"], cwd=ROOT, check=True)
-    found = unlisted(PAGES) + problems(SITE)
+def build(folder: Path) -> Path:
+    """Gather the pages in ``folder/pages``, build ``folder/site`` and check it.
+
+    Raises:
+        SystemExit: the builder warns, or a link or the navigation is wrong; says each.
+    """
+    pages, site = folder / "pages", folder / "site"
+    gather(pages)
+    shutil.copy(ROOT / "zensical.toml", folder)
+    shutil.rmtree(site, ignore_errors=True)
+    made = subprocess.run([sys.executable, "-m", "zensical", "build", "--clean", "--strict"], cwd=folder)
+    found = unlisted(pages) + problems(site) if made.returncode == 0 else ["zensical warns of the above"]
     if found:
         raise SystemExit("\n".join(found))
+    return site
 
 
 if __name__ == "__main__":
-    main()
+    build(ROOT / "build")

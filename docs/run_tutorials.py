@@ -1,6 +1,8 @@
 """The notebooks of docs/tutorials, executed, with their outputs and nothing of the machine that made them.
 
-python docs/run_tutorials.py [NAME ...]     # a quarter of an hour on two cores; MEMSINKS_TUTORIAL_MODEL: SmolLM2-135M-Instruct, a folder
+python docs/run_tutorials.py [NAME ...]     # a quarter of an hour on two cores
+
+MEMSINKS_TUTORIAL_MODEL: a folder with SmolLM2-135M-Instruct; without it the model comes from the Hugging Face hub.
 """
 
 from __future__ import annotations
