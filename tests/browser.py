@@ -53,7 +53,9 @@ def watched(page: Any) -> list[str]:
     page.on(
         "request",
         lambda request: (
-            None if request.url.startswith(("http://127.0.0.1", "data:", "blob:")) else wrong.append(request.url)
+            None
+            if request.url.startswith(("http://127.0.0.1", "file:", "data:", "blob:"))
+            else wrong.append(request.url)
         ),
     )
     page.on("response", lambda answer: wrong.append(f"{answer.status}: {answer.url}") if answer.status >= 400 else None)
