@@ -18,7 +18,7 @@ from memsinks.data.synthetic import corpus
 # fmt: off
 TINY = {
     "pretrain-remove-audit": {
-        "stories": 20, "people": 2, "copies": (0, 1, 4), "resamples": 100, "width": 32, "layers": 2, "vocabulary": 300,
+        "stories": 20, "people": 2, "copies": [0, 1, 4], "resamples": 100, "width": 32, "layers": 2, "vocabulary": 300,
         "passes": 2,
     },
     "three-customers": {"epochs": 1, "new_tokens": 4},
