@@ -1,6 +1,9 @@
 """screenshots/ beside this file: the site's start page and an audit's report, in a headless Chromium.
 
-make docs && memsinks demo && python docs/take_screenshots.py runs/demo/report/report.html
+make docs
+memsinks audit HuggingFaceTB/SmolLM2-135M-Instruct --documents docs/tutorials/famous.jsonl --controls docs/tutorials/unseen.jsonl \\
+    --prefix 16 --continuation 16 --out runs/famous
+python docs/take_screenshots.py runs/famous/report.html
 """
 
 from __future__ import annotations
