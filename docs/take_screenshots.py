@@ -1,8 +1,8 @@
 """screenshots/ beside this file: the site's start page and an audit's report, in a headless Chromium.
 
 make docs
-memsinks audit HuggingFaceTB/SmolLM2-135M-Instruct --documents docs/tutorials/famous.jsonl --controls docs/tutorials/unseen.jsonl \\
-    --prefix 16 --continuation 16 --out runs/famous
+memsinks audit HuggingFaceTB/SmolLM2-135M-Instruct --documents docs/tutorials/famous.jsonl \\
+    --controls docs/tutorials/unseen.jsonl --prefix 16 --continuation 16 --out runs/famous
 python docs/take_screenshots.py runs/famous/report.html
 """
 
