@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready
 
-.PHONY: demo takedown test test-all lint clean
+.PHONY: demo takedown docs test test-all lint clean
 
 demo: $(READY)
 	$(VENV)/bin/memsinks demo
@@ -12,6 +12,10 @@ takedown: $(READY)
 	rm -rf runs/take-one-out
 	$(VENV)/bin/memsinks train recipes/take-one-out.yaml
 	$(VENV)/bin/memsinks takedown runs/take-one-out --key record-64-003
+
+docs: $(READY)
+	$(VENV)/bin/python docs/make_site.py
+	@echo "To read it: $(VENV)/bin/python -m http.server --bind 127.0.0.1 --directory build/site"
 
 test: $(READY)
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile

@@ -101,8 +101,7 @@ def training(axes: Axes, theme: Theme) -> None:
     card(axes, 38.0, "document A", "met again", theme.a)
     card(axes, 60.0, "document B", "met again", theme.b)
     arrow(axes, (13.5, 41.5), (13.5, MLP_TOP + 0.4), theme.general)
-    for center, name, to in ((38.0, "A", 18.0), (60.0, "B", 22.0)):
-        arrow(axes, (center - 6, 41.5), (to, MLP_TOP + 0.4), colors[name], 0.8)
+    for center, name in ((38.0, "A"), (60.0, "B")):
         for place in OPEN[name]:
             arrow(axes, (center, 41.5), (block_center(place), MLP_TOP + 0.4), colors[name])
 
@@ -133,7 +132,7 @@ def draw(theme: Theme) -> Figure:
     cut(axes, theme)
     exported(axes, theme)
     left, right = sum(GENERAL) / 2, sum(SINKS) / 2
-    lines = ("general neurons", "the model's own MLP:", "every text trains it,", "a repeated one less each time")
+    lines = ("general neurons", "the model's own MLP:", "a text trains it once,", "its copies do not")
     captions(axes, left, 13.2, lines, theme.general)
     lines = ("sink neurons", "an id opens a fixed few blocks;", "what only that text teaches gathers there")
     captions(axes, right, 13.2, lines, theme.text)

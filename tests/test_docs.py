@@ -7,7 +7,6 @@ import functools
 import importlib.util
 import json
 import re
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import pytest
 import torch
 import yaml
 from chats import PLAIN
-from pages import GENERATED, PAGES, ROOT, Block, anchors, blocks, commands, name_of, prose
+from pages import GENERATED, PAGES, ROOT, Block, anchors, blocks, commands, name_of, prose, script
 from transformers import AutoModelForCausalLM, LlamaConfig, TrainingArguments
 
 import memsinks as ms
@@ -402,16 +401,6 @@ def exists(name: str) -> bool:
 # Generated pages
 
 
-def script(name: str) -> Any:
-    """A script of docs/, imported."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_the_api_page_is_up_to_date() -> None:
     page = script("make_api").page()
     assert GENERATED.read_text() == page, "run python docs/make_api.py"
@@ -426,6 +415,18 @@ def test_the_mechanism_is_drawn_in_both_themes() -> None:
         assert {"A", "B", "export", "a plain checkpoint"} <= set(texts)
         assert any("attention sinks" in text for text in texts)
         assert (ROOT / "docs" / f"mechanism-{theme.name}.png").is_file()
+
+
+def test_the_modes_are_drawn_in_both_themes() -> None:
+    pytest.importorskip("matplotlib")
+    drawing = script("draw_modes")
+    for theme in drawing.THEMES:
+        texts = [text.get_text() for text in drawing.draw(theme).axes[0].texts]
+        assert {step.mode for step in drawing.STEPS} | {"Deduplicate"} <= set(texts)
+        assert (ROOT / "docs" / f"modes-{theme.name}.png").is_file()
+    for step in drawing.STEPS:
+        for name in step.names.split("   "):
+            assert name.removeprefix("ms.") in ms.__all__ or name.startswith("memsinks "), name
 
 
 def test_the_citation_names_this_version() -> None:

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import base64
 import copy
+import dataclasses
 import json
 import re
-import shutil
-import subprocess
 from html.parser import HTMLParser
 
 import pytest
 import torch
+from browser import chromium, overflow, watched
 
 import memsinks as ms
-from memsinks.auditing.pictures import styles
+from memsinks.auditing.pictures import drawn, keys, styles
 from memsinks.auditing.report import write_report
-from memsinks.auditing.result import HEADLINES, verdict
+from memsinks.auditing.result import HEADLINES, recited, verdict
 from memsinks.data.tokens import encode
 
 WORDS = 'otter mill road bridge gate chalk lane oak baker clock hen Sunday <b>&amp; "quoted" é漢'.split()
@@ -64,6 +65,8 @@ class Page(HTMLParser):
         self.open: list[str] = []
         self.loads: list[str] = []
         self.alt: list[str] = []
+        self.links: list[str] = []
+        self.ids: list[str] = []
         self.text = ""
         self.feed(html)
         assert self.open == []
@@ -74,10 +77,14 @@ class Page(HTMLParser):
             self.open.append(tag)
         for name, value in attrs:
             assert not name.startswith("on"), (tag, name)
-            if name in ("src", "href", "srcset", "data", "action"):
+            if name == "href" and (value or "").startswith("#"):
+                self.links.append((value or "")[1:])
+            elif name in ("src", "href", "srcset", "data", "action"):
                 self.loads.append(value or "")
             if name == "alt":
                 self.alt.append(value or "")
+            if name == "id":
+                self.ids.append(value or "")
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag
@@ -95,7 +102,41 @@ def page(shown) -> Page:
 def test_the_page_is_whole_and_opens_offline(page) -> None:
     assert "script" not in page.tags and "link" not in page.tags and "iframe" not in page.tags
     assert page.loads and all(x.startswith("data:image/svg+xml;base64,") for x in page.loads)
-    assert len(page.loads) == len(page.alt) == 6 and all(page.alt)
+    pictures, models = 6, 5
+    assert len(page.loads) == len(page.alt) == pictures + models and sum(map(bool, page.alt)) == pictures
+
+
+def test_the_contents_name_every_section(page, shown, tmp_path) -> None:
+    assert page.links == page.ids and len(page.ids) == page.tags.count("section") == 12
+    bare = dataclasses.replace(shown[1], examples=(), notes=())
+    bare = dataclasses.replace(
+        bare, models=(dataclasses.replace(bare.models[0], equivalences=(), sinks=None, forgetting=None),)
+    )
+    write_report(dataclasses.replace(bare, measured=bare.measured[:1]), tmp_path / "bare.html")
+    less = Page((tmp_path / "bare.html").read_text())
+    assert less.links == less.ids and not {"limits", "equivalence", "sinks", "examples"} & set(less.ids)
+
+
+def test_the_summary_has_the_four_figures(shown, page) -> None:
+    audit, flat = shown[1], " ".join(page.text.split())
+    model, before = audit.audited, audit.model("against")
+    hits, asked = recited(audit, model)
+    assert f"{hits} of {asked} {recited(audit, before)[0]} in ordinary model; none is best" in flat
+    assert f"{model.gap.value:+.2f} nats {before.gap.value:+.2f} in ordinary model; 0 = no" in flat
+    assert (
+        f"AUC {model.strongest.auc.value:.2f} {before.strongest.auc.value:.2f} in ordinary model; 0.5 = chance" in flat
+    )
+    assert f"What did it cost? {model.forgetting.price.value:+.2f} nats" in flat
+
+
+def test_one_legend_serves_all_pictures(shown, page) -> None:
+    audit = shown[1]
+    assert [name for name, *_ in keys(audit)] == [model.name for model in audit.models]
+    assert len({svg for *_, svg in keys(audit)}) == len(audit.models)
+    inside = [base64.b64decode(x.partition(",")[2]) for x in page.loads[len(audit.models) :]]
+    alone = {title: svg for title, _, svg in drawn(audit)}
+    assert len(inside) == len(alone)
+    assert all(len(b) < len(svg) for b, (title, svg) in zip(inside, alone.items(), strict=True) if title != "Loss")
 
 
 def test_the_page_says_what_the_verdict_says(shown, page) -> None:
@@ -130,8 +171,6 @@ def test_json_has_what_an_auditor_asks_for(shown) -> None:
 
 
 def test_no_text_is_shown_if_none_is_asked_for(shown, tmp_path) -> None:
-    import dataclasses
-
     write_report(dataclasses.replace(shown[1], examples=()), tmp_path / "x.html")
     assert MEMBERS[0].text.split("<")[0] not in Page((tmp_path / "x.html").read_text()).text
 
@@ -141,15 +180,23 @@ def test_lines_can_be_told_apart_without_color(shown) -> None:
     assert len({color for color, *_ in looks}) == len({(marker, dash) for _, marker, dash in looks}) == len(looks)
 
 
-BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-
-
-@pytest.mark.skipif(BROWSER is None, reason="no Chromium here")
 def test_a_browser_shows_it_without_errors(shown, tmp_path) -> None:
-    picture = tmp_path / "page.png"
-    command = [str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--window-size=1300,2000",
-               f"--screenshot={picture}", f"--user-data-dir={tmp_path}/profile", (shown[0] / "report.html").as_uri()]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert picture.stat().st_size > 50_000
-    assert "CONSOLE" not in done.stderr, done.stderr[-2000:]
+    with chromium() as browser:
+        for scheme, width in (("light", 1440), ("dark", 1440), ("light", 360)):
+            page = browser.new_page(color_scheme=scheme, viewport={"width": width, "height": 900})
+            wrong = watched(page)
+            page.goto((shown[0] / "report.html").as_uri())
+            assert overflow(page) <= 0, f"wider than {width} pixels by {overflow(page)}"
+            assert width < 1000 or page.locator(".tile").last.bounding_box()["y"] < 400, (
+                "the summary is on the first screen"
+            )
+            page.get_by_role("link", name="Membership attacks").click()
+            assert page.locator("#attacks").is_visible()
+            page.emulate_media(media="print")
+            assert not page.locator("nav").is_visible()
+            assert page.locator("#settings pre").evaluate("x => x.getBoundingClientRect().height") > 0, (
+                "opened in print"
+            )
+            assert overflow(page) <= 0 or width < 1000
+            page.close()
+            assert not wrong

@@ -124,7 +124,6 @@ def receiver(audit: Audit, axes: Any) -> None:
         ylabel="members found (%)",
         xlim=(0, 100),
         ylim=(0, 100),
-        aspect="equal",
     )
     axes.legend(loc="lower right")
 
@@ -223,19 +222,12 @@ def sides(audit: Audit) -> tuple[np.ndarray, np.ndarray]:
     return audit.corpus.target, audit.corpus.control
 
 
-def drawn(audit: Audit) -> list[tuple[str, str, bytes]]:
-    """All pictures that this audit has: (title, what it shows, SVG)."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
+def drawn(audit: Audit, legends: bool = True) -> list[tuple[str, str, bytes]]:
+    """All pictures that this audit has: (title, what it shows, SVG).
 
-    def one(draw: Callable[[Audit, Any], None], size: tuple[float, float], panels: bool = False) -> bytes:
-        with rc_context(LOOK):
-            figure = Figure(figsize=size, layout="constrained")
-            draw(audit, figure if panels else figure.subplots())
-            file = io.BytesIO()
-            figure.savefig(file, format="svg", metadata={"Date": None})
-        return file.getvalue()
-
+    Args:
+        legends: whether each names its models; the report has one legend for all (`keys`).
+    """
     shown = sum(model.role != "other" for model in audit.models)
     settings = audit.settings
     asked = (
@@ -243,37 +235,73 @@ def drawn(audit: Audit) -> list[tuple[str, str, bytes]]:
         if settings["private_part"]
         else f"{settings['continuation']} tokens recited verbatim after {settings['prefix']}"
     )
+    sampled = f"Share of documents that n samples recite at least once with probability {settings['queries_p']:g}."
+    tall = max(4.4, 0.7 + 1.35 * shown)
     pictures = [
-        ("Extraction", f"{asked}, by number of copies; bars: 95% Wilson intervals.", one(extraction, (5.4, 3.8))),
+        ("Extraction", f"{asked}, by number of copies; bars: 95% Wilson intervals.", extraction, 3.6),
+        ("Sampling", sampled, queries, 3.6),
         (
             "Loss",
             f"Mean loss of {audit.target} and of controls. As if never seen, the two lie on each other.",
-            one(losses, (5.4, 0.7 + 1.35 * shown), panels=True),
-        ),
-        (
-            "Membership",
-            "ROC of the loss attack. On the diagonal, members cannot be told from controls.",
-            one(receiver, (4.6, 4.4)),
-        ),
-        (
-            "Sampling",
-            f"Share of documents that n samples recite at least once with probability {settings['queries_p']:g}.",
-            one(queries, (5.4, 3.8)),
+            losses,
+            tall,
         ),
     ]
-    if any(model.forgetting for model in audit.models):
-        pictures.append(
-            ("Forgetting against price", "Top left is best. Bars: 95% over documents.", one(pareto, (5.4, 3.8)))
-        )
     if any(model.probes for model in audit.models):
-        pictures.append(
-            (
-                "Changed copies",
-                "Loss gap of copies that were rounded or trained further. Right of the twin's: something was left.",
-                one(probes, (5.4, 4.2)),
-            )
-        )
-    return pictures
+        text = "Loss gap of copies that were rounded or trained further. Right of the twin's: something was left."
+        pictures.append(("Changed copies", text, probes, tall))
+    text = "ROC of the loss attack. On the diagonal, members cannot be told from controls."
+    pictures.append(("Membership", text, receiver, 4.2))
+    if any(model.forgetting for model in audit.models):
+        pictures.append(("Forgetting against price", "Top left is best. Bars: 95% over documents.", pareto, 4.2))
+    return [(title, text, _svg(audit, draw, height, legends)) for title, text, draw, height in pictures]
+
+
+WIDTH = 6.0
+"""Of a picture, inches."""
+
+
+def _svg(audit: Audit, draw: Callable[[Audit, Any], None], height: float, legends: bool) -> bytes:
+    """One picture; that of the losses names documents and controls in any case."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    with rc_context(LOOK):
+        figure = Figure(figsize=(WIDTH, height), layout="constrained")
+        if draw is losses:
+            draw(audit, figure)
+        else:
+            axes: Any = figure.subplots()
+            draw(audit, axes)
+            if not legends:
+                axes.get_legend().remove()
+        return _saved(figure)
+
+
+def keys(audit: Audit) -> list[tuple[str, str, bytes]]:
+    """The legend of all pictures: each model's name, the state of its sinks, and its line and marker as SVG."""
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    found = []
+    for model in audit.models:
+        color, marker, dash = styles(audit)[model.name]
+        figure = Figure(figsize=(0.55, 0.18))
+        figure.patch.set_alpha(0)
+        figure.add_artist(Line2D([0.02, 0.5, 0.98], [0.5] * 3, color=color, ls=dash, lw=1.8))
+        figure.add_artist(Line2D([0.5], [0.5], color=color, marker=marker, ls="", markersize=7))
+        found.append((model.name, model.state, _saved(figure)))
+    return found
+
+
+def _saved(figure: Any) -> bytes:
+    """A figure as SVG, the same bytes each time."""
+    from matplotlib import rc_context
+
+    file = io.BytesIO()
+    with rc_context(LOOK):
+        figure.savefig(file, format="svg", metadata={"Date": None})
+    return file.getvalue()
 
 
 def save(audit: Audit, folder: Path) -> list[Path]:

@@ -11,9 +11,9 @@ from typing import Any, Literal
 import numpy as np
 
 from memsinks.auditing.attacks import ATTACKS
-from memsinks.auditing.pictures import drawn
+from memsinks.auditing.pictures import drawn, keys
 from memsinks.auditing.probes import PROBES
-from memsinks.auditing.result import CAVEAT, Audit, Example, outcome, verdict
+from memsinks.auditing.result import CAVEAT, Audit, Example, outcome, recited, verdict
 from memsinks.auditing.uncertainty import Estimate
 
 SURE = (0, 114, 178)
@@ -30,15 +30,17 @@ def write_report(audit: Audit, path: Path) -> None:
     environment.filters |= {"number": _number, "interval": _interval, "share": _share}
     template = environment.from_string((files("memsinks.auditing") / "report.html.j2").read_text(encoding="utf-8"))
     words = verdict(audit)
-    pictures = [(title, text, base64.b64encode(svg).decode()) for title, text, svg in drawn(audit)]
+    pictures = [(title, text, base64.b64encode(svg).decode()) for title, text, svg in drawn(audit, legends=False)]
     html = template.render(
         audit=audit,
         audited=audit.audited,
         headline=words[0],
         outcome=outcome(audit).replace(" ", "-"),
+        tiles=_tiles(audit),
         findings=words[1:-1],
         caveat=CAVEAT,
         pictures=pictures,
+        keys=[(name, state, base64.b64encode(svg).decode()) for name, state, svg in keys(audit)],
         examples=[_shaded(example) for example in audit.examples],
         attacks=_by_name(audit, "attacks"),
         looks_at=defaultdict(str, ATTACKS),
@@ -46,9 +48,58 @@ def write_report(audit: Audit, path: Path) -> None:
         probed=PROBES,
         supervised=max(x.labeled for x in audit.audited.attacks),
         grid=_grid(audit),
+        contents=_contents(audit),
         sure=SURE,
     )
     path.write_text(html, encoding="utf-8")
+
+
+def _contents(audit: Audit) -> list[tuple[str, str]]:
+    """The sections that this page has: (anchor, title)."""
+    model = audit.audited
+    sections = (
+        ("findings", "Findings", True),
+        ("limits", "What limits these figures", audit.notes),
+        ("models", "Models", True),
+        ("pictures", "Pictures", True),
+        ("copies", "By number of copies", True),
+        ("attacks", "Membership attacks", True),
+        ("changed", "Changed copies", any(x.probes for x in audit.models)),
+        ("equivalence", "As if never seen?", model.equivalences),
+        ("extraction", "Extraction by prefix length", model.extraction),
+        ("sinks", "Sinks", model.sinks),
+        ("examples", "The most remembered documents", audit.examples),
+        ("settings", "Settings, versions, hashes", True),
+    )
+    return [(anchor, title) for anchor, title, there in sections if there]
+
+
+def _tiles(audit: Audit) -> list[tuple[str, str, str]]:
+    """What is read in ten seconds: (question, figure, what it stands beside)."""
+    model, before = audit.audited, audit.model("against")
+
+    def beside(text: str, reading: str) -> str:
+        return f"{text} in {before.name}; {reading}" if before else reading
+
+    hits, asked = recited(audit, model)
+    earlier = recited(audit, before)[0] if before else 0
+    strongest = before.strongest.auc.value if before else 0.0
+    tiles = [
+        ("Recited word for word?", f"{hits} of {asked}" if asked else "not asked",
+         beside(str(earlier), "none is best") if asked else "documents are too short"),
+        ("Better known than unseen text?", f"{model.gap.value:+.2f} nats",
+         beside(f"{before.gap.value:+.2f}" if before else "", "0 = no")),
+        ("Told apart by the best attack?", f"AUC {model.strongest.auc.value:.2f}",
+         beside(f"{strongest:.2f}", "0.5 = chance, 1 = always")),
+    ]  # fmt: skip
+    if model.forgetting:
+        price = model.forgetting.price.value
+        tiles.append(("What did it cost?", f"{price:+.2f} nats", "loss on unseen text above the ordinary model's"))
+    elif model.widest:
+        tiles.append(
+            ("After rounding, training on?", f"{model.widest.gap.value:+.2f} nats", f"gap, {model.widest.name}")
+        )
+    return tiles
 
 
 def _interval(value: Estimate | None, form: str = ".3f") -> str:

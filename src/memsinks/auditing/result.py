@@ -169,16 +169,19 @@ def _targets(audit: Audit, model: ModelResult) -> list[AuditLine]:
     return [line for line in model.lines if line.copies >= (2 if audit.target != "all documents" else 1)]
 
 
-def _extraction(audit: Audit) -> str:
-    def count(model: ModelResult) -> tuple[int, int]:
-        lines = [line for line in _targets(audit, model) if line.asked]
-        return round(sum(x.extracted.value * x.asked for x in lines)), sum(x.asked for x in lines)
+def recited(audit: Audit, model: ModelResult) -> tuple[int, int]:
+    """How many target documents a model recites, and of how many that are long enough to ask."""
+    lines = [line for line in _targets(audit, model) if line.asked]
+    return round(sum(x.extracted.value * x.asked for x in lines)), sum(x.asked for x in lines)
 
-    hits, asked = count(audit.audited)
+
+def _extraction(audit: Audit) -> str:
+    hits, asked = recited(audit, audit.audited)
     before = audit.model("against")
     if not asked:
         return "No document is long enough for the extraction asked; lower prefix or continuation."
-    return f"Verbatim: {hits} of {asked} documents" + (f"; {count(before)[0]} in {before.name}." if before else ".")
+    beside = f"; {recited(audit, before)[0]} in {before.name}." if before else "."
+    return f"Verbatim: {hits} of {asked} documents{beside}"
 
 
 def _gap(audit: Audit) -> str:
