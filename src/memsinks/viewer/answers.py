@@ -100,7 +100,7 @@ def _prompt(view: View, asked: Asked) -> Prompt:
 
 def named(view: View, asked: Asked) -> dict[str, Any]:
     """The owner of a typed name or id."""
-    one = view.owners_named(str(asked.get("name", "")).strip())
+    one = view.owner_named(str(asked.get("name", "")).strip())
     owner = view.owners.get(one)
     if owner is not None:
         return owner_facts(owner, view.taken)

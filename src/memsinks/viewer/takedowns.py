@@ -33,9 +33,9 @@ def taken_out(view: View, asked: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         DataError: nobody of that id; a typed name that is not his. MemsinksError: see `take_down`.
     """
-    owner = view.owners.get(view.owners_named(str(asked.get("id"))))
+    owner = view.owners.get(view.owner_named(str(asked.get("id"))))
     if owner is None:
-        raise DataError("there are no documents here, so nobody can be found in them; start again with --documents")
+        raise DataError(f"nobody here has the id {asked.get('id')!r:.60}, or he was taken out")
     do, copies = asked.get("do") is True, asked.get("copies") is True
     collateral, repair = asked.get("collateral", MOST_COLLATERAL), asked.get("repair", 0)
     refuse(share("collateral", collateral) + int_at_least("repair", repair, 0), "cannot take out")

@@ -103,13 +103,14 @@ class View:
 
     def ids_to_open(self, names: Sequence[str]) -> list[int]:
         """The document ids of names: ids in digits, ``key:NAME`` or ``source:NAME``; DataError for one that is nobody's."""
-        return [self.owners_named(name) for name in names]
+        return [self.owner_named(name) for name in names]
 
-    def owners_named(self, name: str) -> int:
+    def owner_named(self, name: str) -> int:
         """One of `ids_to_open`."""
         by, colon, rest = name.partition(":")
         found = [x.id for x in self.owners.values() if colon and (x.by, x.name) == (by, rest)]
-        found += [int(name)] if name.isdecimal() and (int(name) in self.owners or not self.documents) else []
+        one = int(name) if name.isdecimal() else None
+        found += [one] if one is not None and (one in self.owners or one in self.taken or not self.documents) else []
         if not found:
             raise DataError(
                 f"nobody here is called {name[:60]!r}; give an id, key:NAME or source:NAME, or search for him"

@@ -5,6 +5,7 @@ import { probability, token, withTips } from "./tokens.js";
 
 export const TITLES = { ordinary: "Ordinary model", open: "Sinks open", closed: "Without sinks" };
 const ENDS = { end: "", length: "…", context: " (the model reads no further)" };
+const MOST = 2000; // characters of a prompt that are shown, its last
 const cards = new Map();
 let run = { prompt: "", pieces: [], read: {}, written: {} };
 
@@ -31,7 +32,8 @@ export const describe = (name, text) => cards.get(name) && (cards.get(name).quer
 
 /** Begin anew with a prompt. */
 export function clear(prompt) {
-  run = { prompt, pieces: [], read: {}, written: {} };
+  const end = prompt.length > MOST ? `…${prompt.slice(-MOST)}` : prompt;
+  run = { prompt: end, pieces: [], read: {}, written: {} };
   for (const card of cards.values()) card.querySelector(".figures").hidden = true;
   draw();
 }
@@ -51,6 +53,7 @@ export function take(event) {
 
 /** Draw all cards in the chosen view. */
 export function draw() {
+  at("same-legend").hidden = view() === "reads";
   for (const [name, card] of cards) {
     const box = card.querySelector(".text");
     box.replaceChildren(...(view() === "reads" ? trueText(name) : [make("span", { class: "given" }, run.prompt)]));

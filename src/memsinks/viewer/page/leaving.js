@@ -25,7 +25,7 @@ export function choose(owner) {
   who = owner;
   at("outcome").replaceChildren();
   at("take").disabled = true;
-  at("leave-row").hidden = !owner || owner.taken;
+  at("leave-row").hidden = at("leave-more").hidden = !owner || owner.taken;
   at("who").textContent = !owner
     ? "Choose a document or an owner on the list."
     : owner.taken
@@ -101,7 +101,7 @@ function outcome(found, really) {
     make(
       "div",
       { class: "cards" },
-      card(found.documents, "documents of his"),
+      card(found.documents, found.documents === 1 ? "document of his" : "documents of his"),
       card(blocks, `sink blocks erased in ${count(found.erased.length, "checkpoint")}`),
       card(rewritten.count + deleted.count, `files rewritten or deleted of ${rewritten.count + deleted.count + found.files.untouched.count}`),
       card(found.collateral.documents, found.collateral.documents ? `others lose up to ${most}% of their blocks` : "others lose a block"),
