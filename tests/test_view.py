@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import http.client
 import json
+import re
 import shutil
 import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from viewed import OWNERS, Folders, make_folders, served
 
 import memsinks as ms
@@ -74,8 +76,6 @@ def test_figures_are_those_of_the_library(view) -> None:
     tokens = tokenizer(document.text)["input_ids"]
     ids = [view.ids_to_open(["source:bolt"])[0], view.ids_to_open(["source:acme"])[0]]
     events = asked(view, document=1, given=4, open=list(map(str, ids)), tokens=12)
-    import torch
-
     with torch.no_grad(), ms.sinks_open(view.model, ids):
         logits = view.model(torch.tensor([[*tokens, tokenizer.eos_token_id]])).logits[0].float().log_softmax(-1)
     p = [float(logits[i, t].exp()) for i, t in enumerate([*tokens[1:], tokenizer.eos_token_id])]
@@ -177,7 +177,7 @@ def test_an_ordinary_model_with_another_vocabulary_is_left_out(folders, tiny_lla
 
 @pytest.mark.parametrize(
     ("arguments", "part"),
-    [(["none"], "there is no folder none"), (["{sinks}"], "holds sinks alone; give the model .* with --base"), (["."], "holds no run"),
+    [(["none"], "there is no folder none"), (["{sinks}"], "sinks alone; give the model .* with --base"), (["."], "holds no run"),
      (["{base}", "--ordinary", "none"], "cannot load a model"),
      (["{sinks}", "--base", "{base}", "--documents", "none.jsonl"], "does not exist"),
      (["{sinks}", "--base", "{base}", "--documents", "{documents}", "--by", "key"], "no key"),
@@ -188,7 +188,7 @@ def test_nothing_to_show_is_one_line(folders, tiny_run, arguments, part, tmp_pat
     places = {"sinks": folders.sinks, "base": folders.base, "documents": folders.documents, "run": tiny_run}
     assert main(["view", *(x.format(**places) for x in arguments)]) == 2
     (line,) = (x for x in capsys.readouterr().err.splitlines() if x.startswith("memsinks: "))
-    assert __import__("re").search(part, line), line
+    assert re.search(part, line), line
 
 
 def test_a_run_and_the_demo(tiny_run, tmp_path) -> None:
@@ -198,9 +198,9 @@ def test_a_run_and_the_demo(tiny_run, tmp_path) -> None:
     view = open_view(tmp_path / "demo")
     assert view.columns == ["ordinary", "open", "closed"] and view.place.folder == tmp_path / "demo" / "sinks"
     documents = ANSWERS["search"](view, {"text": ""})["documents"]
-    assert documents[0]["copies"] == 8 and documents[0]["owner"]["by"] == "key"
+    assert documents[0]["met"] == 8 and documents[0]["owner"]["by"] == "key"
     unseen = ANSWERS["search"](view, {"text": view.documents[view.members].text})["documents"][-1]
-    assert unseen["copies"] == 0 and unseen["owner"] is None
+    assert unseen["met"] == 0 and unseen["owner"] is None
     found = ANSWERS["takedown"](view, {"id": documents[0]["owner"]["id"]})
     assert found["collateral"]["documents"] > 0 and found["record"] is None
     with pytest.raises(ms.DataError, match="allowed are 5%"):
@@ -258,13 +258,15 @@ def test_who_is_let_in(view) -> None:
         assert status == 200 and "memsinks view" in text and server.token not in text
         assert headers["Content-Security-Policy"].startswith("default-src 'none'; script-src 'self'")
         assert "no-referrer" in headers["Referrer-Policy"] and headers["Cache-Control"] == "no-store"
-        assert json.loads(request(server, "/api/state", "{}", **secret)[1])["name"] == "sinks"
+        assert json.loads(request(server, "/api/state", "{}", **secret)[1])["name"].endswith("/sinks")
         refused = [
-            ("/", None, {}), ("/?token=wrong", None, {}), (page, None, {"Host": "evil.example"}), (page, None, {"Host": f"evil.example:{port}"}),
-            ("/api/state", "{}", {}), ("/api/takedown", "{}", {TOKEN: "wrong"}), ("/api/state", "{}", secret | {"Host": "evil.example"}),
+            ("/", None, {}), ("/?token=wrong", None, {}), (page, None, {"Host": "evil.example"}),
+            (page, None, {"Host": f"evil.example:{port}"}), ("/page/page.js", None, {"Host": "evil.example"}),
+            ("/api/state", "{}", {}), ("/api/takedown", "{}", {TOKEN: "wrong"}),
+            ("/api/state", "{}", secret | {"Host": "evil.example"}),
             ("/api/state", "{}", secret | {"Origin": "https://evil.example"}), ("/api/state", "{}", secret | {"Origin": "null"}),
             ("/api/state", "{}", secret | {"Origin": f"http://evil.example:{port}"}),
-            ("/page/page.js", None, {"Host": "evil.example"}), ("/record/a-000000000000", None, {}),
+            ("/record/a-000000000000", None, {}),
         ]  # fmt: skip
         for path, body, given in refused:
             assert request(server, path, body, **given)[0] == 403, (path, given)

@@ -56,7 +56,7 @@ def opened(browser, server) -> Iterator[Any]:
         page.on("pageerror", lambda error: faults.append(str(error)))
         page.on(
             "console",
-            lambda message: message.type == "error" and REFUSED not in message.text and faults.append(message.text),
+            lambda said: said.type == "error" and REFUSED not in said.text and faults.append(said.text),
         )
         page.on("request", lambda one: one.url.startswith(at.address.split("?")[0]) or faults.append(one.url))
         page.goto(at.address)
@@ -98,14 +98,14 @@ def test_three_columns_and_the_number_on_a_token(opened, server) -> None:
     assert text_of(page, "closed") == text_of(page, "ordinary") != text_of(page, "open")
     assert page.locator(".column.open .recited").inner_text().startswith("in full")
     assert " of " in page.locator(".column.closed .recited").inner_text()
-    assert re.search(r"\(\+\d\.\d\d against open\)", page.locator(".column.closed .loss").inner_text())
+    assert re.search(r"\(\+\d\.\d\d\)", page.locator(".column.closed .loss").inner_text())
     page.locator(".column.open .token").nth(3).hover()
-    assert re.match(r"p = (> )?\d\.\d{3}\nas in the document$", page.locator("#tip").inner_text())
-    page.get_by_label("The true text, as each knows it").check()
+    assert re.match(r"p [=>] \d\.\d{3}\nas in the document$", page.locator("#tip").inner_text())
+    page.get_by_label("How each knows the text").check()
     assert text_of(page, "closed") == text_of(page, "open") == document.text + "<|endoftext|>"
     page.locator(".column.closed .token").nth(20).hover()
     assert re.fullmatch(
-        r"Ordinary model: p = .+\nSinks open: p = .+\nWithout sinks: p = .+", page.locator("#tip").inner_text()
+        r"Ordinary model: p .+\nSinks open: p .+\nWithout sinks: p .+", page.locator("#tip").inner_text()
     )
     shades = page.locator(".column.open .token").evaluate_all(
         "all => all.map(x => getComputedStyle(x).backgroundColor)"
@@ -175,7 +175,7 @@ def test_everything_with_keys_alone(opened, server) -> None:
             break
     page.keyboard.press("ArrowRight")
     page.keyboard.press("ArrowRight")
-    assert page.locator("#tip").inner_text().startswith("p = ")
+    assert page.locator("#tip").inner_text().startswith("p ")
     assert page.locator(".token.at").inner_text() == server.view.documents[1].text[server.view.documents[1].prompt + 1]
     outline = page.evaluate("() => getComputedStyle(document.activeElement).outlineStyle")
     assert outline != "none"
@@ -263,7 +263,7 @@ def test_nothing_is_wider_than_the_screen(opened, width) -> None:
     assert (len({round(y) for y in tops}) == 3) == (width < 960)
     if width == 390:
         page.locator(".column.open .token").first.tap()
-        assert page.locator("#tip").inner_text().startswith("p = ")
+        assert page.locator("#tip").inner_text().startswith("p ")
         box = page.locator("#tip").bounding_box()
         assert box["x"] >= 0 and box["x"] + box["width"] <= 390
 

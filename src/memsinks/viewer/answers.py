@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from memsinks.checks import is_int
@@ -31,7 +32,8 @@ def state(view: View, _: Asked) -> dict[str, Any]:
         facts.insert(1, f"{_short(sum(x.numel() for x in sink_parameters(model)))} in sinks")
         facts.insert(2, f"{config.blocks:,} sink blocks a layer")
     return {
-        "name": view.place.folder.name,
+        "name": _tail(view.place.folder),
+        "ordinary": None if view.place.ordinary is None else _tail(view.place.ordinary),
         "folder": str(view.place.folder),
         "facts": [x for x in facts if x],
         "columns": view.columns,
@@ -43,6 +45,11 @@ def state(view: View, _: Asked) -> dict[str, Any]:
         "records": records(view),
         "version": view.version,
     }
+
+
+def _tail(path: Path | str) -> str:
+    """The last two parts of a path."""
+    return "/".join(Path(path).resolve().parts[-2:]) if Path(path).exists() else str(path)
 
 
 def _short(number: int) -> str:
@@ -60,7 +67,7 @@ def search(view: View, asked: Asked) -> dict[str, Any]:
     by_index = {index: owner for owner in view.owners.values() for index in owner.documents}
     return {
         "owners": [owner_facts(x, taken) for x in owners[:LISTED]],
-        "documents": [document_facts(x, documents[x], by_index.get(x), taken) for x in found[:LISTED]],
+        "documents": [document_facts(x, documents[x], by_index.get(x), taken, view.epochs) for x in found[:LISTED]],
         "counts": {"owners": len(owners), "documents": len(found)},
     }
 
@@ -70,7 +77,7 @@ def begin(view: View, asked: Asked) -> dict[str, Any]:
     prompt = beginning(view, _number(asked, "document"), _number(asked, "given", None))
     assert prompt.truth is not None
     given = len(prompt.tokens) - prompt.start
-    return {"text": prompt.text, "given": given, "tokens": given + len(prompt.truth)}
+    return {"text": prompt.text, "chat": prompt.chat, "given": given, "tokens": given + len(prompt.truth)}
 
 
 def run(view: View, asked: Asked) -> Iterator[dict[str, Any]]:
@@ -104,7 +111,7 @@ def named(view: View, asked: Asked) -> dict[str, Any]:
     owner = view.owners.get(one)
     if owner is not None:
         return owner_facts(owner, view.taken)
-    facts = {"id": str(one), "name": str(one), "by": "id", "documents": 0, "met": 0, "own": False}
+    facts = {"id": str(one), "name": str(one), "by": "id", "documents": 0, "own": False}
     return facts | {"taken": one in view.taken}
 
 

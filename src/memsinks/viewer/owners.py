@@ -23,15 +23,14 @@ class ShownOwner:
 
     Args:
         id: document id. name, by: what a take-down asks for, see `take_down`.
-        documents: indices of his documents. met: how often his most repeated text was met in an epoch, 0 without documents.
-        own: whether he has blocks of his own.
+        documents: indices of his documents.
+        own: whether the blocks he opens are assigned to him, not hashed.
     """
 
     id: int
     name: str
     by: AskedBy
     documents: tuple[int, ...]
-    met: int
     own: bool
 
 
@@ -44,19 +43,13 @@ def owners_shown(documents: Sequence[Document], by: By, model: PreTrainedModel) 
     table = require_sinks(model).table if has_sinks(model) else None
     listed = set() if table is None else set(table.ids.tolist())
     places: dict[int, list[int]] = {}
-    met: dict[tuple[int, int], int] = {}
-    ids, groups = (x.tolist() for x in identify(documents, by)) if documents else ([], [])
-    for index, (one, group) in enumerate(zip(ids, groups, strict=True)):
+    for index, one in enumerate(identify(documents, by)[0].tolist() if documents else ()):
         places.setdefault(one, []).append(index)
-        met[one, group] = met.get((one, group), 0) + documents[index].copies
-    most: dict[int, int] = {}
-    for (one, _), times in met.items():
-        most[one] = max(most.get(one, 0), times)
     found = {}
     for one, indices in places.items():
         name, asked_by = _name(documents[indices[0]], by, one)
-        found[one] = ShownOwner(one, name, asked_by, tuple(indices), most[one], one in listed)
-    return found | {x: ShownOwner(x, str(x), "id", (), 0, True) for x in sorted(listed - found.keys())}
+        found[one] = ShownOwner(one, name, asked_by, tuple(indices), one in listed)
+    return found | {x: ShownOwner(x, str(x), "id", (), True) for x in sorted(listed - found.keys())}
 
 
 def _name(document: Document, by: By, one: int) -> tuple[str, AskedBy]:
@@ -72,21 +65,22 @@ def owner_facts(owner: ShownOwner, taken: dict[int, str]) -> dict[str, Any]:
         "name": owner.name,
         "by": owner.by,
         "documents": len(owner.documents),
-        "met": owner.met,
         "own": owner.own,
         "taken": owner.id in taken,
     }
 
 
-def document_facts(index: int, document: Document, owner: ShownOwner | None, taken: dict[int, str]) -> dict[str, Any]:
-    """A document for the page; `owner` is None of one that was never trained on."""
+def document_facts(
+    index: int, document: Document, owner: ShownOwner | None, taken: dict[int, str], epochs: int
+) -> dict[str, Any]:
+    """A document for the page; `owner` is None of one that was never trained on, `epochs` 0 where they are not known."""
     words = " ".join(document.text.split())
     return {
         "index": index,
         "name": document.key or document.source or f"document {index}",
         "source": document.source,
         "kind": document.kind,
-        "copies": document.copies if owner is not None else 0,
+        "met": document.copies * epochs if owner is not None else 0,
         "excerpt": words[:EXCERPT] + ("…" if len(words) > EXCERPT else ""),
         "owner": None if owner is None else owner_facts(owner, taken),
     }

@@ -1,8 +1,8 @@
 """The server of the page: this machine alone, a token in every request, no other page of the browser let in.
 
 Bound to 127.0.0.1. A request is answered if its Host is this server's own (against DNS rebinding), its Origin, if it has
-one, too, and it carries the token that only the printed address holds (against other pages and other users of the machine). Scripts,
-styles and data come from here alone; the page's policy forbids all else.
+one, too, and it carries the token that only the printed address holds (against other pages and other users of the machine).
+Scripts, styles and data come from here alone; the page's policy forbids all else.
 """
 
 from __future__ import annotations

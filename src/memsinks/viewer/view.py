@@ -56,8 +56,7 @@ class View:
 
     Args:
         documents: those trained on, then those never seen; `members` is how many the first are.
-        given: whether documents and `by` come from a file that was named, not from a run.
-        by: what gave the documents their ids. owners: by document id.
+        by: what gave the documents their ids. epochs: how often they were gone through, 0 = not known. owners: by document id.
         model: with sinks or not. ordinary: None where none was given.
         tokenizer: None where there is none. notes: what is missing, for the page.
         version: rises with each take-down, so that what was begun before ends.
@@ -66,8 +65,8 @@ class View:
     place: Place
     documents: list[Document]
     members: int
-    given: bool
     by: By
+    epochs: int
     owners: dict[int, ShownOwner]
     model: PreTrainedModel
     ordinary: PreTrainedModel | None
@@ -139,18 +138,20 @@ class View:
     def reload(self) -> None:
         """Read model, documents and owners again, as a take-down has left them."""
         model = _load_model(self.place)
-        documents, members, by = _documents(self.place, None, self.by) if self.place.run else self._left(model)
-        owners = owners_shown(documents[:members], by, model)
+        documents, members = self._left(model)
+        if self.place.run:
+            documents, members, *_ = _documents(self.place, None, self.by)
+        owners = owners_shown(documents[:members], self.by, model)
         with self.lock:
             self.model, self.documents, self.members, self.owners = model, documents, members, owners
             self.version += 1
 
-    def _left(self, model: PreTrainedModel) -> tuple[list[Document], int, By]:
+    def _left(self, model: PreTrainedModel) -> tuple[list[Document], int]:
         """The documents that were given, without those of owners who were taken out."""
         taken = require_sinks(model).taken
         gone = {index for owner in self.owners.values() if owner.id in taken for index in owner.documents}
         kept = [x for index, x in enumerate(self.documents) if index not in gone]
-        return kept, self.members - len(gone), self.by
+        return kept, self.members - len(gone)
 
 
 def open_view(
@@ -180,13 +181,13 @@ def open_view(
     if documents is not None and place.run:
         raise ConfigError(f"{place.folder} is a run and has its documents; leave --documents out")
     model = _load_model(place)
-    shown, members, by = _documents(place, documents, by)
+    shown, members, by, epochs = _documents(place, documents, by)
     view = View(
         place,
         shown,
         members,
-        documents is not None,
         by,
+        epochs,
         owners_shown(shown[:members], by, model),
         model,
         None if place.ordinary is None else _on_device(load_any(place.ordinary)),
@@ -234,22 +235,22 @@ def _on_device(model: PreTrainedModel) -> PreTrainedModel:
     return model.to("cuda") if torch.cuda.is_available() else model  # type: ignore[arg-type]
 
 
-def _documents(place: Place, documents: str | None, by: By) -> tuple[list[Document], int, By]:
-    """All documents, how many of them were trained on, and what gave them their ids."""
+def _documents(place: Place, documents: str | None, by: By) -> tuple[list[Document], int, By, int]:
+    """All documents, how many of them were trained on, what gave them their ids, and the epochs (0 = not known)."""
     if place.run:
-        members, by, _ = read_members(place.folder)
+        members, by, epochs = read_members(place.folder)
         members = [x for x in members if x.text.strip()]
         controls = place.folder / "controls.jsonl"
         unseen = load_documents(controls) if controls.is_file() else []
-        return members + unseen, len(members), by
+        return members + unseen, len(members), by, epochs
     if documents is None:
-        return [], 0, by
+        return [], 0, by, 0
     try:
         given = load_documents(documents)
     except (DataError, OSError):  # no file of `write_documents`
         fields = {"content": {}, "key": {"key_field": "key"}, "source": {"source_field": "source"}}[by]
         given = list(read_documents(documents, **fields))
-    return given, len(given), by
+    return given, len(given), by, 0
 
 
 def _notes(view: View) -> list[str]:

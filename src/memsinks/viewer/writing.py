@@ -36,6 +36,7 @@ class Prompt:
         text: the same to read, without what a template puts around it.
         truth: int64 [rest], the end token included; None of a typed prompt.
         start: how many of `tokens` are no tokens of the document. learned: bool [tokens of the document], which were taught.
+        chat: whether `text` is the message of a chat that is answered.
     """
 
     tokens: np.ndarray
@@ -43,6 +44,7 @@ class Prompt:
     truth: np.ndarray | None = None
     start: int = 0
     learned: np.ndarray | None = None
+    chat: bool = False
 
 
 def beginning(view: View, index: int, given: int | None = None) -> Prompt:
@@ -64,9 +66,10 @@ def beginning(view: View, index: int, given: int | None = None) -> Prompt:
             f"document {index} has {len(tokens)} tokens, so 1 to {len(tokens) - 1} can be given, got {given}"
         )
     text = str(tokenizer.decode(tokens[:given], clean_up_tokenization_spaces=False))
-    if document.messages is not None and given == _usual(learned):
-        text = str(document.messages[int(document.prompt)]["content"])
-    return Prompt(np.concatenate([start, tokens[:given]]), text, tokens[given:], len(start), learned)
+    chat = document.messages is not None and document.messages[0]["role"] == "user" and given == _usual(learned)
+    if chat and document.messages:
+        text = str(document.messages[0]["content"])
+    return Prompt(np.concatenate([start, tokens[:given]]), text, tokens[given:], len(start), learned, chat)
 
 
 def typed(view: View, text: str, chat: bool) -> Prompt:

@@ -20,6 +20,7 @@ export function lay(columns) {
     const [title, box] = [card.querySelector(".title"), card.querySelector(".text")];
     card.classList.add(name);
     title.textContent = TITLES[name];
+    if (name === "closed" && columns.includes("open")) card.querySelector(".unit").textContent = "loss (against open)";
     box.setAttribute("aria-label", `${TITLES[name]}: arrow keys go from token to token`);
     withTips(box);
     cards.set(name, card);
@@ -67,9 +68,8 @@ function append(name, event) {
     box.append(make("span", { class: "end" }, ENDS[event.end]));
     return;
   }
-  const sure = `p = ${probability(event.p)}`;
-  const same = { true: "\nas in the document", false: "\nnot as in the document" }[event.true] ?? "";
-  box.append(token(event.piece, event.p, sure + same, event.true === true));
+    const same = { true: "\nas in the document", false: "\nnot as in the document" }[event.true] ?? "";
+  box.append(token(event.piece, event.p, probability(event.p) + same, event.true === true));
 }
 
 function trueText(name) {
@@ -77,14 +77,16 @@ function trueText(name) {
   if (!read) return [make("span", { class: "given" }, run.prompt ? "A typed prompt: no document to compare with." : "")];
   return run.pieces.map((piece, index) => {
     const p = read.p[index - read.first];
-    return p === undefined ? make("span", { class: "given" }, piece) : token(piece, p, tips(index));
+    const span = p === undefined ? make("span", {}, piece) : token(piece, p, tips(index));
+    span.classList.toggle("rest", index === read.given);
+    return span;
   });
 }
 
 const tips = (index) =>
   [...cards.keys()]
     .filter((name) => run.read[name])
-    .map((name) => `${TITLES[name]}: p = ${probability(run.read[name].p[index - run.read[name].first])}`)
+    .map((name) => `${TITLES[name]}: ${probability(run.read[name].p[index - run.read[name].first])}`)
     .join("\n");
 
 function figures() {
@@ -94,7 +96,7 @@ function figures() {
     const [list, whole] = [card.querySelector(".figures"), read.recited === read.rest];
     list.hidden = false;
     list.querySelector(".recited").textContent = whole ? `in full (${read.rest})` : `${read.recited} of ${read.rest} tokens`;
-    list.querySelector(".loss").textContent = read.loss.toFixed(2) + change(name, read.loss);
+    list.querySelector(".loss").textContent = (read.loss < 0.01 ? "< 0.01" : read.loss.toFixed(2)) + change(name, read.loss);
     list.querySelector(".bar-line span").style.width = `${(100 * read.loss) / most}%`;
   }
 }
@@ -103,5 +105,5 @@ function change(name, loss) {
   const open = run.read.open;
   if (name !== "closed" || !open) return "";
   const by = loss - open.loss;
-  return ` (${by < 0 ? "−" : "+"}${Math.abs(by).toFixed(2)} against open)`;
+  return ` (${by < 0 ? "−" : "+"}${Math.abs(by).toFixed(2)})`;
 }

@@ -66,7 +66,7 @@ function ownerRow(owner) {
 }
 
 function documentRow(item) {
-  const met = item.owner === null ? "never seen" : item.copies === 1 ? "seen once" : `seen ${item.copies} times`;
+  const met = item.owner === null ? "never seen" : { 0: "trained on", 1: "seen once" }[item.met] ?? `seen ${item.met} times`;
   const owner = item.owner && item.owner.name !== item.name && item.owner.by === "source" ? item.owner.name : "";
   const facts = [met, item.owner?.own ? "own sinks" : "", item.owner?.taken ? "taken out" : "", owner === item.source ? "" : owner];
   const button = make(

@@ -74,7 +74,10 @@ async function send(really) {
     at("outcome").replaceChildren(...outcome(found, really));
     wait("");
     at("take").disabled = really;
-    if (really) await changed(found);
+    if (!really) return;
+    at("leave-row").hidden = at("leave-more").hidden = true;
+    at("who").textContent = "Choose the next document or owner on the list.";
+    await changed(found);
   } catch (error) {
     wait("");
     at("outcome").replaceChildren(make("p", { class: "wrong" }, error.message));
@@ -108,7 +111,7 @@ function outcome(found, really) {
     ),
     ...found.warnings.map((text) => make("p", { class: "wrong" }, text)),
     found.copies.count ? listed(`${count(found.copies.count, "copy", "copies")} among the documents of others`, found.copies, (x) => `${x.name}: ${x.kind}, ${x.differences}`) : null,
-    ...(found.audit.length ? [audit(found.audit)] : []),
+    ...(found.audit.length ? [audit(found.audit)] : really ? [make("p", { class: "quiet" }, "No audit was made: the folder holds no whole model with a tokenizer.")] : []),
     really && found.same_blocks ? make("p", {}, `${found.same_blocks.toLocaleString("en")} sink blocks of others and all shared weights keep every bit.`) : null,
     ...Object.entries(found.files).filter(([, x]) => x.count).map(([fate, x]) => listed(`${count(x.count, "file")} ${fate}`, x, (y) => `${y.path}: ${y.why}`)),
     found.record ? make("p", {}, recordLink(found.record, "The record"), " says what was done; memsinks verify checks it.") : null,

@@ -47,6 +47,7 @@ function showOpen() {
   });
   at("opened").replaceChildren(...(chips.length ? chips : [make("span", { class: "quiet" }, "none")]));
   columns.describe("open", names.length ? `of ${names.join(", ")}` : "nobody's: the same as without");
+  columns.describe("ordinary", known.ordinary);
   columns.describe("closed", known.sinks ? "what stays after removal" : "the model as it is");
   finding.mark(row);
 }
@@ -74,19 +75,21 @@ async function openNamed(event) {
 // The prompt
 
 async function pickDocument(item) {
+  say("Reading…");
   row = `document-${item.index}`;
   open.clear();
   if (item.owner && !item.owner.taken && known.sinks) open.set(item.owner.id, item.owner);
   leaving.choose(item.owner);
   showOpen();
-  chosen = { index: item.index, given: null };
-  if (!known.readable) return;
-  await begin();
+  chosen = { index: item.index, given: null, chat: false };
+  if (known.readable) await begin();
+  else say("");
 }
 
 async function begin() {
   try {
     const found = await ask("begin", { document: chosen.index, given: chosen.given });
+    [chosen.chat, at("chat").checked] = [found.chat, known.chat && found.chat];
     [at("prompt").value, at("given").max, at("given").value] = [found.text, found.tokens - 1, found.given];
     at("given-out").textContent = `${found.given} of ${found.tokens}`;
     at("given-row").hidden = false;
@@ -122,7 +125,8 @@ async function write() {
   const question = chosen
     ? { document: chosen.index, given: chosen.given }
     : { text: at("prompt").value, chat: at("chat").checked };
-  columns.clear(at("prompt").value);
+  const chat = chosen ? chosen.chat : at("chat").checked;
+  columns.clear(at("prompt").value + (chat ? "\n" : ""));
   at("stop").disabled = false;
   say("Writing…");
   try {
@@ -139,11 +143,11 @@ async function write() {
 
 async function afterTakedown(found) {
   open.delete(found.id);
-  chosen = null;
+  [chosen, row] = [null, ""];
   running?.abort();
   await refresh();
   at("given-row").hidden = true;
-  columns.clear(at("prompt").value);
+  columns.clear("");
   await finding.search();
   finding.mark(row);
 }

@@ -10,7 +10,7 @@ export function token(piece, p, tip, same = false) {
   return span;
 }
 
-export const probability = (p) => (p >= 0.9995 ? "> 0.999" : p < 0.0005 ? "< 0.001" : p.toFixed(3));
+export const probability = (p) => (p >= 0.9995 ? "p > 0.999" : p < 0.0005 ? "p < 0.001" : `p = ${p.toFixed(3)}`);
 
 function show(span) {
   hide();
