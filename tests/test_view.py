@@ -6,8 +6,12 @@ import http.client
 import json
 import re
 import shutil
+import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
@@ -312,6 +316,23 @@ def test_the_command(folders, capsys, monkeypatch) -> None:
     with ViewServer(folders.view()) as other:
         assert main([*command, "--no-browser", "--port", str(other.server_port)]) == 2
     assert "choose another --port" in capsys.readouterr().err
+
+
+@pytest.mark.long
+def test_ctrl_c_while_it_writes_is_one_line(folders) -> None:
+    command = [sys.executable, "-m", "memsinks.cli", "view", str(folders.base), "--no-browser"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    address = urlsplit(process.stdout.readline().strip())
+    connection = http.client.HTTPConnection("127.0.0.1", address.port or 0, timeout=60)
+    question = json.dumps({"text": "the ", "tokens": 59})
+    connection.request("POST", "/api/run", question, {TOKEN: address.query.removeprefix("token=")})
+    connection.getresponse().readline()
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    connection.close()
+    assert process.returncode == 130 and said.splitlines()[-1] == "memsinks: interrupted"
+    assert "Traceback" not in said and "terminate" not in said
 
 
 def test_nothing_is_loaded_from_elsewhere() -> None:

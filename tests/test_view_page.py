@@ -14,6 +14,7 @@ from viewed import Folders, make_folders, served
 
 import memsinks as ms
 from memsinks.viewer.server import ViewServer
+from memsinks.viewer.view import open_view
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this system")
@@ -233,6 +234,22 @@ def test_cancel_takes_nobody_out(opened, folders, tmp_path) -> None:
         page.check("#copies")
         assert page.locator("#take").is_disabled()  # what would happen is not known for these options
     assert not (own.sinks / "takedowns").exists()
+
+
+def test_what_costs_others_too_much_cannot_be_confirmed(opened, tiny_run) -> None:
+    with served(open_view(tiny_run)) as server:
+        page = opened(server)
+        page.fill("#search", "record-8-000")
+        page.locator("#count", has_text=re.compile("^2 documents$")).wait_for()
+        pick(page, "seen 8 times")
+        page.click("#plan")
+        page.locator("#outcome .wrong", has_text="more of their blocks than is allowed").wait_for()
+        assert page.locator("#take").is_disabled()
+        page.locator("#leave-more summary").click()
+        page.fill("#collateral", "100")
+        page.click("#plan")
+        page.locator("#outcome .wrong").wait_for(state="detached")
+        page.locator("#take:enabled").wait_for()
 
 
 def test_two_pages_at_once(opened, server) -> None:

@@ -15,7 +15,8 @@ def add_view(commands: Commands) -> None:
         run_view,
         "see what a model remembers, in the browser",
         "Serve a page on this machine alone: what the ordinary model, the model with chosen sinks open and the model without "
-        "sinks write after a prompt, how surely they knew each token, and taking one owner out. Ctrl-C ends it.",
+        "sinks write after a prompt, how surely they knew each token, and taking one owner out. "
+        "Ctrl-C ends it; a take-down that has begun is finished first.",
     )
     parser.add_argument("folder", metavar="RUN", help="folder of a run or of the demo, of a model, or of sinks alone")
     parser.add_argument("--ordinary", metavar="MODEL", help="the ordinary model, beside it (the demo's is found)")
@@ -48,4 +49,7 @@ def run_view(arguments: Namespace) -> None:
         print(f"{server.address}\nfor this machine alone; Ctrl-C ends it", flush=True)
         if not arguments.no_browser:
             webbrowser.open(server.address)
-        server.serve_forever()
+        try:
+            server.serve_forever()
+        finally:
+            view.end()

@@ -135,6 +135,11 @@ class View:
                 with sinks_open(self.model, ids) if column == "open" and ids else sinks_closed(self.model):
                     yield self.model
 
+    def end(self) -> None:
+        """Wait until no forward and no take-down runs, and let none begin again: the process ends."""
+        self.takedowns.acquire()
+        self.lock.acquire()
+
     def reload(self) -> None:
         """Read model, documents and owners again, as a take-down has left them."""
         model = _load_model(self.place)

@@ -20,7 +20,7 @@ export function lay(columns) {
     const [title, box] = [card.querySelector(".title"), card.querySelector(".text")];
     card.classList.add(name);
     title.textContent = TITLES[name];
-    if (name === "closed" && columns.includes("open")) card.querySelector(".unit").textContent = "loss (against open)";
+    if (name === "closed" && columns.includes("open")) card.querySelector(".unit").textContent = "loss (over open)";
     box.setAttribute("aria-label", `${TITLES[name]}: arrow keys go from token to token`);
     withTips(box);
     cards.set(name, card);
@@ -95,7 +95,7 @@ function figures() {
     const card = cards.get(name);
     const [list, whole] = [card.querySelector(".figures"), read.recited === read.rest];
     list.hidden = false;
-    list.querySelector(".recited").textContent = whole ? `in full (${read.rest})` : `${read.recited} of ${read.rest} tokens`;
+    list.querySelector(".recited").textContent = whole ? `in full (${read.rest})` : `${read.recited} of ${read.rest}`;
     list.querySelector(".loss").textContent = (read.loss < 0.01 ? "< 0.01" : read.loss.toFixed(2)) + change(name, read.loss);
     list.querySelector(".bar-line span").style.width = `${(100 * read.loss) / most}%`;
   }

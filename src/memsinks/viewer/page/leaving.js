@@ -3,6 +3,7 @@
 import { ask, recordAddress } from "./api.js";
 import { at, count, make } from "./dom.js";
 
+const TOO_MUCH = "Others would lose more of their blocks than is allowed, so this would be refused. Options say how much is allowed.";
 let who = null;
 let folder = "";
 let changed = () => {};
@@ -73,7 +74,8 @@ async function send(really) {
     const found = await ask("takedown", asked);
     at("outcome").replaceChildren(...outcome(found, really));
     wait("");
-    at("take").disabled = really;
+    at("take").disabled = really || costsTooMuch(found, asked);
+    if (costsTooMuch(found, asked) && !really) at("outcome").append(make("p", { class: "wrong" }, TOO_MUCH));
     if (!really) return;
     at("leave-row").hidden = at("leave-more").hidden = true;
     at("who").textContent = "Choose the next document or owner on the list.";
@@ -83,6 +85,8 @@ async function send(really) {
     at("outcome").replaceChildren(make("p", { class: "wrong" }, error.message));
   }
 }
+
+const costsTooMuch = (found, asked) => Boolean(found.collateral && found.collateral.most > asked.collateral);
 
 function wait(text) {
   busy = Boolean(text);
