@@ -210,7 +210,9 @@ def test_a_take_down_behind_the_typed_name(opened, folders, tmp_path) -> None:
         pick(page, "bolt")
         assert page.locator(".column.open .recited").inner_text().startswith("in full")
         other.click("#write")  # a page that has not heard of it
-        other.locator("#status.wrong").wait_for()
+        other.locator("#status.wrong", has_text="taken out since this page was loaded").wait_for()
+        other.locator("#documents .pick", has_text="acme").wait_for(state="detached")
+        pick(other, "cora")
     assert ms.document_id("acme", by="source") in ms_taken(own)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from memsinks.checks import is_int
-from memsinks.errors import ConfigError
+from memsinks.errors import ConfigError, DataError
 from memsinks.sinks.state import has_sinks, require_sinks, shared_parameters, sink_parameters
 from memsinks.viewer.owners import document_facts, matching_documents, matching_owners, owner_facts
 from memsinks.viewer.takedowns import records, taken_out
@@ -74,6 +74,7 @@ def search(view: View, asked: Asked) -> dict[str, Any]:
 
 def begin(view: View, asked: Asked) -> dict[str, Any]:
     """The beginning of the document with index ``document``, of ``given`` tokens or as many as is usual."""
+    _require_current(view, asked)
     prompt = beginning(view, _number(asked, "document"), _number(asked, "given", None))
     assert prompt.truth is not None
     given = len(prompt.tokens) - prompt.start
@@ -83,8 +84,10 @@ def begin(view: View, asked: Asked) -> dict[str, Any]:
 def run(view: View, asked: Asked) -> Iterator[dict[str, Any]]:
     """What each column knows and writes, event by event, see `writing`.
 
-    ``document`` and ``given``, or ``text`` and ``chat``; ``open``, names or ids; ``tokens``, how many to write.
+    ``document`` and ``given``, or ``text`` and ``chat``; ``open``, names or ids; ``tokens``, how many to write;
+    ``version``, of the list that the document was chosen from.
     """
+    _require_current(view, asked)
     version = view.version
     prompt = _prompt(view, asked)
     opened = asked.get("open", [])
@@ -103,6 +106,12 @@ def _prompt(view: View, asked: Asked) -> Prompt:
     if asked.get("document") is None:
         return typed(view, str(asked.get("text", "")), asked.get("chat") is True)
     return beginning(view, _number(asked, "document"), _number(asked, "given", None))
+
+
+def _require_current(view: View, asked: Asked) -> None:
+    """DataError where the documents are no longer those that a page has listed."""
+    if asked.get("version", view.version) != view.version:
+        raise DataError("an owner was taken out since this page was loaded; the list is new, choose again")
 
 
 def named(view: View, asked: Asked) -> dict[str, Any]:

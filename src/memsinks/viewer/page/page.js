@@ -88,7 +88,7 @@ async function pickDocument(item) {
 
 async function begin() {
   try {
-    const found = await ask("begin", { document: chosen.index, given: chosen.given });
+    const found = await ask("begin", { document: chosen.index, given: chosen.given, version: known.version });
     [chosen.chat, at("chat").checked] = [found.chat, known.chat && found.chat];
     [at("prompt").value, at("given").max, at("given").value] = [found.text, found.tokens - 1, found.given];
     at("given-out").textContent = `${found.given} of ${found.tokens}`;
@@ -97,7 +97,7 @@ async function begin() {
     say("");
     write();
   } catch (error) {
-    say(error.message, true);
+    failed(error);
   }
 }
 
@@ -130,21 +130,32 @@ async function write() {
   at("stop").disabled = false;
   say("Writing…");
   try {
-    const asked = { ...question, open: [...open.keys()], tokens: Number(at("tokens").value) };
+    const asked = { ...question, version: known.version, open: [...open.keys()], tokens: Number(at("tokens").value) };
     for await (const event of events("run", asked, mine.signal)) {
       if (running === mine) columns.take(event);
     }
     if (running === mine) say("Done.");
   } catch (error) {
-    if (running === mine) say(error.name === "AbortError" ? "Stopped." : error.message, error.name !== "AbortError");
+    if (running !== mine) return;
+    if (error.name === "AbortError") say("Stopped.");
+    else failed(error);
   }
   if (running === mine) at("stop").disabled = true;
 }
 
-async function afterTakedown(found) {
-  open.delete(found.id);
-  [chosen, row] = [null, ""];
+function failed(error) {
+  say(error.message, true);
+  if (error.message.startsWith("an owner was taken out")) renew(); // by another page
+}
+
+async function afterTakedown() {
   running?.abort();
+  await renew();
+}
+
+async function renew() {
+  open.clear();
+  [chosen, row] = [null, ""];
   await refresh();
   at("given-row").hidden = true;
   columns.clear("");
