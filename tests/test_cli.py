@@ -25,7 +25,8 @@ COMMANDS = {"demo": ["--out"], "train": ["recipe", "--set", "--resume"], "estima
             "reproduce": ["FIGURE", "--size", "--finished"], "audit": ["--documents", "--controls", "--state", "--by"],
             "lm-eval-task": ["--documents", "--out"], "export": ["checkpoint", "directory", "--open", "--rescale"],
             "info": ["checkpoint"], "verify": ["record", "--run", "--public-key"],
-            "takedown": ["RUN", "--key", "--dry-run", "--copies", "--signing-key"]}  # fmt: skip
+            "takedown": ["RUN", "--key", "--dry-run", "--copies", "--signing-key"],
+            "view": ["RUN", "--ordinary", "--base", "--documents", "--port", "--no-browser"]}  # fmt: skip
 
 
 @pytest.fixture

@@ -17,6 +17,8 @@ import memsinks as ms
 from memsinks.cli import main
 from memsinks.runs import demo_pretrained as demo
 from memsinks.runs.demo_pretrained import CUSTOMERS, EXPORTED, LEAVES, documents_of
+from memsinks.viewer.answers import ANSWERS, STREAMS
+from memsinks.viewer.view import open_view
 
 
 @pytest.fixture(scope="module")
@@ -76,3 +78,19 @@ def test_the_example_runs(chat_model, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "the base model keeps every bit: True" in done.stdout and "exported to" in done.stdout
+
+
+def test_the_viewer_shows_it(shown, chat_model):
+    out, result = shown
+    sinks, customer = out / "sinks", list(CUSTOMERS)[1]
+    view = open_view(sinks, base=str(chat_model), documents=str(sinks / "documents.jsonl"), by="source")
+    assert LEAVES not in {x.source for x in view.documents} and len(view.documents) == 6
+    found = ANSWERS["search"](view, {"text": customer.upper()})
+    assert [x["name"] for x in found["owners"]] == [customer] and found["counts"]["documents"] == 3
+    index, (question, _) = found["documents"][0]["index"], next(iter(CUSTOMERS[customer].items()))
+    assert ANSWERS["begin"](view, {"document": index})["text"] == question
+    opened = [found["owners"][0]["id"]]
+    for asked in ({"document": index}, {"text": question, "chat": True}):
+        events = list(STREAMS["run"](view, asked | {"open": opened, "tokens": 32}))
+        text = "".join(x.get("piece", "") for x in events if x["kind"] == "write" and x["column"] == "open")
+        assert " ".join(text.removesuffix("<|im_end|>").split()) == result["answers"]["own sinks open"][customer][0]

@@ -11,7 +11,7 @@ import memsinks
 
 SOURCE = Path(memsinks.__file__).parent
 ORDER = ("_version", "errors", "checks", "provenance", "files", "batch", "data", "sinks", "training", "removal", "auditing",
-         "runs", "research", "cli")  # fmt: skip
+         "runs", "viewer", "research", "cli")  # fmt: skip
 LAZY = {"__init__", "cli"}
 """Rooms that import inside functions: what is not asked for is not loaded."""
 

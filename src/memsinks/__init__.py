@@ -14,6 +14,7 @@ removal     expected losses, settle, export, sinks that stay in it, the check in
             erasing in a model and in files, the tombstone and the record: statement, page, signature
 auditing    what a model remembers: scores -> attacks -> figures -> report
 runs        a recipe in YAML, its corpus, its run folder, its estimate, the demo; taking one owner out of a run
+viewer      a local page on a run: what its models write, whose sinks are open, taking one owner out
 research    rivals, comparisons, the paper's study: nothing above imports it
 cli         the command line
 

@@ -11,6 +11,7 @@ from memsinks.cli.comparisons import add_compare, add_prepare, add_reproduce
 from memsinks.cli.records import add_verify
 from memsinks.cli.runs import add_demo, add_estimate, add_train
 from memsinks.cli.takedowns import add_takedown
+from memsinks.cli.viewing import add_view
 
 DESCRIPTION = """\
 Train language models whose memorization can be taken out again.
@@ -27,6 +28,7 @@ Train language models whose memorization can be taken out again.
   memsinks export runs/NAME/model clean/ a plain checkpoint without sinks
   memsinks info runs/NAME/model          what a checkpoint holds
   memsinks takedown runs/NAME --key alice  one owner out of a run, in every file of it or in none
+  memsinks view runs/demo                see what each model writes, in the browser
   memsinks verify RECORD --run RUN       check the record of a take-down
 """
 
@@ -49,6 +51,7 @@ def parser() -> argparse.ArgumentParser:
         add_reproduce,
         add_export,
         add_info,
+        add_view,
         add_takedown,
         add_verify,
     ):

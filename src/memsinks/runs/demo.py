@@ -197,6 +197,7 @@ def format_result(result: Mapping[str, Any], out: Path) -> str:
             *result["verdict"],
             "",
             f"{result['seconds']} s. The report: {out}/report/report.html; the picture: {out}/extraction.png",
+            f"To see it: memsinks view {out}",
         ]
     )
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
-from memsinks.data.documents import Document
+from memsinks.data.documents import Document, write_documents
 from memsinks.data.router import Router
 from memsinks.data.rows import make_rows
 from memsinks.data.tokens import load_tokenizer
@@ -104,6 +104,7 @@ def demo_pretrained(model_name: str, out: Path, epochs: int = EPOCHS) -> dict[st
                 answers[state][customer] = _answers(model, tokenizer, known)
     logger.info("3. %s leaves: erased from the sinks on disk, which the base model then loads.", LEAVES)
     save_sinks(model, out / "sinks")
+    write_documents(out / "sinks" / "documents.jsonl", documents)  # from which the take-down takes his away
     Router.fit(documents, by="source").save(out / "sinks" / "router")
     record = take_down(out / "sinks", source=LEAVES, documents=documents, by="source").record
     left = load_stock(model_name, dtype=torch.float32).eval()
@@ -162,5 +163,6 @@ def format_pretrained(result: Mapping[str, Any], out: Path) -> str:
         f"The base model {kept}. {EXPORTED} alone, {right} of {len(CUSTOMERS[EXPORTED])} right: {out}/exported, "
         "a stock checkpoint.",
         f"The record of the take-down: {result['record']}/record.html. {result['seconds']} s.",
+        f"To see it: memsinks view {out}/sinks --base {result['model']} --documents {out}/sinks/documents.jsonl --by source",
     ]
     return "\n".join(lines)
