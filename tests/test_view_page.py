@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
+from browser import chromium
 from viewed import Folders, make_folders, served
 
 import memsinks as ms
 from memsinks.viewer.server import ViewServer
 from memsinks.viewer.view import open_view
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this system")
-api: Any = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 SECONDS = 15_000
 """Milliseconds in which anything must show."""
 REFUSED = "the server responded with a status of 4"
@@ -39,10 +36,8 @@ def server(folders) -> Iterator[ViewServer]:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    with api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM)
+    with chromium() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture
