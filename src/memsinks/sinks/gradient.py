@@ -87,16 +87,16 @@ class ScaleGradient(torch.autograd.Function):
 
 
 class ZeroGradient(torch.autograd.Function):
-    """The identity on x that gives each of `parameters` a gradient of zeros (rather than none)."""
+    """The identity on x that gives each of some other tensors a gradient of zeros (rather than none)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, *parameters: Tensor) -> Tensor:
-        ctx.parameters = parameters
+    def forward(ctx: Any, x: Tensor, *others: Tensor) -> Tensor:
+        ctx.others = others
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
-        return grad, *(torch.zeros_like(parameter) for parameter in ctx.parameters)
+        return grad, *(torch.zeros_like(other) for other in ctx.others)
 
 
 @contextmanager

@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 from memsinks.errors import ArchitectureError, CheckpointError, ConfigError
 from memsinks.sinks.config import TRAINING, SinkConfig
 from memsinks.sinks.routing import HASH_VERSION
-from memsinks.sinks.state import is_sharded, named_sinks, require_sinks, sink_modules
+from memsinks.sinks.sharding import is_sharded
+from memsinks.sinks.state import named_sinks, require_sinks, sink_modules
 from memsinks.sinks.storage import FOLDER, TABLE, TENSORS, SavedSinks, layout_of, shapes_of
 from memsinks.sinks.table import AssignmentTable
 

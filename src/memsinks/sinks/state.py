@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from memsinks.errors import ArchitectureError, CheckpointError, DataError
 from memsinks.sinks.config import SinkConfig
@@ -219,8 +218,3 @@ def refuse_adapters(model: nn.Module) -> None:
             "the model carries PEFT adapters, so its weights are no stock checkpoint; save the PeftModel and, beside it, the "
             "sinks (memsinks.save_sinks(model, folder)), or merge_and_unload() first"
         )
-
-
-def is_sharded(model: nn.Module) -> bool:
-    """Whether no process holds whole parameters (FSDP2, tensor parallel)."""
-    return any(isinstance(parameter, DTensor) for parameter in model.parameters())

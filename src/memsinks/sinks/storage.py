@@ -33,10 +33,10 @@ from memsinks.sinks.config import FORMAT_VERSION, LAYOUT, SinkConfig
 from memsinks.sinks.layer import Sinks
 from memsinks.sinks.quantized import quantizer_of, refuse_unsavable
 from memsinks.sinks.routing import HASH_VERSION
+from memsinks.sinks.sharding import is_sharded
 from memsinks.sinks.state import (
     SinkState,
     canonical_name,
-    is_sharded,
     is_sink,
     named_sinks,
     refuse_adapters,

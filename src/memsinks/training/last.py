@@ -25,7 +25,8 @@ from memsinks.data.packing import Rows
 from memsinks.errors import ArchitectureError, ConfigError, DataError, refuse
 from memsinks.sinks.gradient import frozen
 from memsinks.sinks.opening import sinks_open
-from memsinks.sinks.state import is_sharded, require_sinks, shared_parameters, sink_modules, sink_parameters, unwrap
+from memsinks.sinks.sharding import is_sharded
+from memsinks.sinks.state import require_sinks, shared_parameters, sink_modules, sink_parameters, unwrap
 from memsinks.training.evaluate import evaluating, losses, row_losses, unpatched
 from memsinks.training.optim import AdamW, clip_grad_norm_
 
