@@ -6,12 +6,13 @@ blocks. A forward gathers and a backward reduces on all ranks at once, so all mu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP1
 from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -87,3 +88,41 @@ def most_of_ranks(model: nn.Module, numbers: Sequence[int]) -> list[int]:
     for group in [None] if mesh is None else [mesh.get_group(dimension) for dimension in range(mesh.ndim)]:
         dist.all_reduce(values, dist.ReduceOp.MAX, group=group)
     return values.tolist()
+
+
+def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict; of a sharded model the whole one on its first rank, on the CPU, {} on others: every rank must call this."""
+    if not is_sharded(model):
+        return model.state_dict()
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))  # type: ignore
+
+
+def on_first_rank(model: nn.Module, work: Callable[[], None]) -> None:
+    """Do `work`; of a sharded model on its first rank alone, while the others wait, who raise what it raises."""
+    if not is_sharded(model):
+        work()
+        return
+    raised: list[Exception | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            work()
+        except Exception as error:
+            raised[0] = error
+    dist.broadcast_object_list(raised, src=0)
+    if raised[0] is not None:
+        raise raised[0]
+
+
+@torch.no_grad()
+def put(parameter: Tensor, values: Tensor) -> None:
+    """Copy whole values into a parameter; where it is sharded, each rank takes its part of them."""
+    here = local(parameter)
+    here.copy_(part_like(values.to(here.device, here.dtype), parameter))
+
+
+@torch.no_grad()
+def copy_into(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Put weights that were taken from `named_parameters()` back, in place."""
+    for name, parameter in model.named_parameters():
+        if name in weights:
+            local(parameter).copy_(local(weights[name]))

@@ -18,6 +18,7 @@ from memsinks.sinks.gradient import weight_of
 from memsinks.sinks.layer import Sinks
 from memsinks.sinks.plan import ComputePath, RoutingPlan
 from memsinks.sinks.quantized import is_packed, packed_tensors
+from memsinks.sinks.sharding import whole
 from memsinks.sinks.table import EMPTY_TABLE, AssignmentTable
 
 WeightRule = Callable[[SinkConfig, Tensor, Tensor], Tensor | None]
@@ -160,14 +161,14 @@ def shared_hash(model: nn.Module) -> str:
     """SHA-256, hexadecimal, of all weights that are not sinks: names, dtypes, shapes and bytes.
 
     The same with and without sinks beside them; those of PEFT's adapters are among them. Of quantized weights all that they are
-    computed from counts, scales included. Not for a sharded model.
+    computed from counts, scales included. Of a sharded model every rank must call this; each tensor is gathered in turn.
     """
     found, inner = hashlib.sha256(), unwrap(model)
     plain = {name: x for name, x in inner.named_parameters() if not is_sink(name) and not is_packed(x)}
     tensors = {canonical_name(name): x for name, x in (plain | packed_tensors(inner)).items()}
     for name, tensor in sorted(tensors.items()):
         found.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        found.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        found.update(whole(tensor.detach()).cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 

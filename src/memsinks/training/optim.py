@@ -109,9 +109,9 @@ def clip_grad_norm_(model: nn.Module, max_norm: float | None) -> GradientNorms:
     config, limit = require_sinks(model).config, norm_limit(max_norm)
     if is_sharded(model):
         reshard(model)
-    shared, sinks = _clip(shared_parameters(model), limit), sink_parameters(model)
+    shared, sinks = clip_together(shared_parameters(model), limit), sink_parameters(model)
     if not config.reserved_blocks:
-        return GradientNorms(shared, _clip(sinks, limit))
+        return GradientNorms(shared, clip_together(sinks, limit))
     return GradientNorms(
         shared, _clip_blocks([x.grad for x in sinks if x.grad is not None], config.hashed_blocks, limit)
     )
@@ -123,7 +123,7 @@ def clip_gradients(model: nn.Module, max_norm: float | None) -> None:
     if has_sinks(model):
         clip_grad_norm_(model, max_norm)
     elif math.isfinite(limit := norm_limit(max_norm)):
-        _clip(list(model.parameters()), limit)
+        clip_together(list(model.parameters()), limit)
 
 
 def norm_limit(max_norm: float | None) -> float:
@@ -135,8 +135,12 @@ def norm_limit(max_norm: float | None) -> float:
     return max_norm
 
 
-def _clip(parameters: list[nn.Parameter], limit: float) -> Tensor:
-    """torch's `clip_grad_norm_`; on a CPU it leaves gradients alone that need no clipping, closed blocks in the first place."""
+@torch.no_grad()
+def clip_together(parameters: list[nn.Parameter], limit: float) -> Tensor:
+    """torch's `clip_grad_norm_`, also of sharded and whole parameters together; the norm before, of all shards.
+
+    On a CPU it leaves gradients alone that need no clipping, closed blocks in the first place.
+    """
     gradients = [x.grad for x in parameters if x.grad is not None]
     cut = [x for x in gradients if local(x) is not x]
     if not cut:
