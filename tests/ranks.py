@@ -6,8 +6,9 @@ import datetime
 import os
 import signal
 import socket
+import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,8 @@ class Outcomes:
         return self.found[0]["values"][name]
 
 
-def on_ranks(checks: Mapping[str, tuple[Callable[..., Any], tuple]], folder: Path, world: int = 2) -> Outcomes:
-    """Run checks, functions of modules with their arguments, one after the other in `world` processes."""
+def on_ranks(checks: Mapping[str, tuple], folder: Path, world: int = 2) -> Outcomes:
+    """Run checks, (function, arguments[, named arguments]), one after the other in `world` processes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -51,14 +52,17 @@ def _work(rank: int, world: int, port: int, checks: dict, folder: str) -> None:
     signal.signal(signal.SIGALRM, _too_long)
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=LIMIT))
     found: dict[str, dict] = {"values": {}, "errors": {}}
-    for name, (check, arguments) in checks.items():
+    for name, (check, arguments, *settings) in checks.items():
         signal.alarm(LIMIT)
         torch.manual_seed(0)
+        started = time.perf_counter()
         try:
-            found["values"][name] = check(*arguments)
+            found["values"][name] = check(*arguments, **(settings[0] if settings else {}))
         except BaseException:
             found["errors"][name] = traceback.format_exc()[-3000:]
         signal.alarm(0)
+        if rank == 0 and os.environ.get("RANKS_TIMES"):
+            print(f"{name}: {time.perf_counter() - started:.1f} s", flush=True)
         torch.save(found, Path(folder) / f"{rank}.pt")
         states = [None] * world
         dist.all_gather_object(states, name in found["errors"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from pathlib import Path
 
 import pytest
 import torch
@@ -29,7 +28,12 @@ def rows(step: int, kind: str) -> Parts:
     """
     text = some_tokens(ROWS, LENGTH, step)
     exposures = torch.tensor([[1, 1, 2, 1, 2, 5, 1, 3], [1, 1, 1, 1, 2, 2, 1, 5], [2, 3, 2, 4, 2, 5, 9, 3]][step])
-    batch = {"input_ids": text, "labels": text.clone(), "document_ids": torch.arange(ROWS) % 5 + 10, "exposures": exposures}
+    batch = {
+        "input_ids": text,
+        "labels": text.clone(),
+        "document_ids": torch.arange(ROWS) % 5 + 10,
+        "exposures": exposures,
+    }
     batch["labels"][step, :7] = -100  # the processes have different numbers of targets
     if "isolated" in kind:
         flags = [PRIVATE, EXACT, GATED, GATED, PRIVATE, GATED, EXACT, PRIVATE]
@@ -59,6 +63,8 @@ def train(kind: str, wrapper: str = "", rank: int = 0, world: int = 1) -> dict[s
     if wrapper == "fsdp":
         shard(model)
     wrapped = DistributedDataParallel(model) if wrapper == "ddp" else model
+    if wrapper == "ddp" and "whole pool" not in kind:
+        ms.send_open_blocks(wrapped)
     optimizer = ms.AdamW(ms.param_groups(model, 1e-2, weight_decay=0.1), eps=1e-3)
     losses, gradients, norms = [], {}, []
     for step in range(STEPS):
@@ -95,22 +101,37 @@ def on_rank(kind: str, wrapper: str) -> dict[str, object]:
     return found | {"losses": together.tolist()}
 
 
-KINDS = ("decay", "decay, first", "decay, first, recomputed", "exact", "exact, first, recomputed", "isolated",
-         "isolated, blank", "isolated, float32", "isolated, float32, blank", "exact, float32")  # fmt: skip
+KINDS = ("decay, first, recomputed", "exact, first, recomputed", "isolated, float32", "isolated, float32, blank")
+MORE = (
+    "decay",
+    "decay, first",
+    "decay, whole pool",
+    "exact",
+    "exact, float32",
+    "exact, whole pool",
+    "isolated",
+    "isolated, blank",
+)
 WRAPPERS = ("ddp", "fsdp")
+
+
+def outcomes(kinds: tuple[str, ...], folder: Path) -> Outcomes:
+    return on_ranks({f"{x}: {kind}": (on_rank, (kind, x)) for kind in kinds for x in WRAPPERS}, folder)
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory) -> Outcomes:
-    checks = {f"{wrapper}: {kind}": (on_rank, (kind, wrapper)) for kind in KINDS for wrapper in WRAPPERS}
-    return on_ranks(checks, tmp_path_factory.mktemp("two"))
+    return outcomes(KINDS, tmp_path_factory.mktemp("two"))
 
 
-@pytest.mark.parametrize("wrapper", WRAPPERS)
-@pytest.mark.parametrize("kind", KINDS)
-def test_two_processes_equal_one(two: Outcomes, kind: str, wrapper: str) -> None:
+@pytest.fixture(scope="module")
+def more(tmp_path_factory) -> Outcomes:
+    return outcomes(MORE, tmp_path_factory.mktemp("more"))
+
+
+def equal_one(found: dict, kind: str) -> None:
     """Losses, the first gradients, norms before clipping and weights after three steps."""
-    found, one = two[f"{wrapper}: {kind}"], train(kind)
+    one = train(kind)
     small = 1e-4 if "float32" in kind else 1e-6
     assert found["losses"] == pytest.approx(one["losses"], abs=small)
     for a, b in zip(found["norms"], one["norms"], strict=True):
@@ -121,12 +142,34 @@ def test_two_processes_equal_one(two: Outcomes, kind: str, wrapper: str) -> None
             torch.testing.assert_close(found[what][name], value, rtol=0, atol=small, msg=f"{what} of {name}")
 
 
-@pytest.mark.parametrize("kind", ["isolated", "isolated, float32"])
-@pytest.mark.parametrize("wrapper", WRAPPERS)
-def test_isolation_holds_bit_for_bit(two: Outcomes, kind: str, wrapper: str) -> None:
-    """The shared weights are those of the run in which what trains sinks alone is blank; own blocks are not."""
-    real, blank = (two[f"{wrapper}: {x}"]["weights"] for x in (kind, f"{kind}, blank"))
+def isolated(found: Outcomes, wrapper: str, kind: str) -> None:
+    """The shared weights are, bit for bit, those of the run in which what trains sinks alone is blank; own blocks are not."""
+    real, blank = (found[f"{wrapper}: {x}"]["weights"] for x in (kind, f"{kind}, blank"))
     for name in real:
         if ".sinks." not in name:
             assert torch.equal(real[name], blank[name]), name
     assert all((real[x][8:11] != blank[x][8:11]).any() for x in real if ".sinks.down" in x)
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_equal_one(two: Outcomes, kind: str, wrapper: str) -> None:
+    equal_one(two[f"{wrapper}: {kind}"], kind)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.parametrize("kind", MORE)
+def test_two_processes_equal_one_in_more_ways(more: Outcomes, kind: str, wrapper: str) -> None:
+    equal_one(more[f"{wrapper}: {kind}"], kind)
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_isolation_holds_over_two_processes_and_accumulation(two: Outcomes, wrapper: str) -> None:
+    isolated(two, wrapper, "isolated, float32")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_isolation_holds_in_float64(more: Outcomes, wrapper: str) -> None:
+    isolated(more, wrapper, "isolated")

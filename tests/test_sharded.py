@@ -117,7 +117,9 @@ def sinks_last(sharded: bool = True) -> tuple[Weights, np.ndarray]:
     model = sink_llama(torch.float32, shared="none")
     if sharded:
         shard(model)
-    result = ms.sinks_last(model, texts(), lr=3e-2, passes=4, batch_rows=3, micro_rows=2, only={0: [0, 1, 2, 3], 1: range(8)})
+    result = ms.sinks_last(
+        model, texts(), lr=3e-2, passes=4, batch_rows=3, micro_rows=2, only={0: [0, 1, 2, 3], 1: range(8)}
+    )
     return full_state_dict(model), result.after
 
 

@@ -26,6 +26,7 @@ from memsinks.sinks.gradient import frozen, opened_ids
 from memsinks.sinks.sharding import is_sharded, most_of_ranks, reshard
 from memsinks.sinks.state import require_sinks, shared_parameters, sink_parameters, unwrap
 from memsinks.training.evaluate import row_losses
+from memsinks.training.exchange import add_open_blocks
 from memsinks.training.optim import clip_grad_norm_
 from memsinks.training.processes import process_count, sum_over
 
@@ -177,10 +178,12 @@ def _columns(marks: Tensor) -> Tensor:
 
 
 def _exchange_gradients(parameters: Sequence[nn.Parameter], *, mean: bool) -> None:
-    """Gradients to their sum over the ranks, or their mean."""
+    """Gradients to their sum over the processes, or their mean."""
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-        torch.distributed.all_reduce(parameter.grad)
-        if mean:
-            parameter.grad /= process_count()
+    gradients = [x.grad for x in parameters if x.grad is not None]
+    add_open_blocks(gradients)
+    if mean:
+        for gradient in gradients:
+            gradient /= process_count()
