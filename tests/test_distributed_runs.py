@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from conftest import TINY_RECIPE
 from ranks import Outcomes, on_ranks, shard
 from test_run import metrics, weights
@@ -29,6 +31,7 @@ LENGTH = 12
 
 def recipe(folder: str, name: str, **training) -> ms.Recipe:
     values = copy.deepcopy(TINY_RECIPE) | {"output": f"{folder}/{name}", "settle": {"passes": 1}}
+    values["sinks"] |= {"shared": "decay"}
     values["training"] |= {"accumulate": 2, "sinks_last": 1, "save_every": 2, "keep": 9, "batch_rows": 4} | training
     return ms.parse_recipe(values)
 
@@ -81,12 +84,31 @@ def trainer(folder: str, world: int, fsdp: bool, **changes) -> ms.SinkTrainer:
     return ms.SinkTrainer(sink_llama(torch.float32), args, train_dataset=rows(32))
 
 
+def sharding_on_cpus() -> None:
+    """Let Accelerate, which shards on accelerators alone, take the processes of this test for some."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    start = AcceleratorState.__init__
+
+    def started(self, *arguments, fsdp_plugin=None, **settings) -> None:
+        start(self, *arguments, fsdp_plugin=fsdp_plugin, **settings)
+        if fsdp_plugin is not None:
+            self.fsdp_plugin = fsdp_plugin
+        if getattr(self, "fsdp_plugin", None) is not None:
+            self.distributed_type = DistributedType.FSDP
+
+    AcceleratorState.__init__ = started
+
+
 def curve(found: ms.SinkTrainer) -> list[float]:
     return [line["loss"] for line in found.state.log_history if "loss" in line]
 
 
 def trained(folder: str, fsdp: bool) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Four steps with a checkpoint after the second, from which a second trainer goes on to the same weights."""
+    if fsdp:
+        with pytest.raises(ms.ArchitectureError, match="Accelerate shards on GPUs"):
+            trainer(folder, 2, fsdp)
+        sharding_on_cpus()
     first = trainer(folder, 2, fsdp, save_strategy="steps", save_steps=2)
     first.train()
     assert is_sharded(first.model) == fsdp

@@ -38,7 +38,10 @@ def send_open_blocks(model: DistributedDataParallel) -> None:
             f"send_open_blocks takes a model inside DistributedDataParallel, got {type(model).__name__}"
         )
     require_sinks(model)
-    model.register_comm_hook(frozenset(map(id, sink_parameters(model))), _mean_of_bucket)
+    # DDP looks at a hook's annotations as objects, which in this file are strings.
+    model.register_comm_hook(
+        frozenset(map(id, sink_parameters(model))), lambda sinks, bucket: _mean_of_bucket(sinks, bucket)
+    )
 
 
 def _mean_of_bucket(sinks: frozenset[int], bucket: Any) -> torch.futures.Future[Tensor]:
@@ -86,5 +89,5 @@ def _sum_in_order(values: Tensor) -> Tensor:
     first, *others = received.chunk(world)
     for other in others:
         first = first + other
-    dist.all_gather_into_tensor(padded, first.contiguous())
+    dist.all_gather(list(padded.chunk(world)), first)
     return padded[: len(values)]

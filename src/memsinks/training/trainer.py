@@ -57,7 +57,8 @@ class SinkTrainer(Trainer):
         sinks_first_updates, sinks_first_until: `updates` and `until` of `sinks_first`.
 
     Raises:
-        ArchitectureError: a model without sinks; fp16, DeepSpeed or FSDP1; checkpoints of a quantized model that cannot be saved.
+        ArchitectureError: a model without sinks; fp16, DeepSpeed or FSDP1; FSDP on CPUs, which Accelerate
+            would leave out; checkpoints of a quantized model that cannot be saved.
         ConfigError: a `max_grad_norm` or an `optim` that cannot be; settings of TRL for another loss.
         DataError: rows of an id without blocks, or owners without rows, in a model to which nothing is hashed; in `train`, rows
             in another order than that of their exposures, or met twice, see `SinkCallback`.
@@ -90,6 +91,11 @@ class SinkTrainer(Trainer):
         check_settings_of_trl(self.args)
         if self.args.save_strategy != "no":
             refuse_unsavable(unwrap(self.model))
+        if self.args.fsdp and not self.is_fsdp_enabled:
+            raise ArchitectureError(
+                "Accelerate shards on GPUs and other accelerators alone, and would train a copy of the model in each process; "
+                "leave out fsdp, or shard a loop of your own (examples/fsdp.py) or a recipe (training.shard)"
+            )
         fsdp1 = self.is_fsdp_enabled and getattr(self.accelerator.state.fsdp_plugin, "fsdp_version", 1) != 2
         if self.args.fp16 or self.is_deepspeed_enabled or fsdp1:
             raise ArchitectureError(
@@ -157,7 +163,7 @@ class SinkTrainer(Trainer):
             self._sparing = model
             send_open_blocks(model)
         if waiting is not None and sink_state(self.model).config.shared == "decay":
-            if isinstance(model, FSDPModule):  # the Trainer holds gradients back until the last micro-batch
+            if isinstance(model, FSDPModule):  # which holds gradients back until the last micro-batch of a step
                 model.set_requires_gradient_sync(True)
             batches = [self._prepare_inputs(dict(x)) for x in waiting]
             model.train()
@@ -171,8 +177,6 @@ class SinkTrainer(Trainer):
                 max_norm=self.args.max_grad_norm,
                 loss=lambda model, rows, batch: self._loss_of(model, rows, batch, num_items_in_batch),
             )
-            if isinstance(model, FSDPModule):
-                model.set_requires_gradient_sync(self.accelerator.sync_gradients)
         return super().training_step(model, inputs, num_items_in_batch)
 
     def _loss_of(
