@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -241,18 +243,23 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def two(folder: Path) -> Outcomes:
     where = str(folder)
-    checks = {
+    return on_ranks({
         "sharded": (run, (where, "sharded", None, False), {"shard": True}),
         "cut off": (run, (where, "cut", 5, False), {"shard": True}),
         "goes on": (run, (where, "cut", None, True), {"shard": True}),
-        "for one": (run, (where, "alone", 5, False), {"shard": True}),
-        "ddp trainer": (trained, (f"{where}/ddp", False), {}), "fsdp trainer": (trained, (f"{where}/fsdp", True), {}),
-        "gradients, averaged": (gradients_of_a_trainer, (where, True), {}),
-        "gradients": (gradients_of_a_trainer, (where, False), {}),
-        **{f"{x} {y}": (one_ends_early, (x, y), {}) for x in ("ddp", "fsdp") for y in ("decay", "none")},
-        "re-entrant": (reentrant, (), {}), "bytes": (bytes_of_closed_sinks, (), {}),
-    }  # fmt: skip
-    return on_ranks(checks, folder)
+        **{f"{x} {y}": (one_ends_early, (x, y)) for x in ("ddp", "fsdp") for y in ("decay", "none")},
+        "re-entrant": (reentrant, ()), "bytes": (bytes_of_closed_sinks, ()),
+        "fsdp trainer": (trained, (f"{where}/fsdp", True)),
+    }, folder)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def more(tmp_path_factory) -> Outcomes:
+    where = str(tmp_path_factory.mktemp("more"))
+    return on_ranks({
+        "ddp trainer": (trained, (where, False)), "gradients": (gradients_of_a_trainer, (where, False)),
+        "gradients, averaged": (gradients_of_a_trainer, (where, True)),
+    }, Path(where))  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -284,7 +291,13 @@ def test_a_sharded_run_that_was_cut_off_goes_on_to_the_same_bits(two: Outcomes, 
 
 
 def test_one_process_goes_on_where_two_were_cut_off(two: Outcomes, folder: Path, one: Path, caplog) -> None:
-    assert two["for one"] == "cut off"
+    shutil.copytree(folder / "cut", folder / "alone")
+    facts = json.loads((folder / "alone" / "run.json").read_text())
+    (folder / "alone" / "run.json").write_text(json.dumps({"corpus_sha256": facts["corpus_sha256"]}))
+    shutil.rmtree(folder / "alone" / "model")
+    for path in (folder / "alone" / "checkpoints").iterdir():
+        if path.name not in ("checkpoint-2", "checkpoint-4"):
+            shutil.rmtree(path)
     with pytest.raises(ms.CheckpointError, match="2 processes whose steps held 8 rows.*set training.batch_rows to 8"):
         run(str(folder), "alone", resume=True, shard=True)
     caplog.set_level("INFO", "memsinks")
@@ -293,10 +306,19 @@ def test_one_process_goes_on_where_two_were_cut_off(two: Outcomes, folder: Path,
     same_run(one, folder / "alone")
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_a_trainer_on_two_processes_is_that_of_one(two: Outcomes, tmp_path: Path, kind: str) -> None:
+def test_a_sharded_trainer_is_that_of_one_process(two: Outcomes, tmp_path: Path) -> None:
     """With accumulation, sinks first and clipping; its checkpoints resume to the same bits."""
-    losses, weights = two[f"{kind} trainer"]
+    same_training(two["fsdp trainer"], tmp_path)
+
+
+@pytest.mark.long
+def test_a_trainer_on_two_processes_is_that_of_one(more: Outcomes, tmp_path: Path) -> None:
+    same_training(more["ddp trainer"], tmp_path)
+
+
+def same_training(found: tuple, tmp_path: Path) -> None:
+    losses, weights = found
+    AcceleratorState._reset_state(reset_partial_state=True)
     alone = trainer(str(tmp_path), 1, False)
     alone.train()
     assert losses == pytest.approx(curve(alone), rel=1e-4)
@@ -304,10 +326,11 @@ def test_a_trainer_on_two_processes_is_that_of_one(two: Outcomes, tmp_path: Path
         torch.testing.assert_close(weights[name], value.detach(), rtol=0, atol=1e-4, msg=name)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["gradients", "gradients, averaged"])
-def test_sinks_learn_first_what_the_step_of_a_trainer_learns(two: Outcomes, name: str) -> None:
+def test_sinks_learn_first_what_the_step_of_a_trainer_learns(more: Outcomes, name: str) -> None:
     """Over all ranks: the divisor is that of the Trainer, whether it counts the targets of all ranks or of each."""
-    assert two[name] == ""
+    assert more[name] == ""
 
 
 @pytest.mark.parametrize("shared", ["decay", "none"])

@@ -20,7 +20,6 @@ from transformers import AutoModelForCausalLM
 import memsinks as ms
 from memsinks.sinks.sharding import full_state_dict, is_sharded
 from memsinks.sinks.state import is_sink
-from memsinks.training.evaluate import losses
 
 Weights = dict[str, torch.Tensor]
 
@@ -162,9 +161,15 @@ def two(folder: Path) -> Outcomes:
     where = (str(folder),)
     return on_ranks({
         "train": (trained_and_saved, where), "resume": (resumed, where), "load": (loaded, where), "refuse": (unsaved, where),
-        "export": (exported, where), "settle": (settled, ()), "sinks last": (sinks_last, ()),
+        "settle": (settled, ()), "sinks last": (sinks_last, ()),
         "mixed precision": (mixed_precision, ()), "generate": (generated, ()), "few blocks": (too_few_blocks, ()),
     }, folder)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def apart(tmp_path_factory) -> tuple[Outcomes, Path]:
+    where = tmp_path_factory.mktemp("export")
+    return on_ranks({"export": (exported, (str(where),))}, where), where
 
 
 def close(a: Weights, b: Weights, atol: float = 1e-5) -> None:
@@ -204,8 +209,10 @@ def test_errors_of_the_writing_rank_are_those_of_all(two: Outcomes) -> None:
     assert two["refuse"] == ""
 
 
-def test_a_sharded_model_is_exported(two: Outcomes, folder: Path) -> None:
-    assert two["export"] == ""
+@pytest.mark.long
+def test_a_sharded_model_is_exported(apart) -> None:
+    found, folder = apart
+    assert found["export"] == ""
     model, plain = sink_llama(torch.float32).eval(), AutoModelForCausalLM.from_pretrained(folder / "plain")
     assert not any(is_sink(name) for name, _ in plain.named_parameters())
     torch.testing.assert_close(plain(tokens(1, 6)).logits, model(tokens(1, 6)).logits)
@@ -241,5 +248,3 @@ def test_a_sharded_model_generates(two: Outcomes) -> None:
 def test_a_rank_may_hold_no_block(two: Outcomes) -> None:
     model = sink_llama(torch.float32, neurons=8, active=8, block_size=8)
     assert two["few blocks"] == pytest.approx(steps(model, optimizer_of(model), 0, 3, False), rel=1e-5)
-    documents = ms.repeated_and_once(corpus())[0]
-    assert len(losses(trained(decay=0.0), documents)) == 6
