@@ -27,7 +27,9 @@ from memsinks.sinks.checkpoint import load_sinks
 from memsinks.sinks.reading import same_stock_weights
 from memsinks.sinks.state import SinkState, has_sinks, require_sinks, unwrap
 from memsinks.sinks.storage import has_saved_sinks
+from memsinks.training.complete import mark_complete, require_complete
 from memsinks.training.optim import clip_grad_norm_, norm_limit
+from memsinks.training.processes import process_count
 
 
 class SinkCallback(TrainerCallback, ExportableState):
@@ -36,6 +38,7 @@ class SinkCallback(TrainerCallback, ExportableState):
     - Refuses, before training starts, whatever would meet rows in another order than that of their exposures, or twice.
     - Clips the gradient norm of shared weights and sinks apart, each to ``args.max_grad_norm`` (0 or less = no clipping).
     - Restores the sinks when training resumes or the best model is loaded; refuses a checkpoint that does not fit.
+    - Marks checkpoints as complete, and refuses to resume from others, see `complete`.
 
     The Trainer itself saves the sinks, because it saves with `save_pretrained`.
     """
@@ -71,7 +74,9 @@ class SinkCallback(TrainerCallback, ExportableState):
         if state.global_step:
             sinks.place = None  # type: ignore[attr-defined]  # rows met before the checkpoint are behind it
         restore(model, [args.resume_from_checkpoint, f"{args.output_dir}/checkpoint-{state.global_step}"])
-        trainer = _calling_trainer()
+        trainer, resumed = _calling_trainer()
+        if state.global_step and resumed is not None:
+            require_complete(resumed)
         if trainer is not None:
             clip_apart(trainer)
 
@@ -126,6 +131,13 @@ class SinkCallback(TrainerCallback, ExportableState):
     ) -> None:
         self._trained = weakref.ref(unwrap(kwargs["model"]))
 
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if process_count() > 1:
+            torch.distributed.barrier()  # each process writes its random state
+        folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+        if state.is_world_process_zero and folder.is_dir():
+            mark_complete(folder)
+
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -158,15 +170,21 @@ def clip_apart(trainer: Trainer) -> None:
     accelerator.clip_grad_norm_ = clip
 
 
-def _calling_trainer() -> Trainer | None:
-    """The Trainer that has called a callback, which is not told, but cannot keep it from clipping jointly otherwise."""
-    frame = sys._getframe()
+def _calling_trainer() -> tuple[Trainer | None, Path | None]:
+    """The Trainer that has called a callback, and the checkpoint it resumes from.
+
+    A callback is told neither, but cannot keep it from clipping jointly, or from resuming from half a checkpoint, otherwise.
+    """
+    frame, trainer = sys._getframe(), None
     while frame is not None:
         caller = frame.f_locals.get("self")
         if isinstance(caller, Trainer):
-            return caller
+            trainer = caller
+            resumed = frame.f_locals.get("resume_from_checkpoint")
+            if isinstance(resumed, str | Path):
+                return trainer, Path(resumed)
         frame = frame.f_back
-    return None
+    return trainer, None
 
 
 def sink_state(model: Any) -> SinkState:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,12 +25,13 @@ from transformers.training_args import OptimizerNames
 
 from memsinks.batch import FIELDS, ISOLATION, PLACES, collate, target_count
 from memsinks.data.packing import Rows
-from memsinks.errors import ArchitectureError, ConfigError
+from memsinks.errors import ArchitectureError, CheckpointError, ConfigError
 from memsinks.sinks.owners import require_owners_and_texts
 from memsinks.sinks.quantized import quantizer_of, refuse_unsavable, taken_as_trainable
 from memsinks.sinks.state import unwrap
 from memsinks.training.arguments import check_settings_of_trl
 from memsinks.training.callback import SinkCallback, clip_apart, refuse_norm, restore, sink_state
+from memsinks.training.complete import last_complete, require_complete
 from memsinks.training.exchange import send_open_blocks
 from memsinks.training.first import sinks_first
 from memsinks.training.optim import AdamW, param_groups
@@ -102,6 +104,17 @@ class SinkTrainer(Trainer):
                 "SinkTrainer takes neither fp16, whose scaled gradients it would step past, nor DeepSpeed or FSDP1; use bf16 "
                 'with DDP or FSDP2 (fsdp_config={"version": 2})'
             )
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *arguments: Any, **settings: Any) -> Any:
+        """As `Trainer.train`; ``resume_from_checkpoint=True`` goes on from the newest complete checkpoint, see `complete`."""
+        if resume_from_checkpoint is True:
+            last = last_complete(Path(str(self.args.output_dir)))
+            if last is None:
+                raise CheckpointError(f"{self.args.output_dir} holds no complete checkpoint; start without resuming")
+            resume_from_checkpoint = str(last)
+        elif resume_from_checkpoint:
+            require_complete(Path(resume_from_checkpoint))
+        return super().train(resume_from_checkpoint, *arguments, **settings)
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
