@@ -33,7 +33,7 @@ from memsinks.sinks.state import sink_parameters
 
 HERE = Path(__file__).parent
 WIDTH, LAYERS, ROWS, LENGTH, STEPS = 128, 2, 4, 64, 2
-POOLS = (1024, 8192)
+POOLS = (1024, 4096, 16384)
 WAYS = ("DDP, whole pool", "DDP, open blocks", "FSDP2")
 
 
