@@ -250,7 +250,6 @@ def two(folder: Path) -> Outcomes:
         "goes on": (run, (where, "cut", None, True), {"shard": True}),
         **{f"{x} {y}": (one_ends_early, (x, y)) for x in ("ddp", "fsdp") for y in ("decay", "none")},
         "re-entrant": (reentrant, ()), "bytes": (bytes_of_closed_sinks, ()),
-        "fsdp trainer": (trained, (f"{where}/fsdp", True)), "fsdp resumed": (trained_on, (f"{where}/fsdp", True)),
     }, folder)  # fmt: skip
 
 
@@ -261,6 +260,7 @@ def more(tmp_path_factory) -> Outcomes:
         "ddp trainer": (trained, (where, False)), "ddp resumed": (trained_on, (where, False)),
         "gradients": (gradients_of_a_trainer, (where, False)),
         "gradients, averaged": (gradients_of_a_trainer, (where, True)),
+        "fsdp trainer": (trained, (f"{where}/fsdp", True)), "fsdp resumed": (trained_on, (f"{where}/fsdp", True)),
     }, Path(where))  # fmt: skip
 
 
@@ -310,9 +310,10 @@ def test_one_process_goes_on_where_two_were_cut_off(two: Outcomes, folder: Path,
     same_run(one, folder / "alone")
 
 
-def test_a_sharded_trainer_is_that_of_one_process(two: Outcomes, tmp_path: Path) -> None:
+@pytest.mark.long
+def test_a_sharded_trainer_is_that_of_one_process(more: Outcomes, tmp_path: Path) -> None:
     """With accumulation, sinks first and clipping; its checkpoints resume to the same bits."""
-    same_training(two["fsdp trainer"], two["fsdp resumed"], tmp_path)
+    same_training(more["fsdp trainer"], more["fsdp resumed"], tmp_path)
 
 
 @pytest.mark.long
