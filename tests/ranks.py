@@ -52,7 +52,7 @@ def on_ranks(checks: Mapping[str, tuple], folder: Path, world: int = 2) -> Outco
 
 def _work(rank: int, world: int, port: int, checks: dict, folder: str) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank),
-                   "WORLD_SIZE": str(world), "ACCELERATE_USE_CPU": "1"}  # fmt: skip
+                   "WORLD_SIZE": str(world), "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}  # fmt: skip
     torch.set_num_threads(1)
     signal.signal(signal.SIGALRM, _too_long)
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=LIMIT))
