@@ -142,7 +142,10 @@ def test_another_number_of_processes_does_not_resume(tmp_path) -> None:
     save_checkpoint(tmp_path, 2, {}, keep=1, facts={"processes": 4})
     checkpoint = last_checkpoint(tmp_path)
     assert checkpoint is not None
-    with pytest.raises(CheckpointError, match="by 4 processes, this is one of 1.*--nproc-per-node 4"):
+    with pytest.raises(
+        CheckpointError,
+        match="4 processes whose steps held 16.*-node 4, or set training.batch_rows to 16",
+    ):
         Training(sink_llama(), config(), TOTAL).resume(checkpoint)
 
 

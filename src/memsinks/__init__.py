@@ -9,7 +9,7 @@ data        text -> rows: documents, readers, chats, identity, tokens, packing, 
             corpus; matching, which finds copies of a text; imports no model
 sinks       the mechanism, for any decoder: config, routing, table, plan, layer, kernels, families, host classes, attach,
             opening, caches, storage, reading, owner files, checkpoint
-training    the one loop, its settings, sinks first, optimizer, evaluation, the Hugging Face Trainer
+training    the one loop, its settings, its processes and what they exchange, sinks first, optimizer, evaluation, the Trainer
 removal     expected losses, settle, export, sinks that stay in it, the check in a fresh process, the model card; of a take-down
             erasing in a model and in files, the tombstone and the record: statement, page, signature
 auditing    what a model remembers: scores -> attacks -> figures -> report
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from memsinks.auditing.result import Audit
     from memsinks.auditing.settings import AuditSettings
     from memsinks.auditing.subjects import Subject
-    from memsinks.batch import NO_SINKS, collate, target_count
+    from memsinks.batch import NO_SINKS, blank_batch, collate, target_count
     from memsinks.data.chat import encode_documents
     from memsinks.data.documents import Document, load_documents, require_unique_keys, write_documents
     from memsinks.data.identity import document_id, equal_repetition, exposures, identify, training_order
@@ -63,19 +63,21 @@ if TYPE_CHECKING:
     from memsinks.sinks.state import assign_blocks, has_sinks, shared_hash
     from memsinks.sinks.storage import fingerprint
     from memsinks.sinks.table import AssignmentTable
+    from memsinks.training.callback import SinkCallback
+    from memsinks.training.exchange import send_open_blocks
     from memsinks.training.first import sinks_first
     from memsinks.training.last import SinksLastResult, sinks_last
     from memsinks.training.optim import AdamW, GradientNorms, clip_grad_norm_, param_groups
     from memsinks.training.prefix import KeptPrefix, prefix_kept
     from memsinks.training.shadow import shadow_rows
-    from memsinks.training.trainer import SinkCallback, SinkTrainer
+    from memsinks.training.trainer import SinkTrainer
 
 _HOMES = {
     "memsinks.auditing.audit": "audit",
     "memsinks.auditing.settings": "AuditSettings",
     "memsinks.auditing.result": "Audit",
     "memsinks.auditing.subjects": "Subject",
-    "memsinks.batch": "NO_SINKS collate target_count",
+    "memsinks.batch": "NO_SINKS blank_batch collate target_count",
     "memsinks.data.chat": "encode_documents",
     "memsinks.data.documents": "Document load_documents require_unique_keys write_documents",
     "memsinks.data.identity": "document_id equal_repetition exposures identify training_order",
@@ -105,12 +107,14 @@ _HOMES = {
     "memsinks.sinks.state": "assign_blocks has_sinks shared_hash",
     "memsinks.sinks.storage": "fingerprint",
     "memsinks.sinks.table": "AssignmentTable",
+    "memsinks.training.callback": "SinkCallback",
+    "memsinks.training.exchange": "send_open_blocks",
     "memsinks.training.first": "sinks_first",
     "memsinks.training.last": "SinksLastResult sinks_last",
     "memsinks.training.prefix": "KeptPrefix prefix_kept",
     "memsinks.training.shadow": "shadow_rows",
     "memsinks.training.optim": "AdamW GradientNorms clip_grad_norm_ param_groups",
-    "memsinks.training.trainer": "SinkCallback SinkTrainer",
+    "memsinks.training.trainer": "SinkTrainer",
 }
 """Where each public name is defined; the list for type checkers above says the same."""
 
@@ -151,6 +155,7 @@ __all__ = [
     "assign",
     "assign_blocks",
     "audit",
+    "blank_batch",
     "blocks_of",
     "clip_grad_norm_",
     "collate",
@@ -186,6 +191,7 @@ __all__ = [
     "repeated_and_once",
     "require_unique_keys",
     "save_sinks",
+    "send_open_blocks",
     "settle",
     "settling_texts",
     "shadow_rows",

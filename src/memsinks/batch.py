@@ -104,6 +104,19 @@ def target_count(labels: Tensor) -> int:
     return int((labels[:, 1:] != IGNORED).sum())
 
 
+def blank_batch(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same rows without anything to learn from them: no targets, and sinks closed.
+
+    A process that has run out of rows gives this to the model, so that it takes part in the forwards and backwards of the others.
+    """
+    rows = {name: batch[name] for name in ("input_ids", "position_ids") if batch.get(name) is not None}
+    return rows | {
+        "labels": torch.full_like(batch["input_ids"], IGNORED),
+        "document_ids": torch.full_like(batch["document_ids"], NO_SINKS),
+        "exposures": torch.ones_like(batch["document_ids"]),
+    }
+
+
 def stock_arguments(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What a model without sinks takes of a batch of `collate`."""
     return {name: batch[name] for name in ("input_ids", "labels", "position_ids")}

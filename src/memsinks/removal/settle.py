@@ -31,10 +31,11 @@ from memsinks.checks import int_at_least, positive
 from memsinks.data.packing import Rows
 from memsinks.errors import DataError, refuse
 from memsinks.removal.expected import Expected, expected_losses, require_enough
+from memsinks.sinks.sharding import copy_into, is_sharded, most_of_ranks, reshard
 from memsinks.sinks.state import has_sinks, is_sink, shared_parameters, sink_parameters
 from memsinks.training.evaluate import evaluating, losses, row_losses, unpatched
 from memsinks.training.last import add_own_gradients, batch_of, require_one_text_each, shuffled
-from memsinks.training.optim import AdamW, clip_grad_norm_
+from memsinks.training.optim import AdamW, clip_grad_norm_, clip_together
 
 logger = logging.getLogger(__name__)
 Batch = dict[str, Tensor]
@@ -140,7 +141,8 @@ def settle(
     """Level, in place, what a trained model still knows of `documents` with its sinks closed.
 
     Args:
-        model: with or without sinks, in any mode, which is kept. Only weak memorization can be removed at this cost.
+        model: with or without sinks, in any mode, which is kept. Only weak memorization can be removed at this cost. All ranks
+            of a sharded one (FSDP2) must call this with the same texts; each takes part in every forward.
         documents: the texts that were repeated, one a row, see `repeated_and_once`.
         others: texts of their kind that were met once, best early in training, one a row; the first `OTHERS` are used.
         unseen: texts of their kind that were never met, one a row (`pack(..., one_document_per_row=True)`): the documents
@@ -182,6 +184,7 @@ def _level(
     """The steps of `settle`: push the documents, hold the others, then let the sinks follow."""
     expected = expected_losses(model, documents, others, unseen)
     before = losses(model, documents)
+    reshard(model)
     shift = shift_of(expected.losses, before)
     shared = [x for x in shared_parameters(model) if x.requires_grad]
     held = {name: x.detach().clone() for name, x in model.named_parameters() if not is_sink(name)}
@@ -203,7 +206,7 @@ def _level(
             pushed = pushed or short > 0
             if pushed:  # before, all there is of a gradient is rounding, which AdamW would make a step of
                 moved = _hold(model, held, [batch_of(others, part, shared[0].device) for part in others_chosen])
-                torch.nn.utils.clip_grad_norm_(shared, 1.0)
+                clip_together(shared, 1.0)
                 optimizers[0][0].step()
                 optimizers[0][0].zero_grad()
             for optimizer, _ in optimizers[1:]:
@@ -242,7 +245,7 @@ def _push(model: nn.Module, batches: Sequence[Batch], targets: Sequence[Tensor])
     for batch, target in zip(batches, targets, strict=True):
         found = row_losses(_logits(model, batch), batch["labels"])
         short = (target - found).clamp(min=0).sum() / count
-        if short.item() > 0:
+        if any(most_of_ranks(model, [int(short.item() > 0)])):
             short.backward()
         total += short.item()
     return total
@@ -314,7 +317,21 @@ def _divergence(model: nn.Module, before: dict[str, Tensor], batch: Batch) -> Te
     """Sum over targets of KL(before || now), nats, sinks closed."""
     arguments = {name: batch[name] for name in ("input_ids", "position_ids")}
     with torch.no_grad():
-        old = functional_call(model, before, kwargs=arguments).logits.float().log_softmax(-1)
+        old = _logits_before(model, before, arguments).float().log_softmax(-1)
     now = model(**arguments).logits.float().log_softmax(-1)
     each = (old.exp() * (old - now)).sum(-1)[:, :-1]
     return each[batch["labels"][:, 1:] != IGNORED].sum()
+
+
+def _logits_before(model: nn.Module, before: dict[str, Tensor], arguments: Batch) -> Tensor:
+    """Logits under earlier weights; a sharded model, which gathers its own, gets them for this one forward."""
+    if not is_sharded(model):
+        return functional_call(model, before, kwargs=arguments).logits
+    reshard(model)
+    now = {name: x.detach().clone() for name, x in model.named_parameters() if name in before}
+    copy_into(model, before)
+    try:
+        return model(**arguments).logits
+    finally:
+        reshard(model)
+        copy_into(model, now)

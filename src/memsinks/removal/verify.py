@@ -8,6 +8,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,7 +18,8 @@ from transformers import PreTrainedModel
 
 from memsinks.errors import CheckpointError
 from memsinks.sinks.opening import sinks_closed, sinks_open
-from memsinks.training.evaluate import evaluating
+from memsinks.sinks.sharding import is_sharded
+from memsinks.training.evaluate import evaluating, unpatched
 
 CHECK_ROWS, CHECK_TOKENS = 2, 32
 """Rows and tokens of the text that is read for the check."""
@@ -69,27 +71,50 @@ def verify(expected: Mapping[Path, Tensor], tokens: Tensor, tolerance: float = T
             )
 
 
-def verify_closed(model: PreTrainedModel, folder: Path, rescale: str = "none") -> None:
-    """`verify` a folder against `model` with its sinks closed and its general neurons rescaled; its mode is kept."""
-    _verify_within(sinks_closed(model, rescale), model, folder)
+@dataclass(frozen=True)
+class Sample:
+    """What a model computes of a text: int64 [rows, length], logits [rows, length, vocabulary]; see `verify` for tolerance."""
+
+    tokens: Tensor
+    logits: Tensor
+    tolerance: float
+
+    def verify(self, folder: Path) -> None:
+        """`verify` a folder against this."""
+        verify({folder: self.logits}, self.tokens, self.tolerance)
+
+
+def sample_closed(model: PreTrainedModel, rescale: str = "none") -> Sample:
+    """What `model` computes with its sinks closed and its general neurons rescaled; its mode is kept. All ranks of a sharded
+    model must call this."""
+    return _sample_within(sinks_closed(model, rescale), model)
 
 
 def verify_open(model: PreTrainedModel, folder: Path, ids: Sequence[int]) -> None:
-    """`verify` a folder against `model` with the sinks of these documents open, their union; its mode is kept."""
-    _verify_within(sinks_open(model, ids), model, folder)
+    """`verify` a folder against `model` with the sinks of these documents open, their union."""
+    _sample_within(sinks_open(model, ids), model).verify(folder)
 
 
-def _verify_within(state: AbstractContextManager[None], model: PreTrainedModel, folder: Path) -> None:
-    """`verify` a folder against what `model` computes within `state`, which is entered in evaluation mode."""
+def verify_closed(model: PreTrainedModel, folder: Path, rescale: str = "none") -> None:
+    """`verify` a folder against `sample_closed`."""
+    sample_closed(model, rescale).verify(folder)
+
+
+def _sample_within(state: AbstractContextManager[None], model: PreTrainedModel) -> Sample:
+    """What `model` computes within `state`, which is entered in evaluation mode."""
     config = model.config.get_text_config()
     length = min(CHECK_TOKENS, getattr(config, "max_position_embeddings", None) or CHECK_TOKENS)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, config.vocab_size, (CHECK_ROWS, length), generator=generator)
     # Without the autocast that accelerate leaves around a model's forward.
     with evaluating(model), torch.no_grad(), state, torch.autocast(model.device.type, enabled=False):
-        logits = type(model).forward(model, input_ids=tokens.to(model.device)).logits
-    whole = model.dtype in (torch.float32, torch.float64)
-    verify({folder: logits}, tokens, TOLERANCE if whole else HALF_TOLERANCE)
+        if is_sharded(model):  # whose hooks gather its weights
+            with unpatched(model):
+                logits = model(input_ids=tokens.to(model.device)).logits
+        else:
+            logits = type(model).forward(model, input_ids=tokens.to(model.device)).logits
+    tolerance = TOLERANCE if model.dtype in (torch.float32, torch.float64) else HALF_TOLERANCE
+    return Sample(tokens, logits, tolerance)
 
 
 def logits_in_fresh_process(folders: Sequence[Path], tokens: Tensor) -> list[Tensor]:

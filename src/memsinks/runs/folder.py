@@ -27,6 +27,7 @@ from memsinks.errors import CheckpointError
 from memsinks.files import remove_leftovers, write_json
 from memsinks.provenance import refuse_other_settings
 from memsinks.runs.recipe import Recipe
+from memsinks.training.processes import main_process
 
 RECIPE, FACTS = "recipe.yaml", "run.json"
 WRITTEN = ("data", "model", RECIPE, FACTS)
@@ -84,6 +85,7 @@ class RunFolder:
             recipe.to_dict(),
             path,
             kinds={"": Recipe},
+            ignored=("training.batch_rows", "training.accumulate", "training.shard"),  # see `Training.resume`
             remedy="resume with the same recipe and the same --set, or choose another output",
         )
 
@@ -135,8 +137,10 @@ class RunFolder:
         self.metrics.write_text("".join(line + "\n" for line in whole))
 
     def finish(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, facts: Mapping[str, Any]) -> None:
-        """Write the final model, and that the run is finished."""
+        """Write the final model, and that the run is finished; every process of a sharded model must call this."""
         model.save_pretrained(self.model)
+        if not main_process():
+            return
         tokenizer.save_pretrained(self.model)
         self.write_facts(facts)
 

@@ -19,6 +19,7 @@ from memsinks.batch import collate
 from memsinks.data.documents import Document, texts_hash
 from memsinks.data.identity import By, identify
 from memsinks.data.packing import Rows
+from memsinks.errors import DataError
 from memsinks.removal.settle import repeated_and_once, require_settleable, settle, settling_texts
 from memsinks.runs.folder import RunFolder
 from memsinks.runs.model import build_model
@@ -39,8 +40,8 @@ logger = logging.getLogger(__name__)
 def train(recipe: Recipe, *, resume: bool = False, label: str = "") -> Path:
     """Run a recipe to the end.
 
-    Under torchrun its processes train together, each on `batch_rows` rows of every step; the first one settles and writes,
-    the others return when training ends.
+    Under torchrun its processes train together, each on `batch_rows` rows of every step, with a copy of the model each or, with
+    ``training.shard``, a part of it; the first one settles and writes, which the others wait for where the model is sharded.
 
     Args:
         recipe: what to do.
@@ -74,7 +75,13 @@ def train(recipe: Recipe, *, resume: bool = False, label: str = "") -> Path:
         if texts is not None:
             require_settleable(model)
         transformers.set_seed(recipe.training.seed)
-        training = Training(model.to(device), recipe.training, len(prepared.rows) // rows_per_step(recipe.training))
+        steps_of_all = len(prepared.rows) // rows_per_step(recipe.training)
+        if not steps_of_all:
+            raise DataError(
+                f"the corpus fills {len(prepared.rows)} rows, one step of {process_count()} processes needs "
+                f"{rows_per_step(recipe.training)}; lower batch_rows"
+            )
+        training = Training(model.to(device), recipe.training, steps_of_all)
         started = time.time()
         _start_or_resume(training, recipe, prepared, folder, resume)
         at_end = training.step == training.total
@@ -82,7 +89,7 @@ def train(recipe: Recipe, *, resume: bool = False, label: str = "") -> Path:
             _train(training, prepared.rows, folder, label)
         if (texts is not None or repeated is not None) and not at_end:
             training.save(folder.checkpoints)
-        if not main_process():
+        if not main_process() and not training.sharded:
             return folder.model
         facts = folder.facts()
         if texts is not None:
@@ -90,7 +97,8 @@ def train(recipe: Recipe, *, resume: bool = False, label: str = "") -> Path:
         if repeated is not None:
             facts["sinks_last"] = train_sinks_last(model, repeated, recipe.training, _passes(recipe))
         folder.finish(model, prepared.tokenizer, facts | {"seconds": round(time.time() - started, 1)})
-        folder.drop_checkpoint(training.total)
+        if main_process():
+            folder.drop_checkpoint(training.total)
     return folder.model
 
 

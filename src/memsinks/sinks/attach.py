@@ -21,7 +21,8 @@ from memsinks.sinks.host_classes import Derived, SinkHead, SinkLayer, SinkMlp, S
 from memsinks.sinks.layer import Sinks
 from memsinks.sinks.own import freeze_shared
 from memsinks.sinks.quantized import prepare_quantized
-from memsinks.sinks.state import SinkState, has_sinks, is_sharded, require_sinks, sink_parameters
+from memsinks.sinks.sharding import is_sharded
+from memsinks.sinks.state import SinkState, has_sinks, require_sinks, sink_parameters
 
 PATCHED = "forward", "_original_forward"
 """What accelerate's autocast leaves on a model."""

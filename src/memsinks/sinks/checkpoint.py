@@ -26,10 +26,10 @@ from memsinks.sinks.config import TRAINING
 from memsinks.sinks.own import freeze_shared
 from memsinks.sinks.owner_files import check_base, describe_owners, of_owners, put_owners, read_owners
 from memsinks.sinks.reading import check_fits, read_sinks
+from memsinks.sinks.sharding import is_sharded
 from memsinks.sinks.state import (
     has_adapters,
     has_sinks,
-    is_sharded,
     is_sink,
     named_sinks,
     require_sinks,

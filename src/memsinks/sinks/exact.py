@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from memsinks.batch import IGNORED, NO_SINKS, take_rows
-from memsinks.errors import ArchitectureError, ConfigError, DataError
+from memsinks.errors import ConfigError, DataError
 from memsinks.sinks.gradient import ZeroGradient, frozen
 from memsinks.sinks.run import run_weighted
-from memsinks.sinks.state import is_sharded, shared_parameters
+from memsinks.sinks.sharding import is_sharded, most_of_ranks
+from memsinks.sinks.state import shared_parameters
 
 
 def run_apart(
@@ -24,7 +25,8 @@ def run_apart(
 ) -> Any:
     """The forward of a batch some of whose rows have weight 0; logits and loss are the stock ones.
 
-    A router loss, which couples rows, is that of the rows that teach the shared weights.
+    A router loss, which couples rows, is that of the rows that teach the shared weights. Of a sharded model all ranks run both
+    parts if one of them has rows apart: where a part has no rows, a row without effect takes their place.
 
     Args:
         ids: int64 [B, T], as for `run`.
@@ -34,19 +36,13 @@ def run_apart(
     Raises:
         DataError: a row of which one part has weight 0 and another has not.
         ConfigError: under compilation, or where more than logits and loss is asked for.
-        ArchitectureError: under FSDP.
     """
     if torch.compiler.is_compiling():
         raise ConfigError(
             'shared="none" (exact mode) and isolation cannot be compiled: they split each batch by its data'
         )
-    if is_sharded(model):
-        raise ArchitectureError(
-            'shared="none" (exact mode) runs as many forwards as the rows of a rank need, which FSDP cannot gather for; use DDP, '
-            "or SinkConfig(shared_decay=...)"
-        )
-    apart = _rows_apart(weight, document_ids, arguments.get("labels"))
-    if not bool(apart.any()):
+    apart, sharded = _rows_apart(weight, document_ids, arguments.get("labels")), is_sharded(model)
+    if not any(most_of_ranks(model, [int(apart.any())])):
         return run_weighted(model, stock, arguments, ids, _unless_one(weight))
     more = [name for name in ("output_hidden_states", "output_attentions") if arguments.get(name)]
     if more or arguments.get("return_dict") is False:
@@ -57,26 +53,36 @@ def run_apart(
     loss_arguments = {name: arguments.pop(name) for name in ("num_items_in_batch", "shift_labels") if name in arguments}
     arguments["return_dict"] = True
     running = model.sink_state.running
-    out, router_loss, logits, order = None, None, [], []
+    out, router_loss, logits, order, without_effect = None, None, [], [], []
     for part in (~apart, apart):
         index = part.nonzero()[:, 0]
-        if not len(index):
+        filler = sharded and not len(index)
+        if filler:
+            index = index.new_zeros(1)
+        elif not len(index):
             continue
         running.shared_frozen = part is apart
         try:
             with frozen(shared_parameters(model)) if part is apart else nullcontext():
                 taken = take_rows(arguments, index, len(apart))
-                if part is apart and "output_router_logits" in model.sink_state.arguments:
+                if (filler or part is apart) and "output_router_logits" in model.sink_state.arguments:
                     taken["output_router_logits"] = False
-                own = None if part is apart or weight is None else _unless_one(weight[index])
-                out = run_weighted(model, stock, taken, ids[index], own)
+                own = None if filler or part is apart or weight is None else _unless_one(weight[index])
+                opened = torch.full_like(ids[index], NO_SINKS) if filler else ids[index]
+                result = run_weighted(model, stock, taken, opened, own)
         finally:
             running.shared_frozen = False
+        if filler:
+            without_effect.append(result.logits)
+            continue
+        out = result
         router_loss = router_loss if part is apart else getattr(out, "aux_loss", None)
         logits.append(out.logits)
         order.append(index)
     together = torch.cat(logits)[torch.cat(order).argsort()]
-    if len(logits) == 1:
+    if without_effect:
+        together = ZeroGradient.apply(together, *without_effect)
+    elif len(logits) == 1:
         together = ZeroGradient.apply(together, *(x for x in shared_parameters(model) if x.requires_grad))
     assert out is not None
     out.logits = together

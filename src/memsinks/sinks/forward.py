@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from memsinks.batch import BLANK, IGNORED, ISOLATIONS, NO_SINKS, check_ids
@@ -14,6 +15,7 @@ from memsinks.sinks.exact import run_apart
 from memsinks.sinks.families import ISOLATES_PACKED
 from memsinks.sinks.gradient import isolated_weight, opened_ids
 from memsinks.sinks.run import run, run_weighted
+from memsinks.sinks.sharding import is_sharded
 from memsinks.sinks.state import SinkState, refuse_taken, require_sinks
 
 NOT_TEXT = ("pixel_", "image_", "video_", "audio_", "input_features", "mm_encoder")
@@ -45,6 +47,8 @@ def forward(
     if tokens is None:
         raise DataError("give the model input_ids or inputs_embeds")
     rows, length = tokens.shape[:2]
+    if not rows:
+        raise DataError("a batch without rows; a process that has run out of them gives memsinks.blank_batch(batch)")
     if model.training:
         return _train(model, stock, (rows, length), document_ids, exposures, places, isolation, arguments)
     if (
@@ -110,8 +114,23 @@ def _train(
         _check_isolated(state, opened, flags)
         _blank(arguments, flags)
     if config.shared == "none" or flags is not None:
+        _refuse_reentrant(model)
         return run_apart(model, stock, arguments, opened, weight, ids)
     return run_weighted(model, stock, arguments, opened, weight)
+
+
+def _refuse_reentrant(model: Any) -> None:
+    """Two forwards of which each runs a backward of its own reach DDP as gradients that come twice."""
+    if not dist.is_initialized() or dist.get_world_size() == 1 or is_sharded(model):
+        return
+    for part in model.modules():
+        call = getattr(part, "_gradient_checkpointing_func", None)
+        if getattr(part, "gradient_checkpointing", False) and getattr(call, "keywords", {}).get("use_reentrant"):
+            raise ArchitectureError(
+                "re-entrant checkpointing does not go with DDP where rows run apart (exact and private ones); use "
+                'model.gradient_checkpointing_enable({"use_reentrant": False}), in TrainingArguments '
+                'gradient_checkpointing_kwargs={"use_reentrant": False}'
+            )
 
 
 def _any_gated(isolation: Tensor | None) -> bool:

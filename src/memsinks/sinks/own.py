@@ -18,7 +18,8 @@ from torch import nn
 
 from memsinks.checks import int_at_least, is_int
 from memsinks.errors import ArchitectureError, ConfigError, refuse
-from memsinks.sinks.state import SinkState, is_sharded, require_sinks, shared_parameters, sink_modules, unwrap
+from memsinks.sinks.sharding import is_sharded
+from memsinks.sinks.state import SinkState, require_sinks, shared_parameters, sink_modules, unwrap
 from memsinks.sinks.table import AssignmentTable
 
 

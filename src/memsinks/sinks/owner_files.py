@@ -27,10 +27,10 @@ from memsinks.sinks.config import TRAINING, SinkConfig
 from memsinks.sinks.own import free_blocks, freeze_shared, grow
 from memsinks.sinks.quantized import quantizer_of
 from memsinks.sinks.reading import check_tensors, differences, read_tensors, say_training
+from memsinks.sinks.sharding import is_sharded
 from memsinks.sinks.state import (
     SinkState,
     has_sinks,
-    is_sharded,
     named_sinks,
     require_sinks,
     shared_hash,

@@ -13,10 +13,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from memsinks.errors import ArchitectureError, CheckpointError, ConfigError
+from memsinks.errors import CheckpointError, ConfigError
 from memsinks.sinks.config import TRAINING, SinkConfig
 from memsinks.sinks.routing import HASH_VERSION
-from memsinks.sinks.state import is_sharded, named_sinks, require_sinks, sink_modules
+from memsinks.sinks.sharding import put, whole
+from memsinks.sinks.state import named_sinks, require_sinks, sink_modules
 from memsinks.sinks.storage import FOLDER, TABLE, TENSORS, SavedSinks, layout_of, shapes_of
 from memsinks.sinks.table import AssignmentTable
 
@@ -62,8 +63,6 @@ def read_sinks(model: PreTrainedModel, directory: Path, saved: SavedSinks) -> No
     """
     path = directory / FOLDER / TENSORS
     state, own = require_sinks(model, missing_ok=True), named_sinks(model)
-    if is_sharded(model):
-        raise ArchitectureError("the model is sharded already; load sinks before sharding")
     loaded, table = read_tensors(directory)
     if set(loaded) != set(own):
         lacking, more = sorted(set(own) - set(loaded))[:3], sorted(set(loaded) - set(own))[:3]
@@ -74,9 +73,8 @@ def read_sinks(model: PreTrainedModel, directory: Path, saved: SavedSinks) -> No
                 f"{path}: {name} has shape {list(loaded[name].shape)}, the model's has {list(parameter.shape)}"
             )
     check_tensors(directory, saved, loaded, table, state.config)
-    with torch.no_grad():
-        for name, parameter in own.items():
-            parameter.copy_(loaded[name])
+    for name, parameter in own.items():
+        put(parameter, loaded[name])
     for layer, sinks in zip(state.layers, sink_modules(model).values(), strict=True):
         sinks.std = saved.stored.get("start_std", {}).get(str(layer), sinks.std)
     state.table, state.sinks_missing, state.taken = table, False, saved.taken
@@ -121,6 +119,7 @@ def same_stock_weights(model: PreTrainedModel, directory: str | os.PathLike[str]
     for path in Path(directory).glob("*.safetensors"):
         with safe_open(path, "pt") as file:
             for name in set(file.keys()) & set(own):
-                if not torch.equal(file.get_tensor(name).to(own[name].device, own[name].dtype), own[name]):
+                here = whole(own[name])
+                if not torch.equal(file.get_tensor(name).to(here.device, here.dtype), here):
                     return False
     return True

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from memsinks.errors import ArchitectureError, CheckpointError, DataError
 from memsinks.sinks.config import SinkConfig
@@ -19,6 +18,7 @@ from memsinks.sinks.gradient import weight_of
 from memsinks.sinks.layer import Sinks
 from memsinks.sinks.plan import ComputePath, RoutingPlan
 from memsinks.sinks.quantized import is_packed, packed_tensors
+from memsinks.sinks.sharding import whole
 from memsinks.sinks.table import EMPTY_TABLE, AssignmentTable
 
 WeightRule = Callable[[SinkConfig, Tensor, Tensor], Tensor | None]
@@ -161,14 +161,14 @@ def shared_hash(model: nn.Module) -> str:
     """SHA-256, hexadecimal, of all weights that are not sinks: names, dtypes, shapes and bytes.
 
     The same with and without sinks beside them; those of PEFT's adapters are among them. Of quantized weights all that they are
-    computed from counts, scales included. Not for a sharded model.
+    computed from counts, scales included. Of a sharded model every rank must call this; each tensor is gathered in turn.
     """
     found, inner = hashlib.sha256(), unwrap(model)
     plain = {name: x for name, x in inner.named_parameters() if not is_sink(name) and not is_packed(x)}
     tensors = {canonical_name(name): x for name, x in (plain | packed_tensors(inner)).items()}
     for name, tensor in sorted(tensors.items()):
         found.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        found.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        found.update(whole(tensor.detach()).cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 
@@ -219,8 +219,3 @@ def refuse_adapters(model: nn.Module) -> None:
             "the model carries PEFT adapters, so its weights are no stock checkpoint; save the PeftModel and, beside it, the "
             "sinks (memsinks.save_sinks(model, folder)), or merge_and_unload() first"
         )
-
-
-def is_sharded(model: nn.Module) -> bool:
-    """Whether no process holds whole parameters (FSDP2, tensor parallel)."""
-    return any(isinstance(parameter, DTensor) for parameter in model.parameters())

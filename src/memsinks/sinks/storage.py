@@ -24,7 +24,6 @@ from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import PreTrainedModel
 
 from memsinks.errors import CheckpointError, ConfigError
@@ -33,10 +32,10 @@ from memsinks.sinks.config import FORMAT_VERSION, LAYOUT, SinkConfig
 from memsinks.sinks.layer import Sinks
 from memsinks.sinks.quantized import quantizer_of, refuse_unsavable
 from memsinks.sinks.routing import HASH_VERSION
+from memsinks.sinks.sharding import full_state_dict, is_sharded, on_first_rank
 from memsinks.sinks.state import (
     SinkState,
     canonical_name,
-    is_sharded,
     is_sink,
     named_sinks,
     refuse_adapters,
@@ -134,7 +133,10 @@ def save_with_sinks(
     push_to_hub: bool = False,
     **arguments: Any,
 ) -> None:
-    """What `save_pretrained` of a model with sinks does; `stock_save` writes the stock part."""
+    """What `save_pretrained` of a model with sinks does; `stock_save` writes the stock part.
+
+    A sharded model is gathered, which all its ranks must call this for; the first one writes.
+    """
     require_sinks(model)
     if push_to_hub:
         raise ConfigError("push_to_hub would upload only a part; save to a folder and upload that (or an export)")
@@ -143,9 +145,22 @@ def save_with_sinks(
     target = Path(directory)
     if target.is_file():
         raise CheckpointError(f"{target} is a file; give a folder")
-    tensors = _full_state_dict(model) if state_dict is None else state_dict
-    if not is_main_process:
-        return
+    gathered = state_dict is None and is_sharded(model)
+    tensors = full_state_dict(model) if state_dict is None else state_dict
+
+    def write() -> None:
+        _write_whole(model, stock_save, target, tensors, arguments)
+
+    if gathered:
+        on_first_rank(model, write)
+    elif is_main_process and (tensors or not is_sharded(model)):  # all ranks but one have an empty one
+        write()
+
+
+def _write_whole(
+    model: Any, stock_save: Callable[..., None], target: Path, tensors: Mapping[str, Tensor], arguments: dict[str, Any]
+) -> None:
+    """Write whole tensors by name, stock ones and sinks, as a checkpoint."""
     tensors = {canonical_name(name): tensor for name, tensor in tensors.items()}
     wanted = named_sinks(model)
     missing = [name for name in wanted if name not in tensors]
@@ -207,13 +222,6 @@ def _sinks_apart(model: nn.Module) -> Iterator[None]:
     finally:
         for part, sinks in zip(hosts, kept, strict=True):
             part._modules["sinks"] = sinks
-
-
-def _full_state_dict(model: Any) -> dict[str, Tensor]:
-    if is_sharded(model):
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        return get_model_state_dict(model, options=options)  # type: ignore[return-value]
-    return model.state_dict()
 
 
 # Reading

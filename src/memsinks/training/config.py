@@ -34,6 +34,7 @@ class TrainingConfig:
         gradient_checkpointing: recompute activations in the backward pass.
         compile: torch.compile the model; the first steps then take minutes.
         seed: start values, order, choice of held-out and repeated documents, tokenizer text.
+        shard: where several processes train together, shard the model over them (FSDP2) instead of a copy each (DDP).
         threads: CPU threads; None = torch's choice.
         save_every: steps between checkpoints; 0 = none. Resuming continues from the last one.
         keep: checkpoints kept.
@@ -61,6 +62,7 @@ class TrainingConfig:
     gradient_checkpointing: bool = False
     compile: bool = False
     seed: int = 0
+    shard: bool = False
     threads: int | None = None
     save_every: int = 0
     keep: int = 2
@@ -98,6 +100,8 @@ class TrainingConfig:
         problems += at_least("weight_decay", self.weight_decay, 0) + at_least("max_grad_norm", self.max_grad_norm, 0)
         problems += share("min_lr_ratio", self.min_lr_ratio) + share("warmup", self.warmup)
         problems += one_of("precision", self.precision, ("fp32", "bf16"))
+        if self.shard and self.compile:
+            problems.append("shard and compile were not tried together; leave one of them out")
         if len(self.betas) != 2 or not all(is_number(beta) and 0 <= beta < 1 for beta in self.betas):
             problems.append(f"betas must be two numbers in [0, 1), got {list(self.betas)}")
         if not counts["batch_rows"] + counts["accumulate"] and self.batch_rows % self.accumulate:

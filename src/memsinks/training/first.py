@@ -20,11 +20,13 @@ from torch import Tensor, nn
 
 from memsinks.batch import IGNORED, ISOLATION, NO_SINKS, ROW_ARGUMENTS, take_rows, target_count
 from memsinks.checks import at_least, int_at_least
-from memsinks.errors import ArchitectureError, ConfigError, DataError, refuse
+from memsinks.errors import ConfigError, DataError, refuse
 from memsinks.sinks.config import SinkConfig
 from memsinks.sinks.gradient import frozen, opened_ids
-from memsinks.sinks.state import is_sharded, require_sinks, shared_parameters, sink_parameters, unwrap
+from memsinks.sinks.sharding import is_sharded, most_of_ranks, reshard
+from memsinks.sinks.state import require_sinks, shared_parameters, sink_parameters, unwrap
 from memsinks.training.evaluate import row_losses
+from memsinks.training.exchange import add_open_blocks
 from memsinks.training.optim import clip_grad_norm_
 from memsinks.training.processes import process_count, sum_over
 
@@ -47,8 +49,8 @@ def sinks_first(
     """Update the sinks alone, in place, on the rows of a step that hold open text; gradients in ``.grad`` stay as they are.
 
     Args:
-        model: with sinks, in training mode; may be wrapped in DDP, whose ranks must all call this. Under mixed precision call
-            it within the same ``torch.autocast`` as the step.
+        model: with sinks, in training mode; may be wrapped in DDP or sharded (FSDP2), whose ranks must all call this, those
+            without rows with an empty list. Under mixed precision call it within the same ``torch.autocast`` as the step.
         optimizer: the optimizer of the step, or of the sinks.
         batches: the micro-batches of the step, as the model takes them, each with `document_ids` and `exposures`. Their
             gradients add up to those of one batch.
@@ -66,21 +68,23 @@ def sinks_first(
     Raises:
         ConfigError: a model in evaluation mode, whose sinks do not follow the ids of a batch; `updates` below 1, `until` below 0.
         DataError: labels, ids or exposures are missing, or a batch where a list of them belongs.
-        ArchitectureError: FSDP, where no rank holds whole parameters.
+        ArchitectureError: FSDP1.
     """
     config = require_sinks(model).config
     model = unwrap(model)
     if not model.training:
         raise ConfigError("sinks_first is for training, the model is in evaluation mode; call model.train() first")
     parameters = sink_parameters(model)
-    if is_sharded(model):
-        raise ArchitectureError("sinks_first needs whole parameters on each rank; use DDP or one process, not FSDP")
+    sharded = is_sharded(model)
+    if sharded:
+        reshard(model)
+        parameters = sink_parameters(model)
     if isinstance(batches, Mapping):
         raise DataError("sinks_first takes the list of a step's micro-batches; give [batch]")
     refuse(int_at_least("updates", updates, 1) + at_least("until", until, 0), "cannot update the sinks")
     chosen = [_open_rows(batch, config) for batch in batches]
     device, own_loss, learned = parameters[0].device, loss is not None, 0
-    loss = loss or _model_loss(batches, num_items_in_batch, device)
+    loss = loss or _model_loss(batches, num_items_in_batch, device, process_count() if sharded else 1)
     held = [(x, x.grad) for x in model.parameters()]
     try:
         for _ in range(updates):
@@ -90,9 +94,13 @@ def sinks_first(
             learned += rows
             for parameter, _ in held:
                 parameter.grad = None
+            forwards = sum(len(own) > 0 for own in chosen)
+            without_effect = most_of_ranks(model, [forwards])[0] - forwards
             with frozen(shared_parameters(model)), torch.compiler.set_stance("force_eager"):
                 left = [_learn(model, loss, batch, own, until) for batch, own in zip(batches, chosen, strict=True)]
-            if process_count() > 1:
+                for _ in range(without_effect):
+                    _run_without_effect(model, device)
+            if process_count() > 1 and not sharded:
                 _exchange_gradients(parameters, mean=own_loss)
             clip_grad_norm_(model, max_norm)
             getattr(optimizer, "optimizer", optimizer).step()
@@ -122,12 +130,23 @@ def _learn(model: nn.Module, loss: Loss, batch: Mapping[str, Tensor], own: Tenso
     return own[(row_losses(logits[-1], wanted) > until).to(own.device)]
 
 
-def _model_loss(batches: Sequence[Mapping[str, Tensor]], divisor: Tensor | int | None, device: torch.device) -> Loss:
-    """The model's own loss over the targets of the whole step."""
+def _run_without_effect(model: nn.Module, device: torch.device) -> None:
+    """A forward and backward that change nothing, beside those of other ranks of a sharded model."""
+    row = torch.zeros(1, 2, dtype=torch.int64, device=device)
+    marks = {"document_ids": row + NO_SINKS, "exposures": row + 1, "position_ids": torch.arange(2, device=device)[None]}
+    (
+        model(input_ids=row, labels=row + IGNORED, num_items_in_batch=row[0, 0] + 1, **marks).logits.sum() * 0.0
+    ).backward()
+
+
+def _model_loss(
+    batches: Sequence[Mapping[str, Tensor]], divisor: Tensor | int | None, device: torch.device, times: int
+) -> Loss:
+    """The model's own loss over the targets of the whole step, `times` that."""
     if divisor is None:
         targets = torch.tensor(sum(target_count(batch["labels"]) for batch in batches))
         divisor = sum_over(targets, device).clamp(min=1)
-    return lambda model, rows, _: model(**rows, num_items_in_batch=divisor).loss
+    return lambda model, rows, _: model(**rows, num_items_in_batch=divisor).loss * times
 
 
 def _part(batch: Mapping[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
@@ -159,10 +178,12 @@ def _columns(marks: Tensor) -> Tensor:
 
 
 def _exchange_gradients(parameters: Sequence[nn.Parameter], *, mean: bool) -> None:
-    """Gradients to their sum over the ranks, or their mean."""
+    """Gradients to their sum over the processes, or their mean."""
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-        torch.distributed.all_reduce(parameter.grad)
-        if mean:
-            parameter.grad /= process_count()
+    gradients = [x.grad for x in parameters if x.grad is not None]
+    add_open_blocks(gradients)
+    if mean:
+        for gradient in gradients:
+            gradient /= process_count()

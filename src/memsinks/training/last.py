@@ -22,10 +22,11 @@ from tqdm.auto import tqdm
 from memsinks.batch import collate, trim
 from memsinks.checks import int_at_least, positive
 from memsinks.data.packing import Rows
-from memsinks.errors import ArchitectureError, ConfigError, DataError, refuse
+from memsinks.errors import ConfigError, DataError, refuse
 from memsinks.sinks.gradient import frozen
 from memsinks.sinks.opening import sinks_open
-from memsinks.sinks.state import is_sharded, require_sinks, shared_parameters, sink_modules, sink_parameters, unwrap
+from memsinks.sinks.sharding import local, part_like, reshard
+from memsinks.sinks.state import require_sinks, shared_parameters, sink_modules, sink_parameters, unwrap
 from memsinks.training.evaluate import evaluating, losses, row_losses, unpatched
 from memsinks.training.optim import AdamW, clip_grad_norm_
 
@@ -70,7 +71,8 @@ def sinks_last(
     the backward of the sinks, about two thirds of a training step, `passes` times for each *different* text.
 
     Args:
-        model: with sinks, in any mode, which is kept, and also inside DDP; one process is enough. Gradients in ``.grad`` stay.
+        model: with sinks, in any mode, which is kept, and also inside DDP; one process is enough. All ranks of a sharded one
+            (FSDP2) must call this with the same documents. Gradients in ``.grad`` stay.
         documents: the texts, one a row: those of `repeated_and_once`, whose sinks opened in training.
         lr: peak learning rate; that of the sinks in training (``lr * sink_lr_factor``) is a good start.
         passes: times each text is met.
@@ -80,13 +82,12 @@ def sinks_last(
         seed: of the order of the texts.
 
     Raises:
-        ConfigError: a setting out of range; every sink is frozen. ArchitectureError: a model without sinks; FSDP.
+        ConfigError: a setting out of range; every sink is frozen. ArchitectureError: a model without sinks; FSDP1.
         DataError: no texts, several in a row, or one of a single token.
     """
     require_sinks(model)
     model = unwrap(model)
-    if is_sharded(model):
-        raise ArchitectureError("sinks_last needs whole parameters; gather them, or use DDP or one process, not FSDP")
+    reshard(model)
     problems = positive("lr", lr) + int_at_least("passes", passes, 1) + int_at_least("batch_rows", batch_rows, 1)
     problems += [] if micro_rows is None else int_at_least("micro_rows", micro_rows, 1)
     refuse(problems, "cannot train the sinks last")
@@ -126,6 +127,7 @@ def add_own_gradients(model: nn.Module, shared: Sequence[nn.Parameter], batches:
     """Add the sinks' gradient of the mean loss of some texts, their own sinks open, `shared` constant; that mean, nats."""
     count, total = sum(len(batch["labels"]) for batch in batches), 0.0
     for batch in batches:
+        reshard(model)  # an evaluation may have left parameters whole, which `shared` does not name
         with frozen(shared), sinks_open(model, batch["document_ids"][:, 0]):
             logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).logits
             loss = row_losses(logits, batch["labels"]).sum() / count
@@ -141,7 +143,7 @@ def _keep_gradients(model: nn.Module, blocks: Mapping[int, Sequence[int]]) -> No
             if parameter.grad is not None:
                 rest = torch.ones(len(parameter), dtype=torch.bool)
                 rest[list(blocks.get(layer, ()))] = False
-                parameter.grad[rest.to(parameter.device)] = 0
+                local(parameter.grad)[part_like(rest.to(parameter.device), parameter)] = 0
 
 
 def require_one_text_each(name: str, rows: Rows, why_empty: str = "no text was repeated, so no sinks opened") -> None:

@@ -11,6 +11,7 @@ checkpoint training goes on to the same bits (on the CPU; on a GPU as far as its
 
 from __future__ import annotations
 
+import logging
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,10 +30,14 @@ from memsinks.errors import CheckpointError
 from memsinks.sinks.state import has_sinks, require_sinks
 from memsinks.training.checkpoint import Checkpoint, save_checkpoint
 from memsinks.training.config import TrainingConfig
+from memsinks.training.exchange import send_open_blocks
 from memsinks.training.first import sinks_first
 from memsinks.training.interrupt import finishing_the_step
 from memsinks.training.optim import AdamW, clip_gradients, optimizer_and_schedule
 from memsinks.training.processes import all_of, main_process, process_count, process_rank, sum_over
+from memsinks.training.shards import load_whole_state, shard_model, whole_state
+
+logger = logging.getLogger(__name__)
 
 Batch = dict[str, Tensor]
 """A micro-batch, int64 or bool [rows, length] each: what `collate` gives, and what a way of training needs beside it."""
@@ -82,6 +87,7 @@ class Training:
 
     Attributes:
         optimizer, schedule: see `optimizer_and_schedule`.
+        sharded: the model is sharded over the processes.
         step: steps made.
         notes: what the caller writes down on the way, in numbers, text, lists and dicts; kept in checkpoints.
     """
@@ -93,10 +99,14 @@ class Training:
     change: Callable[[Batch], Batch] = unchanged
     step: int = 0
     notes: dict[str, Any] = field(default_factory=dict)
+    sharded: bool = field(init=False)
     optimizer: AdamW = field(init=False)
     schedule: torch.optim.lr_scheduler.LambdaLR = field(init=False)
 
     def __post_init__(self) -> None:
+        self.sharded = self.config.shard and process_count() > 1
+        if self.sharded:
+            shard_model(self.model)
         self.optimizer, self.schedule = optimizer_and_schedule(self.model, self.config, self.total)
         self._attributes = _training_attributes(self.model, self.config)
         self._exchanging: DistributedDataParallel | None = None
@@ -106,11 +116,15 @@ class Training:
         device, processes = self.model.device, process_count()
         targets = sum_over(torch.tensor(sum(target_count(part["labels"]) for part in parts)), device)
         parts = [self.change({name: x.to(device, non_blocking=True) for name, x in part.items()}) for part in parts]
-        divisor = targets if processes == 1 else targets / processes  # DDP takes the mean over processes
+        divisor = targets if processes == 1 else targets / processes  # DDP and FSDP take the mean over processes
         self.model.train()
-        if processes > 1 and self._exchanging is None:  # unused parameters: experts that no token chose
+        if (
+            processes > 1 and not self.sharded and self._exchanging is None
+        ):  # unused parameters: experts that no token chose
             unused = not self.config.gradient_checkpointing
             self._exchanging = DistributedDataParallel(self.model, find_unused_parameters=unused)
+            if has_sinks(self.model):
+                send_open_blocks(self._exchanging)
         with self.as_in_training():
             if self.config.sinks_first and has_sinks(self.model) and require_sinks(self.model).config.shared == "decay":
                 sinks_first(
@@ -150,36 +164,53 @@ class Training:
 
         After the last step it holds what the model is, not what further steps would need.
         """
-        states = all_of(_random_state(self.model.device))
+        states, state = all_of(_random_state(self.model.device)), {}
+        if self.sharded:
+            state = whole_state(self.model, self.optimizer)
+        elif main_process():
+            state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
         if not main_process():
             return
-        state = {"model": self.model.state_dict(), "notes": self.notes}
-        if self.step < self.total:
-            state |= {
-                "optimizer": self.optimizer.state_dict(),
-                "schedule": self.schedule.state_dict(),
-                "random": states,
-            }
-        facts = {"processes": process_count()} | dict(facts or {})
+        state |= {"notes": self.notes, "schedule": self.schedule.state_dict(), "random": states}
+        if self.step == self.total:
+            state = {name: state[name] for name in ("model", "notes")}
+        processes = process_count()
+        facts = {"processes": processes, "rows_per_step": processes * self.config.batch_rows} | dict(facts or {})
         save_checkpoint(folder, self.step, state, keep=self.config.keep, facts=facts)
 
     def resume(self, checkpoint: Checkpoint) -> None:
-        """Go on from a checkpoint.
+        """Go on from a checkpoint, to the same bits with as many processes; with another number, whose steps hold the same rows,
+        to the same figures but for rounding.
 
         Raises:
-            CheckpointError: it cannot be read, or was written by another number of processes.
+            CheckpointError: it cannot be read, or its steps held another number of rows.
         """
-        processes = checkpoint.facts.get("processes", 1)
-        if processes != process_count():
+        before, now = checkpoint.facts.get("processes", 1), process_count()
+        rows = self.config.batch_rows * now
+        if checkpoint.facts.get("rows_per_step", self.config.batch_rows * before) != rows:
+            held = checkpoint.facts.get("rows_per_step", self.config.batch_rows * before)
             raise CheckpointError(
-                f"{checkpoint.path} was written by {processes} processes, this is one of {process_count()}; a step would hold "
-                f"other rows, so resume with torchrun --nproc-per-node {processes}"
+                f"{checkpoint.path} was written by {before} processes whose steps held {held} rows, {now} with batch_rows="
+                f"{self.config.batch_rows} would make steps of {rows}; resume with torchrun --nproc-per-node {before}, or set "
+                f"training.batch_rows to {held / now:g}"
+            )
+        if before != now:
+            logger.warning(
+                "%s was written by %d processes, this is one of %d: steps hold the same rows, but sums are rounded otherwise",
+                checkpoint.path,
+                before,
+                now,
             )
         state = checkpoint.load()
-        self.model.load_state_dict(state["model"])
         self.step, self.notes = checkpoint.step, state["notes"]
-        if self.step < self.total:
-            self.optimizer.load_state_dict(state["optimizer"])
+        unfinished = self.step < self.total
+        if self.sharded:
+            load_whole_state(self.model, self.optimizer if unfinished else None, state)
+        else:
+            self.model.load_state_dict(state["model"])
+            if unfinished:
+                self.optimizer.load_state_dict(state["optimizer"])
+        if unfinished:
             self.schedule.load_state_dict(state["schedule"])
             _set_random_state(state["random"], self.model.device)
 
@@ -254,7 +285,7 @@ def _random_state(device: torch.device) -> dict[str, Any]:
 
 def _set_random_state(states: Sequence[dict[str, Any]], device: torch.device) -> None:
     """That of this process."""
-    state = states[process_rank()]
+    state = states[process_rank() % len(states)]
     version, numbers, gauss = state["python"]
     random.setstate((version, tuple(numbers), gauss))
     torch.set_rng_state(state["torch"])

@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
 from memsinks.checks import at_least, positive
 from memsinks.errors import ConfigError, refuse
+from memsinks.sinks.gradient import nonzero_blocks
+from memsinks.sinks.sharding import is_sharded, local, part_like, per_block, require_whole_blocks, reshard, whole
 from memsinks.sinks.state import has_sinks, require_sinks, shared_parameters, sink_parameters
 from memsinks.training.config import TrainingConfig
 
@@ -86,17 +87,19 @@ def optimizer_and_schedule(
 
 
 class GradientNorms(NamedTuple):
-    """Norms before clipping, 0-dimensional tensors."""
+    """Norms before clipping, 0-dimensional tensors; of a sharded model those of all its shards."""
 
     shared: Tensor
     sinks: Tensor
 
 
+@torch.no_grad()
 def clip_grad_norm_(model: nn.Module, max_norm: float | None) -> GradientNorms:
     """Clip the gradient norm of the shared weights, that of the hashed sink blocks, and that of each own block, to `max_norm`.
 
     One norm over all would couple them: a document's sinks would shrink the step of the shared weights, and one owner's that of
-    another's. A block that is not hashed to (`SinkConfig.reserved_blocks`) has one norm over its layers and projections.
+    another's. A block that is not hashed to (`SinkConfig.reserved_blocks`) has one norm over its layers and projections. Every
+    rank of a sharded model must call this.
 
     Args:
         max_norm: 0 or less, None and infinity only measure.
@@ -105,20 +108,23 @@ def clip_grad_norm_(model: nn.Module, max_norm: float | None) -> GradientNorms:
         ConfigError: `max_norm` is nan.
     """
     config, limit = require_sinks(model).config, norm_limit(max_norm)
-    shared, sinks = _clip(shared_parameters(model), limit), sink_parameters(model)
-    if not config.reserved_blocks or any(isinstance(x, DTensor) for x in sinks):
-        return GradientNorms(shared, _clip(sinks, limit))
+    if is_sharded(model):
+        reshard(model)
+    shared, sinks = clip_together(shared_parameters(model), limit), sink_parameters(model)
+    if not config.reserved_blocks:
+        return GradientNorms(shared, clip_together(sinks, limit))
     return GradientNorms(
         shared, _clip_blocks([x.grad for x in sinks if x.grad is not None], config.hashed_blocks, limit)
     )
 
 
+@torch.no_grad()
 def clip_gradients(model: nn.Module, max_norm: float | None) -> None:
     """`clip_grad_norm_` for a model with sinks or without."""
     if has_sinks(model):
         clip_grad_norm_(model, max_norm)
     elif math.isfinite(limit := norm_limit(max_norm)):
-        torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
+        clip_together(list(model.parameters()), limit)
 
 
 def norm_limit(max_norm: float | None) -> float:
@@ -130,12 +136,24 @@ def norm_limit(max_norm: float | None) -> float:
     return max_norm
 
 
-def _clip(parameters: list[nn.Parameter], limit: float) -> Tensor:
-    """torch's `clip_grad_norm_`; on a CPU it leaves gradients alone that need no clipping, closed blocks in the first place."""
-    norm = torch.nn.utils.get_total_norm([x.grad for x in parameters if x.grad is not None])
-    known = type(norm) is Tensor and norm.device.type == "cpu"
-    if math.isfinite(limit) and (not known or not limit / (norm + 1e-6) >= 1):
-        torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+@torch.no_grad()
+def clip_together(parameters: list[nn.Parameter], limit: float) -> Tensor:
+    """torch's `clip_grad_norm_`, also of sharded and whole parameters together; the norm before, of all shards.
+
+    On a CPU it leaves gradients alone that need no clipping, closed blocks in the first place.
+    """
+    gradients = [x.grad for x in parameters if x.grad is not None]
+    cut = [x for x in gradients if local(x) is not x]
+    if not cut:
+        norm = torch.nn.utils.get_total_norm(gradients)
+    else:  # torch takes no list of whole and cut ones
+        kinds = [kind for kind in (cut, [x for x in gradients if local(x) is x]) if kind]
+        norm = torch.stack([whole(torch.nn.utils.get_total_norm(kind)) for kind in kinds]).norm()
+    if math.isfinite(limit) and (norm.device.type != "cpu" or not limit / (norm + 1e-6) >= 1):
+        for part in [local(x) for x in gradients] if cut else ():
+            part *= (limit / (norm + 1e-6)).clamp(max=1.0)
+        if not cut:
+            torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
     return norm
 
 
@@ -143,16 +161,22 @@ def _clip_blocks(gradients: list[Tensor], hashed: int, limit: float) -> Tensor:
     """Clip the first `hashed` blocks together and each of the others by itself; the norm of all before."""
     if not gradients:
         return torch.zeros(())
-    norms = torch.stack([torch.linalg.vector_norm(x.flatten(1), dim=1) for x in gradients])
-    square = norms.square().sum(0)
+    norms = torch.stack([torch.linalg.vector_norm(local(x).flatten(1), dim=1) for x in gradients])
+    cut = local(gradients[0]) is not gradients[0]
+    square = whole(per_block(norms.square().sum(0), gradients[0]))
     own = square[hashed:].sqrt()
-    if math.isfinite(limit):
+    if math.isfinite(limit) and cut:
+        together = square[:hashed].sum().sqrt().expand(hashed)
+        factor = (limit / (torch.cat([together, own]) + 1e-6)).clamp(max=1.0)
+        for gradient in gradients:
+            local(gradient).mul_(part_like(factor, gradient)[:, None, None])
+    elif math.isfinite(limit):
         if hashed:
             together = [x[:hashed] for x in gradients]
-            whole = torch.nn.utils.get_total_norm(together)
-            if not limit / (whole + 1e-6) >= 1:
+            norm = torch.nn.utils.get_total_norm(together)
+            if not limit / (norm + 1e-6) >= 1:
                 for gradient in together:
-                    gradient *= limit / (whole + 1e-6)
+                    gradient *= limit / (norm + 1e-6)
         large = (own > limit).nonzero()[:, 0]
         for block in large.tolist():
             for gradient in gradients:
@@ -168,8 +192,8 @@ class AdamW(torch.optim.AdamW):
     """torch's AdamW; in groups marked ``lazy`` a sink block without gradient does not move, nor do its moments.
 
     A lazy block keeps its own step count for the bias correction. When every block has a gradient in every step, the
-    update is torch's. Lazy groups need the layout [blocks, ...]. Source of the update: Loshchilov and Hutter, ICLR
-    2019.
+    update is torch's. Lazy groups need the layout [blocks, ...]; where that is sharded (FSDP2), so are moments and step counts,
+    each rank updates its own blocks. Source of the update: Loshchilov and Hutter, ICLR 2019.
     """
 
     @torch.no_grad()
@@ -198,14 +222,15 @@ class AdamW(torch.optim.AdamW):
             raise ConfigError("lazy groups support neither amsgrad nor maximize")
         state = self.state[parameter]
         if not state:
-            state["step"] = torch.zeros(len(parameter), dtype=torch.float32, device=parameter.device)
+            require_whole_blocks(parameter)
+            steps = torch.zeros(len(local(parameter)), dtype=torch.float32, device=parameter.device)
+            state["step"] = per_block(steps, parameter)
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
         if state["step"].device != parameter.device:  # torch leaves "step" where a checkpoint was loaded
             state["step"] = state["step"].to(parameter.device)
-        gradient = parameter.grad
-        assert gradient is not None
-        flat = gradient.flatten(1)  # a norm over blocks is 5 to 10 times slower on a CPU
-        moved = ((flat.amax(1) != 0) | (flat.amin(1) != 0)).nonzero()[:, 0]
+        assert parameter.grad is not None
+        parameter, gradient, state = local(parameter), local(parameter.grad), {x: local(y) for x, y in state.items()}
+        moved = nonzero_blocks(gradient).nonzero()[:, 0]
         if not len(moved):
             return
         (beta1, beta2), lr, eps = group["betas"], group["lr"], group["eps"]

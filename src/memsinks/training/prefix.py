@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from memsinks.errors import ArchitectureError, CheckpointError, refuse
 from memsinks.sinks.families import decoder_layers
-from memsinks.sinks.state import is_sharded, require_sinks
+from memsinks.sinks.sharding import is_sharded
+from memsinks.sinks.state import require_sinks
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 TO_DO = 'give prefix_kept another folder, dtype="bfloat16", or do without it'

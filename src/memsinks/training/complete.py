@@ -1,0 +1,75 @@
+"""When a checkpoint of a Trainer is complete: its marker is written last and says what lies in it.
+
+checkpoint-STEP/memsinks-complete.json   the SHA-256 of every other file of the checkpoint
+
+A Trainer writes its files one after the other. What a killed save left has no marker, and what a disk has lost or cut differs
+from it, so training never goes on from new weights with old moments, or from half a checkpoint.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from memsinks.errors import CheckpointError
+from memsinks.files import file_hash, read_json, write_json
+
+logger = logging.getLogger(__name__)
+
+MARKER = "memsinks-complete.json"
+NEEDED = ("optimizer", "scheduler", "rng_state", "trainer_state.json")
+"""How the names begin of what training goes on from, beside the weights."""
+
+
+def mark_complete(folder: Path) -> None:
+    """Write the marker of a checkpoint; reads every file of it."""
+    (folder / MARKER).unlink(missing_ok=True)
+    write_json(folder / MARKER, {"sha256": {str(x.relative_to(folder)): file_hash(x) for x in _files(folder)}})
+
+
+def what_is_missing(folder: Path) -> str | None:
+    """Why training cannot go on from a checkpoint; None = it can."""
+    if not (folder / MARKER).is_file():
+        return f"{MARKER} is missing: its save was cut off, or made without memsinks.SinkCallback"
+    try:
+        hashes: dict[str, str] = dict(read_json(folder / MARKER)["sha256"])
+    except (CheckpointError, KeyError, TypeError, ValueError) as error:
+        return f"{MARKER} cannot be read: {error}"
+    for name, digest in hashes.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if file_hash(path) != digest:
+            return f"{name} is damaged, or of another step: its SHA-256 is not the one in {MARKER}"
+    tops = {Path(name).parts[0] for name in hashes}
+    lacking = [x for x in NEEDED if not any(top.startswith(x) for top in tops)]
+    return f"it holds no {' and no '.join(lacking)} (save_only_model?)" if lacking else None
+
+
+def require_complete(folder: Path) -> None:
+    """CheckpointError for a checkpoint from which training cannot go on to the same figures."""
+    problem = what_is_missing(folder)
+    if problem is not None:
+        others = [path for path in _checkpoints(folder.parent) if path != folder and what_is_missing(path) is None]
+        remedy = f"resume from {others[0]}" if others else "no other checkpoint beside it is complete, so start again"
+        raise CheckpointError(f"{folder} is not complete: {problem}; {remedy}")
+
+
+def last_complete(output: Path) -> Path | None:
+    """The newest complete checkpoint of a Trainer, None if there is none; those that are passed over are said."""
+    for path in _checkpoints(output):
+        problem = what_is_missing(path)
+        if problem is None:
+            return path
+        logger.warning("passed over %s: %s", path, problem)
+    return None
+
+
+def _checkpoints(output: Path) -> list[Path]:
+    """Folders of checkpoints, the newest first."""
+    found = [(path.name.removeprefix("checkpoint-"), path) for path in output.glob("checkpoint-*") if path.is_dir()]
+    return [path for _, path in sorted(((int(x), path) for x, path in found if x.isdecimal()), reverse=True)]
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(x for x in folder.rglob("*") if x.is_file() and x.name != MARKER and not x.name.startswith("."))
