@@ -14,7 +14,7 @@ from torch import Tensor
 
 from memsinks.batch import IGNORED, NO_SINKS, take_rows
 from memsinks.errors import ArchitectureError, ConfigError, DataError
-from memsinks.sinks.gradient import ZeroGradient, frozen
+from memsinks.sinks.gradient import JoinRows, ZeroGradient, frozen
 from memsinks.sinks.run import run_weighted
 from memsinks.sinks.state import is_sharded, shared_parameters
 
@@ -69,13 +69,14 @@ def run_apart(
                 if part is apart and "output_router_logits" in model.sink_state.arguments:
                     taken["output_router_logits"] = False
                 own = None if part is apart or weight is None else _unless_one(weight[index])
-                out = run_weighted(model, stock, taken, ids[index], own)
+                # Part by part the gradients add up, so only the part in which sinks open need give them one.
+                out = run_weighted(model, stock, taken, ids[index], own, zero_gradient=part is apart)
         finally:
             running.shared_frozen = False
         router_loss = router_loss if part is apart else getattr(out, "aux_loss", None)
         logits.append(out.logits)
         order.append(index)
-    together = torch.cat(logits)[torch.cat(order).argsort()]
+    together = logits[0] if len(logits) == 1 else JoinRows.apply(order, *logits)
     if len(logits) == 1:
         together = ZeroGradient.apply(together, *(x for x in shared_parameters(model) if x.requires_grad))
     assert out is not None
