@@ -154,7 +154,9 @@ def plan(
         if path == "masked":
             plans += [_mask(ids, document, config, layer, table) for layer in different]
         else:
-            plans += [_pairs(blocks, ids, document, config) for blocks in _united(ids, config, different, table).unbind()]
+            plans += [
+                _pairs(blocks, ids, document, config) for blocks in _united(ids, config, different, table).unbind()
+            ]
     return RoutingPlan(tuple(plans if config.per_layer else plans * len(layers)), weight_scale)
 
 
