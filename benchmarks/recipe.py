@@ -235,13 +235,14 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
     """Both recipes by size and share of repeats, each a bar of what it consists of."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8.2, 3.4), layout="constrained")
-    panels = figure.subplots(1, len(SIZES), sharey=True)
+    sizes = result["sizes"]
+    figure = Figure(figsize=(1 + 4.4 * len(sizes), 3.6), layout="constrained")
+    panels = figure.subplots(1, len(sizes), sharey=True, squeeze=False)[0]
     parts = (
         ("exact", "sinks last", "exact +\nsinks last"),
         ("decay, sinks first", "settling", "decay, sinks first\n+ settling"),
     )
-    for axes, (name, size) in zip(panels, result["sizes"].items(), strict=True):
+    for axes, (name, size) in zip(panels, sizes.items(), strict=True):
         labels, place = [], 0
         for share, found in size["costs"].items():
             for color, (steps, after, label) in zip(("#0072B2", "#D55E00"), parts, strict=True):
@@ -303,8 +304,7 @@ def main(argv: list[str] | None = None) -> None:
         "processor": platform.processor() or platform.machine(), "versions": versions("torch", "transformers"),
     }  # fmt: skip
     (given.out / "recipe.json").write_text(json.dumps(result, indent=1) + "\n")
-    if len(sizes) == len(SIZES):
-        draw(result, given.out / "recipe.png")
+    draw(result, given.out / "recipe.png")
 
 
 if __name__ == "__main__":
