@@ -237,16 +237,17 @@ def _update_blocks(values: tuple[Tensor, ...], steps: Tensor, moved: Tensor, gro
         steps: float32 [blocks]. moved: int64 [n], the blocks.
     """
     (beta1, beta2), lr, decay = group["betas"], float(group["lr"]), group["weight_decay"]
+    foreach: Any = torch  # these functions have no types
     steps[moved] += 1
     for chunk in moved.split(max(1, CACHED // values[0][0].numel())):
         parameters, gradients, firsts, seconds = ([x[index] for index in chunk.tolist()] for x in values)
         made = steps[chunk].tolist()
         if decay:
-            torch._foreach_mul_(parameters, 1 - lr * decay)
-        torch._foreach_lerp_(firsts, gradients, 1 - beta1)
-        torch._foreach_mul_(seconds, beta2)
-        torch._foreach_addcmul_(seconds, gradients, gradients, 1 - beta2)
-        spread = torch._foreach_sqrt(seconds)
-        torch._foreach_div_(spread, [(1 - beta2**step) ** 0.5 for step in made])
-        torch._foreach_add_(spread, group["eps"])
-        torch._foreach_addcdiv_(parameters, firsts, spread, [-(lr / (1 - beta1**step)) for step in made])
+            foreach._foreach_mul_(parameters, 1 - lr * decay)
+        foreach._foreach_lerp_(firsts, gradients, 1 - beta1)
+        foreach._foreach_mul_(seconds, beta2)
+        foreach._foreach_addcmul_(seconds, gradients, gradients, 1 - beta2)
+        spread = foreach._foreach_sqrt(seconds)
+        foreach._foreach_div_(spread, [(1 - beta2**step) ** 0.5 for step in made])
+        foreach._foreach_add_(spread, group["eps"])
+        foreach._foreach_addcdiv_(parameters, firsts, spread, [-(lr / (1 - beta1**step)) for step in made])
