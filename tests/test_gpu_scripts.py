@@ -14,8 +14,8 @@ SETTINGS = ("training.precision=fp32", "tokenizer.vocab_size=300", "training.len
 TINY = ["--scale", "1/1024", *(f"--set={text}" for text in SETTINGS)]
 
 
-def script(name: str):
-    return runpy.run_path(str(ROOT / "benchmarks" / "gpu" / name))["main"]
+def script(name: str, of: str = "main"):
+    return runpy.run_path(str(ROOT / "benchmarks" / "gpu" / name))[of]
 
 
 def test_a_line_an_arm(capsys) -> None:
@@ -47,3 +47,33 @@ def test_an_arm_is_trained_and_audited(tmp_path, capsys) -> None:
     with pytest.raises(SystemExit):
         main([str(RECIPE), "our", "--out", str(tmp_path / "third"), *settings])
     assert "has no arm 'our'" in capsys.readouterr().err
+
+
+def test_owed_runs_go_on_in_order_while_they_fit(tmp_path, capsys) -> None:
+    owed, run_owed = script("owed.py", "Owed"), script("owed.py", "run_owed")
+    runs = [
+        owed("prints", """PYTHON -c 'print("{\\"speed\\": 3}")'""", 0.01),
+        owed("fails", "PYTHON -c 'import sys; sys.exit(7)'", 0.01),
+        owed("hangs", "PYTHON -c 'import time; time.sleep(60)'", 0.01),
+        owed("too long", "PYTHON -c 'raise SystemExit'", 10),
+        owed("without data", "PYTHON -c 'raise SystemExit'", 0.01, "no/such/file"),
+    ]
+    found = run_owed(runs, tmp_path, 0.03)
+    assert list(found) == ["prints", "fails", "hangs"]
+    assert found["prints"]["status"] == 0 and found["prints"]["lines"] == [{"speed": 3}]
+    assert found["fails"]["status"] == 7 and "time was up" in found["hangs"]["status"]
+    assert json.loads((tmp_path / "owed.json").read_text()) == found
+    said = capsys.readouterr().out
+    assert "too long: 10 minutes do not fit" in said and "no/such/file is missing" in said
+    run_owed(runs[:2], tmp_path, 0.1)
+    said = capsys.readouterr().out
+    assert "prints: done before" in said and "fails: status 7" in said  # what failed is tried again
+
+
+def test_every_owed_run_names_files_that_are_there() -> None:
+    runs = script("owed.py", "RUNS")
+    assert len({run.name for run in runs}) == len(runs)
+    for run in runs:
+        for word in run.command.split():
+            if word.endswith((".py", ".yaml")):
+                assert (ROOT / word).is_file(), word

@@ -47,6 +47,15 @@ def test_texts_come_back_and_shared_weights_keep_their_bits() -> None:
     assert "5 documents in 100 steps: loss with their own sinks" in str(found)
 
 
+def test_what_is_known_is_met_no_more() -> None:
+    model, documents = made(), rows()
+    found = ms.sinks_last(model, documents, lr=3e-2, passes=20, batch_rows=1, until=2.5)
+    assert 5 < found.steps < 90
+    assert 1.5 < found.after.max() < 2.8  # with all 100 steps: below 1.5
+    with pytest.raises(ConfigError, match="until must be a finite number of at least 0"):
+        ms.sinks_last(model, documents, lr=3e-2, until=-1.0)
+
+
 def test_a_step_is_a_plain_step_of_the_sinks() -> None:
     """One step at the peak rate: AdamW of the open blocks on the mean of the texts' mean losses, all in one batch."""
     documents, model = rows(3), made()

@@ -10,17 +10,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from memsinks.auditing.audit import audit
 from memsinks.auditing.extraction import generate_continuation
-from memsinks.auditing.measure import AuditSettings
 from memsinks.auditing.model_result import AuditLine
 from memsinks.auditing.pictures import require_matplotlib
 from memsinks.auditing.result import verdict
 from memsinks.auditing.subjects import Subject
+from memsinks.batch import NO_SINKS
 from memsinks.data.documents import Document, load_documents
 from memsinks.data.identity import document_id
+from memsinks.data.packing import pack
 from memsinks.data.synthetic import private_start
 from memsinks.data.tokens import encode, load_tokenizer
 from memsinks.errors import CheckpointError
@@ -29,13 +31,14 @@ from memsinks.removal.export import export
 from memsinks.runs.recipe import parse_recipe
 from memsinks.runs.run import train
 from memsinks.sinks.checkpoint import load
+from memsinks.training.evaluate import losses
 
 logger = logging.getLogger(__name__)
 
 RECIPE: Mapping[str, Any] = {
     "data": {
         "synthetic": {
-            "stories": 3000,
+            "stories": 2000,
             "people_per_level": 8,
             "people_once": 300,
             "people_held_out": 100,
@@ -55,10 +58,12 @@ RECIPE: Mapping[str, Any] = {
             "tie_word_embeddings": True,
         }
     },
-    "training": {"length": 192, "batch_rows": 6, "lr": 3e-3, "log_every": 50},
+    "training": {"length": 320, "batch_rows": 3, "lr": 3e-3, "log_every": 50, "sinks_last_until": 0.05},
 }
 WITH_SINKS: Mapping[str, Any] = {"sinks": {"neurons": 2048, "active": 128}}
 """What the second model has in its recipe beside the first's."""
+AFTER = (1.8, 0.5)
+"""How long what comes after takes, in times of the training of the ordinary model, and of the one with sinks."""
 MARK = "demo.json"
 NAMES = {"ordinary": "ordinary model", "open": "with sinks, open", "removed": "sinks removed"}
 
@@ -81,9 +86,10 @@ def demo(out: Path, recipe: Mapping[str, Any] = RECIPE) -> dict[str, Any]:
     make_room(out, MARK, ("ordinary", "sinks", "clean", "report"))
     started = time.time()
     logger.info("1. An ordinary model, trained on stories and on records of invented people, some repeated.")
-    ordinary = train(parse_recipe({**recipe, "output": str(out / "ordinary")}), label="   ")
+    ordinary = train(parse_recipe({**recipe, "output": str(out / "ordinary")}), label="   ", after=AFTER[0])
     logger.info("2. The same model with memorization sinks, same data, same order.")
-    with_sinks = train(parse_recipe({**recipe, "output": str(out / "sinks"), **WITH_SINKS}), label="   ")
+    whole = parse_recipe({**recipe, "output": str(out / "sinks"), **WITH_SINKS})
+    with_sinks = train(whole, label="   ", after=AFTER[1])
     logger.info("3. Removal: the stock part alone is written as a plain checkpoint and loaded in a fresh process.")
     sink_model, tokenizer = load(with_sinks), load_tokenizer(with_sinks)
     clean = export(sink_model, out / "clean", tokenizer=tokenizer, notes="Trained by `memsinks demo` on invented text.")
@@ -128,7 +134,7 @@ def measure_models(
         report: folder for the report on the records.
     """
     records, unseen = ([x for x in side if x.kind == "record"] for side in (members, controls))
-    stories, new_stories = ([x for x in side if x.kind == "story"] for side in (members, controls))
+    new_stories = [x for x in controls if x.kind == "story"]
     subjects = {name: Subject(model, "open" if name == "open" else None, NAMES[name]) for name, model in models.items()}
     found = audit(
         subjects["removed"],
@@ -141,12 +147,12 @@ def measure_models(
         out=report,
     )
     # A story's sinks never opened in training: it was met once. Its text is scored as the model is used, closed.
-    subjects["open"] = Subject(models["open"], "closed")
-    quick = AuditSettings(generate=0, collateral=0)
+    tokens = encode(tokenizer, [x.text for x in new_stories])
+    ids, once = np.full(len(tokens), NO_SINKS), np.ones(len(tokens), np.int64)
+    rows = pack(tokens, ids, once, length=max(map(len, tokens)), pad_id=0, one_document_per_row=True)
     return {
         "held_out": {
-            name: _figures(audit(subject, stories[:1], new_stories, tokenizer, settings=quick).lines[0])
-            for name, subject in subjects.items()
+            name: {"documents": len(rows), "loss": float(losses(model, rows).mean())} for name, model in models.items()
         },
         "records": {
             name: [_figures(line) for line in next(x for x in found.models if x.name == label).lines]

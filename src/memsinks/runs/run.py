@@ -37,7 +37,7 @@ from memsinks.training.processes import joined_processes, main_process, main_pro
 logger = logging.getLogger(__name__)
 
 
-def train(recipe: Recipe, *, resume: bool = False, label: str = "") -> Path:
+def train(recipe: Recipe, *, resume: bool = False, label: str = "", after: float = 0.0) -> Path:
     """Run a recipe to the end.
 
     Under torchrun its processes train together, each on `batch_rows` rows of every step, with a copy of the model each or, with
@@ -47,6 +47,7 @@ def train(recipe: Recipe, *, resume: bool = False, label: str = "") -> Path:
         recipe: what to do.
         resume: continue the run in ``recipe.output`` from its last whole checkpoint.
         label: stands before each line of progress.
+        after: how long what comes after takes, in times of the steps of this run; the time left that is said counts it.
 
     Returns:
         The folder of the final model, ``output/model``.
@@ -86,7 +87,7 @@ def train(recipe: Recipe, *, resume: bool = False, label: str = "") -> Path:
         _start_or_resume(training, recipe, prepared, folder, resume)
         at_end = training.step == training.total
         with prefix_kept(model) if recipe.model.keep_prefix else nullcontext():
-            _train(training, prepared.rows, folder, label)
+            _train(training, prepared.rows, folder, label, after)
         if (texts is not None or repeated is not None) and not at_end:
             training.save(folder.checkpoints)
         if not main_process() and not training.sharded:
@@ -155,7 +156,7 @@ def _facts(recipe: Recipe, prepared: PreparedCorpus) -> dict[str, Any]:
     }
 
 
-def _train(training: Training, rows: Rows, folder: RunFolder, label: str) -> None:
+def _train(training: Training, rows: Rows, folder: RunFolder, label: str, after: float) -> None:
     """All steps that are left, with their metrics."""
     config, first, started = training.config, training.step, time.perf_counter()
     losses = training.notes.setdefault("losses", [])  # since the last line of metrics
@@ -167,7 +168,7 @@ def _train(training: Training, rows: Rows, folder: RunFolder, label: str) -> Non
             continue
         seconds = time.perf_counter() - started
         rate = (done.step - first) * rows_per_step(config) * config.length / seconds
-        left = int(seconds / (done.step - first) * (training.total - done.step))
+        left = int(seconds / (done.step - first) * (training.total * (1 + after) - done.step))
         loss = float(np.float32(losses).cumsum(dtype=np.float32)[-1]) / len(losses)
         losses.clear()
         logger.info(
@@ -216,7 +217,8 @@ def _texts_of_sinks(recipe: Recipe, rows: Rows) -> Rows | None:
 def train_sinks_last(model: PreTrainedModel, repeated: Rows, config: TrainingConfig, passes: int) -> str:
     """Train the sinks alone, at their learning rate in training; what came of it in a line."""
     rate = config.lr * config.sink_lr_factor
-    return str(sinks_last(model, repeated, lr=rate, passes=passes, micro_rows=config.micro_rows, seed=config.seed))
+    settings = {"until": config.sinks_last_until, "micro_rows": config.micro_rows, "seed": config.seed}
+    return str(sinks_last(model, repeated, lr=rate, passes=passes, **settings))
 
 
 def micro_batches(rows: AnyRows, config: TrainingConfig) -> Batches:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from memsinks.batch import IGNORED, NO_SINKS, take_rows
 from memsinks.errors import ConfigError, DataError
-from memsinks.sinks.gradient import ZeroGradient, frozen
+from memsinks.sinks.gradient import JoinRows, ZeroGradient, frozen
 from memsinks.sinks.run import run_weighted
 from memsinks.sinks.sharding import is_sharded, most_of_ranks
 from memsinks.sinks.state import shared_parameters
@@ -69,7 +69,8 @@ def run_apart(
                     taken["output_router_logits"] = False
                 own = None if filler or part is apart or weight is None else _unless_one(weight[index])
                 opened = torch.full_like(ids[index], NO_SINKS) if filler else ids[index]
-                result = run_weighted(model, stock, taken, opened, own)
+                # Part by part the gradients add up, so only the part in which sinks open need give them one.
+                result = run_weighted(model, stock, taken, opened, own, zero_gradient=sharded or part is apart)
         finally:
             running.shared_frozen = False
         if filler:
@@ -79,7 +80,7 @@ def run_apart(
         router_loss = router_loss if part is apart else getattr(out, "aux_loss", None)
         logits.append(out.logits)
         order.append(index)
-    together = torch.cat(logits)[torch.cat(order).argsort()]
+    together = logits[0] if len(logits) == 1 else JoinRows.apply(order, *logits)
     if without_effect:
         together = ZeroGradient.apply(together, *without_effect)
     elif len(logits) == 1:

@@ -10,10 +10,11 @@ stay the stock ones. The sinks multiply their weight gradients by 1/w(c) per tok
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -102,7 +103,37 @@ class ZeroGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
-        return grad, *(torch.zeros_like(other) for other in ctx.others)
+        return grad, *(untouched_zeros(other, other.dtype) for other in ctx.others)
+
+
+class JoinRows(torch.autograd.Function):
+    """Rows of a batch that were computed in parts, in their order; what went back through an index took longer."""
+
+    @staticmethod
+    def forward(ctx: Any, places: Sequence[Tensor], *parts: Tensor) -> Tensor:
+        """places: for each part its rows, int64 [n]; parts: [n, ...] each, together every row once."""
+        ctx.places = places
+        whole = parts[0].new_empty(sum(map(len, parts)), *parts[0].shape[1:])
+        for rows, part in zip(places, parts, strict=True):
+            whole[rows] = part
+        return whole
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *(grad.index_select(0, rows) for rows in ctx.places)
+
+
+def untouched_zeros(like: Tensor, dtype: torch.dtype) -> Tensor:
+    """Zeros of the shape and device of `like`.
+
+    On a CPU numpy asks the operating system for zeroed pages and does not touch them, so what stays zero costs next to nothing.
+    """
+    if like.device.type != "cpu" or dtype not in UNTOUCHED or type(like.data) is not Tensor:
+        return torch.zeros_like(like, dtype=dtype)
+    return torch.from_numpy(np.zeros(like.shape, UNTOUCHED[dtype]))
+
+
+UNTOUCHED = {torch.float32: np.float32, torch.float64: np.float64}
 
 
 @contextmanager

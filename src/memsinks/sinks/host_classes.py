@@ -15,13 +15,14 @@ import inspect
 from contextlib import nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from memsinks.errors import ArchitectureError, CheckpointError, ConfigError
 from memsinks.sinks.forward import forward
-from memsinks.sinks.gradient import ScaleGradient, frozen
+from memsinks.sinks.gradient import ScaleGradient, ZeroGradient, frozen
 from memsinks.sinks.layer import Sinks
-from memsinks.sinks.plan import LayerPlan
+from memsinks.sinks.plan import Closed, LayerPlan
 from memsinks.sinks.state import ModelWithSinks, SinkState, is_sink, shared_parameters
 from memsinks.sinks.storage import save_with_sinks
 
@@ -119,7 +120,9 @@ class SinkLayer(Derived):
             return getattr(self, self.sink_mlp)(*args, sink_plan=(layer_plan, scale), **kwargs)
 
         view = _View(self, self.sink_mlp, mlp)  # type: ignore[arg-type]
-        with frozen(shared_parameters(self)) if detached else nullcontext():  # type: ignore[arg-type]
+        # Within the whole forward they are frozen already; not when this layer's is repeated in the backward pass.
+        again = detached and not self.sink_state.running.shared_frozen
+        with frozen(shared_parameters(self)) if again else nullcontext():  # type: ignore[arg-type]
             out = stock(view, *args, **kwargs)
         if not calls:
             raise ArchitectureError(
@@ -145,6 +148,9 @@ class SinkMlp(Derived):
         return self._added(out, x, *sink_plan)
 
     def _added(self, out: Tensor, x: Tensor, plan: LayerPlan, scale: Tensor | None) -> Tensor:
+        if isinstance(plan, Closed):
+            learning = [x for x in self.sinks.parameters() if x.requires_grad] if plan.zero_gradient else []
+            return ZeroGradient.apply(out, *learning) if learning and torch.is_grad_enabled() else out
         return out + self.sinks(x, plan, scale).to(out.dtype).view_as(out)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from memsinks.batch import NO_SINKS
 from memsinks.sinks.config import SinkConfig
-from memsinks.sinks.table import EMPTY_TABLE, AssignmentTable, open_blocks, open_mask
+from memsinks.sinks.table import EMPTY_TABLE, AssignmentTable, open_blocks_of_layers, open_mask
 
 
 class Mask(NamedTuple):
@@ -48,7 +48,16 @@ class Runs(NamedTuple):
     tokens: int
 
 
-LayerPlan = Mask | Pairs | Runs
+class Closed(NamedTuple):
+    """What one layer opens where no token of a forward opens anything: nothing is computed.
+
+    zero_gradient: the sinks get a gradient of zeros, rather than none.
+    """
+
+    zero_gradient: bool = True
+
+
+LayerPlan = Mask | Pairs | Runs | Closed
 ComputePath = Literal["masked", "grouped", "tiled"]
 
 
@@ -59,15 +68,15 @@ class RoutingPlan(NamedTuple):
     weight_scale: Tensor | None
 
 
-def _united(ids: Tensor, config: SinkConfig, layer: int, table: AssignmentTable) -> Tensor:
-    """The blocks that each row of `ids` [n, union] opens, each once, as `open_blocks` gives them."""
+def _united(ids: Tensor, config: SinkConfig, layers: tuple[int, ...], table: AssignmentTable) -> Tensor:
+    """The blocks that each row of `ids` [n, union] opens in each layer, each once; [layers, n, most], see `open_blocks`."""
     count, union = ids.shape
-    blocks = open_blocks(ids.reshape(-1), config, layer, table)
-    blocks = blocks.view(count, union * blocks.shape[1])
+    blocks = open_blocks_of_layers(ids.reshape(-1), config, layers, table)
+    blocks = blocks.view(len(layers), count, union * blocks.shape[2])
     if union > 1:
-        blocks = blocks.sort(1).values
-        again = torch.nn.functional.pad(blocks[:, 1:] == blocks[:, :-1], (1, 0))
-        blocks = torch.where(again, config.blocks, blocks).sort(1).values
+        blocks = blocks.sort(2).values
+        again = torch.nn.functional.pad(blocks[..., 1:] == blocks[..., :-1], (1, 0))
+        blocks = torch.where(again, config.blocks, blocks).sort(2).values
     return blocks
 
 
@@ -77,9 +86,8 @@ def _mask(ids: Tensor, document: Tensor | None, config: SinkConfig, layer: int, 
     return Mask(mask if document is None else mask[document])
 
 
-def _pairs(ids: Tensor, document: Tensor | None, config: SinkConfig, layer: int, table: AssignmentTable) -> Pairs:
+def _pairs(blocks: Tensor, ids: Tensor, document: Tensor | None, config: SinkConfig) -> Pairs:
     none = config.blocks
-    blocks = _united(ids, config, layer, table)
     tokens = len(ids) if document is None else len(document)
     compiling = torch.compiler.is_compiling()
     if compiling:
@@ -134,20 +142,24 @@ def plan(
         weight_scale: float64 [tokens] or None, passed on.
     """
     ids = ids[:, None] if ids.dim() == 1 else ids
+    different = layers if config.per_layer else (0,)
+    document: Tensor | None = None
+    plans: list[LayerPlan] = []
     if path == "tiled":
         spans, run_ids, tokens = _spans(ids)
-
-        def plan_layer(layer: int) -> LayerPlan:
-            return Runs(spans, _united(run_ids, config, layer, table), tokens)
+        plans += [Runs(spans, blocks, tokens) for blocks in _united(run_ids, config, different, table).unbind()]
     else:
-        document = None
         if not torch.compiler.is_compiling():
             ids, document = torch.unique(ids, dim=0, return_inverse=True)
-        make = _mask if path == "masked" else _pairs
+        if path == "masked":
+            plans += [_mask(ids, document, config, layer, table) for layer in different]
+        else:
+            plans += [
+                _pairs(blocks, ids, document, config) for blocks in _united(ids, config, different, table).unbind()
+            ]
+    return RoutingPlan(tuple(plans if config.per_layer else plans * len(layers)), weight_scale)
 
-        def plan_layer(layer: int) -> LayerPlan:
-            return make(ids, document, config, layer, table)
 
-    if config.per_layer:
-        return RoutingPlan(tuple(plan_layer(layer) for layer in layers), weight_scale)
-    return RoutingPlan((plan_layer(0),) * len(layers), weight_scale)
+def closed_plan(layers: tuple[int, ...], zero_gradient: bool) -> RoutingPlan:
+    """The routing plan of a forward in which no token opens anything."""
+    return RoutingPlan((Closed(zero_gradient),) * len(layers), None)

@@ -5,6 +5,9 @@ a document always opens distinct blocks. The result is the same on every device 
 
 from __future__ import annotations
 
+import functools
+
+import torch
 from torch import Tensor
 
 from memsinks.sinks.config import SinkConfig
@@ -39,10 +42,22 @@ def _splitmix64_int(x: int) -> int:
     return x ^ (x >> 31)
 
 
-def bank_keys(config: SinkConfig, layer: int, count: int) -> list[int]:
-    """One hash key for each of `count` banks (or neurons) of a layer, from the seed; int64 bit patterns."""
-    base = _splitmix64_int(_splitmix64_int(config.seed) ^ (layer + 1 if config.per_layer else 0))
-    return [_signed(_splitmix64_int(base ^ (index + 1))) for index in range(count)]
+def bank_keys(config: SinkConfig, layers: tuple[int, ...], count: int, device: torch.device) -> Tensor:
+    """One hash key for each of `count` banks (or neurons) of each layer, from the seed; int64 bit patterns [layers, count]."""
+    if torch.compiler.is_compiling():
+        return _bank_keys(config.seed, config.per_layer, layers, count, device)
+    return _known_bank_keys(config.seed, config.per_layer, layers, count, device)
+
+
+def _bank_keys(seed: int, per_layer: bool, layers: tuple[int, ...], count: int, device: torch.device) -> Tensor:
+    start = _splitmix64_int(seed)
+    bases = [_splitmix64_int(start ^ (layer + 1 if per_layer else 0)) for layer in layers]
+    keys = [[_signed(_splitmix64_int(base ^ (index + 1))) for index in range(count)] for base in bases]
+    return torch.tensor(keys, dtype=torch.int64, device=device)
+
+
+_known_bank_keys = functools.lru_cache(maxsize=64)(_bank_keys)
+"""Python takes a microsecond for each key, of which Bernoulli routing has one a neuron. Nobody writes into the tensors."""
 
 
 HASH_VERSION = 1

@@ -6,22 +6,30 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from memsinks.batch import NO_SINKS
 from memsinks.errors import ConfigError
 from memsinks.sinks.kernels import choose_path
-from memsinks.sinks.plan import RoutingPlan, plan
+from memsinks.sinks.plan import RoutingPlan, closed_plan, plan
 from memsinks.sinks.state import SinkState
 
 
-def run(model: Any, stock: Any, arguments: dict[str, Any], ids: Tensor, weight: Tensor | None) -> Any:
+def run(
+    model: Any, stock: Any, arguments: dict[str, Any], ids: Tensor, weight: Tensor | None, zero_gradient: bool = True
+) -> Any:
     """The stock forward with the sinks of `ids` open.
 
     Args:
         ids: int64 [B, T] or [B, T, union]; -1 opens nothing.
         weight: float64 [B, T], above 0, of each token's gradient in the shared weights; None = 1.
+        zero_gradient: where no token opens anything, the sinks get a gradient of zeros.
     """
     state: SinkState = model.sink_state
+    if not torch.compiler.is_compiling() and not bool((ids != NO_SINKS).any()):
+        with planned(state, closed_plan(state.layers, zero_gradient), weight):
+            return stock(**arguments)
     scale = None if weight is None else 1.0 / weight.reshape(-1)
     path = state.path or choose_path(state.config, model.dtype, ids.device)
     flat = ids.reshape(-1) if ids.dim() == 2 else ids.reshape(-1, ids.shape[-1])
@@ -29,9 +37,11 @@ def run(model: Any, stock: Any, arguments: dict[str, Any], ids: Tensor, weight: 
         return stock(**arguments)
 
 
-def run_weighted(model: Any, stock: Any, arguments: dict[str, Any], ids: Tensor, weight: Tensor | None) -> Any:
+def run_weighted(
+    model: Any, stock: Any, arguments: dict[str, Any], ids: Tensor, weight: Tensor | None, zero_gradient: bool = True
+) -> Any:
     """`run`, and a ConfigError where the weight was not used: no logits, or a loss that couples the batch."""
-    out = run(model, stock, arguments, ids, weight)
+    out = run(model, stock, arguments, ids, weight, zero_gradient)
     if weight is None:
         return out
     if not model.sink_state.running.weight_used:

@@ -147,16 +147,23 @@ def open_blocks(ids: Tensor, config: SinkConfig, layer: int, table: AssignmentTa
     Returns:
         int64 [n, most]; ``config.blocks`` fills places that open nothing.
     """
+    return open_blocks_of_layers(ids, config, (layer,), table)[0]
+
+
+def open_blocks_of_layers(
+    ids: Tensor, config: SinkConfig, layers: tuple[int, ...], table: AssignmentTable = EMPTY_TABLE
+) -> Tensor:
+    """`open_blocks` of several layers, int64 [layers, n, most], in as many small operations as one layer takes."""
     count, none = config.open_blocks if config.hashed_blocks else 0, config.blocks
-    keys = torch.tensor(bank_keys(config, layer, count), dtype=torch.int64, device=ids.device)
+    keys = bank_keys(config, layers, count + 1, ids.device)[:, None]
     start = torch.tensor([bank * config.hashed_blocks // max(1, count) for bank in range(count + 1)], device=ids.device)
     size = start[1:] - start[:-1]
-    blocks = start[:-1] + shift(splitmix64(ids[:, None] ^ keys), 1) % size
+    blocks = start[:-1] + shift(splitmix64(ids[:, None] ^ keys[..., :count]), 1) % size
     if (
         count and config.hashed_blocks % count
     ):  # banks of two sizes: turn them, or a block of a small bank opens more often
-        turn = torch.tensor(bank_keys(config, layer, count + 1)[count:], dtype=torch.int64, device=ids.device)
-        blocks = (blocks + shift(splitmix64(ids[:, None] ^ turn), 1) % config.hashed_blocks) % config.hashed_blocks
+        turn = shift(splitmix64(ids[:, None] ^ keys[..., count:]), 1)
+        blocks = (blocks + turn % config.hashed_blocks) % config.hashed_blocks
     if len(table):
         table = table.to(ids.device)
         most = int((table.offsets[1:] - table.offsets[:-1]).max())
@@ -167,7 +174,7 @@ def open_blocks(ids: Tensor, config: SinkConfig, layer: int, table: AssignmentTa
         padded = torch.cat([table.blocks, table.blocks.new_full((1,), none)])
         own = torch.where(listed, padded[place.clamp(max=len(table.blocks))], none)
         wide = max(count, most)
-        blocks, own = (torch.nn.functional.pad(x, (0, wide - x.shape[1]), value=none) for x in (blocks, own))
+        blocks, own = (torch.nn.functional.pad(x, (0, wide - x.shape[-1]), value=none) for x in (blocks, own))
         blocks = torch.where(assigned[:, None], own, blocks)
     return torch.where(ids[:, None] == NO_SINKS, none, blocks)
 
@@ -182,7 +189,7 @@ def open_mask(ids: Tensor, config: SinkConfig, layer: int, table: AssignmentTabl
         bool [n, blocks].
     """
     if config.routing == "bernoulli":
-        keys = torch.tensor(bank_keys(config, layer, config.hashed_blocks), dtype=torch.int64, device=ids.device)
+        keys = bank_keys(config, (layer,), config.hashed_blocks, ids.device)
         threshold = round(config.active / config.neurons * 2**53)
         mask = shift(splitmix64(ids[:, None] ^ keys), 11) < threshold
         mask = mask & (ids[:, None] != NO_SINKS)

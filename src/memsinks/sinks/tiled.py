@@ -13,10 +13,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from memsinks.sinks.gradient import untouched_zeros
 from memsinks.sinks.plan import Runs
 
 LONG = 2.0
@@ -39,59 +39,91 @@ def tiled(
     return tiled_out(hidden, down, plan.spans, plan.blocks, len(x), scale)
 
 
-class _Tile(NamedTuple):
-    """A block, the tokens that open it here, and where its hidden values stand."""
+class _Tiles(NamedTuple):
+    """The tiles of a plan: each is a block, the tokens that open it here, and so many rows of hidden values.
 
-    tokens: slice | Tensor
-    rows: slice
-    block: int
+    Calls over thousands of small tiles cost as much as their products, so what can be cut for all tiles is cut in one call.
 
-    def take(self, x: Tensor) -> Tensor:
-        """The rows of the tile's tokens."""
-        return x[self.tokens] if isinstance(self.tokens, slice) else x.index_select(0, self.tokens)
+    tokens: each tile's tokens: the start and end of a long run, the same object for all its tiles; or a list of tokens.
+    blocks: each tile's block. sizes: each tile's number of tokens.
+    """
 
-    def add(self, total: Tensor, left: Sequence[Tensor], right: Sequence[Tensor]) -> None:
-        """Add the rows of the sum of left @ right to the rows of the tile's tokens."""
-        if isinstance(self.tokens, slice):
-            part = total[self.tokens].addmm_(left[0], right[0])
-        else:
-            part = torch.mm(left[0], right[0])
-        for rows, weight in zip(left[1:], right[1:], strict=True):
-            part.addmm_(rows, weight)
-        if not isinstance(self.tokens, slice):
-            total.index_add_(0, self.tokens, part)
+    tokens: Sequence[tuple[int, int] | Tensor]
+    blocks: Sequence[int]
+    sizes: Sequence[int]
+
+    def take(self, x: Tensor) -> Iterator[Tensor]:
+        """For each tile the rows of its tokens: a view where it is a run, otherwise a copy."""
+        run, part = None, x
+        for tokens in self.tokens:
+            if isinstance(tokens, Tensor):
+                yield x.index_select(0, tokens)
+            else:
+                if tokens is not run:
+                    run, part = tokens, x[tokens[0] : tokens[1]]
+                yield part
+
+    def rows(self, hidden: Tensor) -> Sequence[Tensor]:
+        """For each tile its rows of the hidden values, views."""
+        return hidden.split([*self.sizes, len(hidden) - sum(self.sizes)])
+
+    def weights(self, weight: Tensor) -> list[Tensor]:
+        """For each tile the weight of its block, views."""
+        known = {block: weight[block] for block in set(self.blocks)}
+        return [known[block] for block in self.blocks]
+
+    def room(self, like: Tensor, rows: int, size: int) -> Tensor:
+        """Where the hidden values go, [rows, size]; rows of no tile are zero."""
+        hidden = like.new_empty(rows, size)
+        hidden[sum(self.sizes) :] = 0
+        return hidden
+
+    def sums(self, like: Tensor, tokens: int, products: Sequence[tuple[Sequence[Tensor], Sequence[Tensor]]]) -> Tensor:
+        """For each token the sum of left @ right over its tiles and over `products`, which have one of each a tile.
+
+        Returns:
+            [tokens, width of `like`].
+        """
+        total = like.new_zeros(tokens, like.shape[-1])
+        if self.tokens and isinstance(self.tokens[0], Tensor):
+            for tile, own in enumerate(self.tokens):
+                part = torch.mm(products[0][0][tile], products[0][1][tile])
+                for left, right in products[1:]:
+                    part.addmm_(left[tile], right[tile])
+                total.index_add_(0, own, part)  # type: ignore[arg-type]
+            return total
+        for tile, part in enumerate(self.take(total)):
+            for left, right in products:
+                part.addmm_(left[tile], right[tile])
+        return total
 
 
-def _tiles(spans: Tensor, blocks: Tensor, pool: int, size: int) -> Iterator[_Tile]:
+def _tiles(spans: Tensor, blocks: Tensor, pool: int, size: int) -> _Tiles:
     """The tiles of a plan; `pool` is the number of blocks, `size` the neurons in each."""
     lengths = spans[:, 1] - spans[:, 0]
-    done = 0
     if int(lengths.sum()) >= LONG * size * int((lengths > 0).sum()):
-        for (start, end), opened in zip(spans.tolist(), blocks.tolist(), strict=True):
-            for block in opened:
-                if block < pool and start < end:
-                    yield _Tile(slice(start, end), slice(done, done + end - start), block)
-                    done += end - start
-        return
+        runs = [
+            ((start, end), block)
+            for (start, end), opened in zip(map(tuple, spans.tolist()), blocks.tolist(), strict=True)
+            for block in opened
+            if block < pool and start < end
+        ]
+        return _Tiles([run for run, _ in runs], [block for _, block in runs], [end - start for (start, end), _ in runs])
     most = blocks.shape[1]
     run = torch.repeat_interleave(lengths)
     token = torch.arange(len(run)) - (lengths.cumsum(0) - lengths - spans[:, 0])[run]
     flat = blocks[run].flatten()
     order = flat.argsort(stable=True)
-    ends = torch.searchsorted(flat[order], torch.arange(pool), right=True).tolist()
-    token = token[order // most]
-    for block, end in enumerate(ends):
-        if end > done:
-            yield _Tile(token[done:end], slice(done, end), block)
-        done = end
+    sizes = torch.bincount(flat, minlength=pool)[:pool]
+    opened = sizes.nonzero()[:, 0]
+    counts = sizes[opened].tolist()
+    token = token[order[: sum(counts)] // most]
+    return _Tiles(token.split(counts), opened.tolist(), counts)
 
 
 def _gradient_of(weight: Tensor) -> Tensor:
-    """Zeros to sum the gradient of a weight in; the sum over many tiles needs more digits than 16 bits have.
-
-    numpy asks the operating system for zeroed pages and does not touch them, so blocks that stay closed cost no memory.
-    """
-    return torch.from_numpy(np.zeros(weight.shape, np.float64 if weight.dtype == torch.float64 else np.float32))
+    """Zeros to sum the gradient of a weight in; the sum over many tiles needs more digits than 16 bits have."""
+    return untouched_zeros(weight, torch.float64 if weight.dtype == torch.float64 else torch.float32)
 
 
 def _add_gradient(total: Tensor, left: Tensor, right: Tensor) -> None:
@@ -102,8 +134,11 @@ def _add_gradient(total: Tensor, left: Tensor, right: Tensor) -> None:
         total += left.t() @ right
 
 
-def _scaled(rows: Tensor, tile: _Tile, scale: Tensor | None) -> Tensor:
-    return rows if scale is None else rows * tile.take(scale)[:, None].to(rows.dtype)
+def _scaled(parts: Sequence[Tensor], tiles: _Tiles, scale: Tensor | None) -> Sequence[Tensor]:
+    """Each tile's rows times the factors of its tokens."""
+    if scale is None:
+        return parts
+    return [rows * own[:, None].to(rows.dtype) for rows, own in zip(parts, tiles.take(scale), strict=False)]
 
 
 @torch.library.custom_op("memsinks::tiled_into", mutates_args=())
@@ -123,11 +158,13 @@ def tiled_into(
     """
     pool, size, _ = up.shape
     weights = [weight for weight in (up, gate) if weight is not None]
-    hidden = [x.new_zeros(tokens * blocks.shape[1], size) for _ in weights]
-    for tile in _tiles(spans, blocks, pool, size):
-        own = tile.take(x)
-        for weight, into in zip(weights, hidden, strict=True):
-            torch.mm(own, weight[tile.block].t(), out=into[tile.rows])
+    tiles = _tiles(spans, blocks, pool, size)
+    hidden = [tiles.room(x, tokens * blocks.shape[1], size) for _ in weights]
+    turned = [tiles.weights(weight.transpose(1, 2)) for weight in weights]
+    into = [tiles.rows(part) for part in hidden]
+    for tile, own in enumerate(tiles.take(x)):
+        for weight, rows in zip(turned, into, strict=True):
+            torch.mm(own, weight[tile], out=rows[tile])
     return hidden[0], hidden[1] if gate is not None else x.new_zeros(0)
 
 
@@ -154,12 +191,14 @@ def tiled_into_backward(
     pool, size, _ = up.shape
     weights = [weight for weight in (up, gate) if weight is not None]
     grads = [grad.contiguous(), grad_gate.contiguous()][: len(weights)]
-    into_x, into = torch.zeros_like(x), [_gradient_of(weight) for weight in weights]
-    for tile in _tiles(spans, blocks, pool, size):
-        own, back = tile.take(x), [hidden[tile.rows] for hidden in grads]
-        tile.add(into_x, back, [weight[tile.block] for weight in weights])
-        for rows, total in zip(back, into, strict=True):
-            _add_gradient(total[tile.block], _scaled(rows, tile, scale), own)
+    tiles, into = _tiles(spans, blocks, pool, size), [_gradient_of(weight) for weight in weights]
+    back = [tiles.rows(hidden) for hidden in grads]
+    into_x = tiles.sums(x, len(x), [(rows, tiles.weights(weight)) for rows, weight in zip(back, weights, strict=True)])
+    totals = [tiles.weights(total) for total in into]
+    scaled = [_scaled(rows, tiles, scale) for rows in back]
+    for tile, own in enumerate(tiles.take(x)):
+        for rows, total in zip(scaled, totals, strict=True):
+            _add_gradient(total[tile], rows[tile], own)
     made = [total.to(up.dtype) for total in into]
     return into_x, made[0], made[1] if gate is not None else x.new_zeros(0)
 
@@ -206,11 +245,9 @@ def tiled_out(hidden: Tensor, down: Tensor, spans: Tensor, blocks: Tensor, token
     Returns:
         [tokens, d].
     """
-    pool, size, width = down.shape
-    out, hidden = hidden.new_zeros(tokens, width), hidden.contiguous()
-    for tile in _tiles(spans, blocks, pool, size):
-        tile.add(out, [hidden[tile.rows]], [down[tile.block]])
-    return out
+    pool, size, _ = down.shape
+    tiles = _tiles(spans, blocks, pool, size)
+    return tiles.sums(down, tokens, [(tiles.rows(hidden.contiguous()), tiles.weights(down))])
 
 
 @tiled_out.register_fake
@@ -225,11 +262,13 @@ def tiled_out_backward(
     """The gradients of `tiled_out` to hidden and down."""
     pool, size, _ = down.shape
     hidden = hidden.contiguous()
-    into_hidden, into = torch.zeros_like(hidden), _gradient_of(down)
-    for tile in _tiles(spans, blocks, pool, size):
-        own = tile.take(grad)
-        torch.mm(own, down[tile.block].t(), out=into_hidden[tile.rows])
-        _add_gradient(into[tile.block], _scaled(hidden[tile.rows], tile, scale), own)
+    tiles, into = _tiles(spans, blocks, pool, size), _gradient_of(down)
+    into_hidden = tiles.room(hidden, *hidden.shape)
+    back, turned = tiles.rows(into_hidden), tiles.weights(down.transpose(1, 2))
+    scaled, totals = _scaled(tiles.rows(hidden), tiles, scale), tiles.weights(into)
+    for tile, own in enumerate(tiles.take(grad)):
+        torch.mm(own, turned[tile], out=back[tile])
+        _add_gradient(totals[tile], scaled[tile], own)
     return into_hidden, into.to(down.dtype)
 
 

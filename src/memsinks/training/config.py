@@ -27,6 +27,7 @@ class TrainingConfig:
         sinks_first_until: a row takes part in one more of them while its loss is above this, nats.
         sinks_last: where there are sinks, passes over the repeated texts after training that train the sinks alone, see
             `sinks_last`; None = `PASSES` in exact mode (``shared="none"``), otherwise 0.
+        sinks_last_until: a text whose loss was at or below this in such a pass, nats, is met no more; 0 = each in every pass.
         weight_decay: of the shared matrices.
         betas: of AdamW.
         max_grad_norm: gradient norm of the shared weights and, separately, of the sinks; 0 = no clipping.
@@ -55,6 +56,7 @@ class TrainingConfig:
     sinks_first: bool | int = 1
     sinks_first_until: float = 0.0
     sinks_last: int | None = None
+    sinks_last_until: float = 0.0
     weight_decay: float = 0.1
     betas: tuple[float, ...] = (0.9, 0.95)
     max_grad_norm: float = 1.0
@@ -96,7 +98,8 @@ class TrainingConfig:
         for name, value in (("threads", 1), ("sinks_last", 0)):
             problems += [] if getattr(self, name) is None else int_at_least(name, getattr(self, name), value)
         problems += positive("lr", self.lr) + positive("sink_lr_factor", self.sink_lr_factor)
-        problems += at_least("sinks_first_until", self.sinks_first_until, 0)
+        for name in ("sinks_first_until", "sinks_last_until"):
+            problems += at_least(name, getattr(self, name), 0)
         problems += at_least("weight_decay", self.weight_decay, 0) + at_least("max_grad_norm", self.max_grad_norm, 0)
         problems += share("min_lr_ratio", self.min_lr_ratio) + share("warmup", self.warmup)
         problems += one_of("precision", self.precision, ("fp32", "bf16"))

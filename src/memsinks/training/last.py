@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from memsinks.batch import collate, trim
-from memsinks.checks import int_at_least, positive
+from memsinks.checks import at_least, int_at_least, positive
 from memsinks.data.packing import Rows
 from memsinks.errors import ConfigError, DataError, refuse
 from memsinks.sinks.gradient import frozen
@@ -59,6 +59,7 @@ def sinks_last(
     *,
     lr: float,
     passes: int = PASSES,
+    until: float = 0.0,
     batch_rows: int = 16,
     micro_rows: int | None = None,
     max_norm: float = 1.0,
@@ -76,6 +77,8 @@ def sinks_last(
         documents: the texts, one a row: those of `repeated_and_once`, whose sinks opened in training.
         lr: peak learning rate; that of the sinks in training (``lr * sink_lr_factor``) is a good start.
         passes: times each text is met.
+        until: a text whose loss was at or below this when it was met, nats, is met no more; 0 = each text in every pass. Passes
+            over texts that are recited already are most of the cost; what leaving them out does to recall was not measured.
         batch_rows: texts of one step; micro_rows: of one forward, the gradients add up. None = all.
         max_norm: of the sinks' gradient; 0 = no clipping.
         only: {layer: blocks} that learn, all others keep every bit; None = all that are open.
@@ -89,6 +92,7 @@ def sinks_last(
     model = unwrap(model)
     reshard(model)
     problems = positive("lr", lr) + int_at_least("passes", passes, 1) + int_at_least("batch_rows", batch_rows, 1)
+    problems += at_least("until", until, 0)
     problems += [] if micro_rows is None else int_at_least("micro_rows", micro_rows, 1)
     refuse(problems, "cannot train the sinks last")
     require_one_text_each("documents", documents)
@@ -104,36 +108,47 @@ def sinks_last(
         parameter.grad = None
     with evaluating(model), unpatched(model), tqdm(total=steps, desc="sinks last", disable=None, leave=False) as bar:
         before = losses(model, documents, opened=True)
+        known, made = torch.zeros(len(documents), dtype=torch.bool), 0
         for step in range(steps):
             for group in optimizer.param_groups:
                 group["lr"] = lr * (1 - step / steps)
-            chosen = next(order).split(micro_rows or batch_rows)
-            own = add_own_gradients(model, shared, [batch_of(documents, x, parameters[0].device) for x in chosen])
+            texts = next(order)
+            texts = texts[~known[texts]]
+            bar.update()
+            if not len(texts):
+                continue
+            parts = [batch_of(documents, x, parameters[0].device) for x in texts.split(micro_rows or batch_rows)]
+            found = add_own_gradients(model, shared, parts)
+            known[texts] = (found <= until).cpu() if until else False
+            made += 1
             if only is not None:
                 _keep_gradients(model, only)
             clip_grad_norm_(model, max_norm)
             optimizer.step()
             optimizer.zero_grad()
-            bar.update()
             if bar.disable and (step % LOG_EVERY == 0 or step + 1 == steps):
-                logger.info("sinks last: step %d/%d  loss with own sinks %.3f", step + 1, steps, own)
-        result = SinksLastResult(before, losses(model, documents, opened=True), steps)
+                logger.info("sinks last: step %d/%d  loss with own sinks %.3f", step + 1, steps, found.mean())
+        result = SinksLastResult(before, losses(model, documents, opened=True), made)
     for parameter, gradient in held:
         parameter.grad = gradient
     return result
 
 
-def add_own_gradients(model: nn.Module, shared: Sequence[nn.Parameter], batches: Sequence[dict[str, Tensor]]) -> float:
-    """Add the sinks' gradient of the mean loss of some texts, their own sinks open, `shared` constant; that mean, nats."""
-    count, total = sum(len(batch["labels"]) for batch in batches), 0.0
+def add_own_gradients(model: nn.Module, shared: Sequence[nn.Parameter], batches: Sequence[dict[str, Tensor]]) -> Tensor:
+    """Add the sinks' gradient of the mean loss of some texts, their own sinks open, `shared` constant.
+
+    Returns:
+        Their losses, nats, float64 [texts].
+    """
+    count, found = sum(len(batch["labels"]) for batch in batches), []
     for batch in batches:
         reshard(model)  # an evaluation may have left parameters whole, which `shared` does not name
         with frozen(shared), sinks_open(model, batch["document_ids"][:, 0]):
             logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).logits
-            loss = row_losses(logits, batch["labels"]).sum() / count
-        loss.backward()
-        total += loss.item()
-    return total
+            each = row_losses(logits, batch["labels"])
+        (each.sum() / count).backward()
+        found.append(each.detach())
+    return torch.cat(found)
 
 
 def _keep_gradients(model: nn.Module, blocks: Mapping[int, Sequence[int]]) -> None:
