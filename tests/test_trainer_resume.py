@@ -11,7 +11,7 @@ import pytest
 import torch
 from test_resume import WRITES
 from torch.utils.data import IterableDataset
-from trainers import BATCH, CONFIG, arguments, build, equal, losses, some_rows, weights
+from trainers import BATCH, CONFIG, arguments, build, equal, groups_of, losses, some_rows, weights
 from transformers import Trainer
 
 import memsinks as ms
@@ -130,7 +130,8 @@ def test_half_a_checkpoint_is_refused_or_passed_over(uninterrupted, saved, tmp_p
     for kind in kinds:
         callbacks = [ms.SinkCallback()] if kind is Trainer else []
         model = build(pytest.tiny_llama, CONFIG, seed=1, attention_dropout=0.1)
-        trainer = kind(model, arguments(folder), collate, some_rows(), callbacks=callbacks)
+        own = (groups_of(model) if kind is Trainer else None, None)
+        trainer = kind(model, arguments(folder), collate, some_rows(), callbacks=callbacks, optimizers=own)
         with pytest.raises(ms.CheckpointError, match=f"{said}.*resume from .*checkpoint-2"):
             trainer.train(resume_from_checkpoint=str(folder / "checkpoint-4"))
     last = made(folder, "rows", seed=1)
