@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -10,9 +11,11 @@ import random
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from chats import PLAIN
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -26,9 +29,14 @@ from memsinks.data.preparation import WORK
 from memsinks.data.shards import TABLE, cut_into_shards, read_table
 from memsinks.data.tokens import train_tokenizer
 from memsinks.errors import CheckpointError, ConfigError, DataError
+from memsinks.runs.prepare import prepare as runs_prepare
 
 WORDS = [a + b for a in ("ka", "lo", "mi", "ne", "pu") for b in ("ra", "so", "ti", "ve", "xu", "zan", "dor")]
 SMALL = 3000
+try:
+    from memsinks.data import datatrove_step
+except ImportError:  # the tests that need it are skipped
+    datatrove_step: Any = None
 
 
 def text(number: int, words: int = 40) -> str:
@@ -323,3 +331,137 @@ def test_wrong_options_are_one_line(tokenizer, tmp_path, capsys, options, said) 
     assert main(["prepare", str(tmp_path / "a.jsonl"), "-q", "--workers", "1", *options]) == 2
     error = capsys.readouterr().err
     assert said in error and len(error.splitlines()) == 1
+
+
+def test_a_recipe_says_what_is_prepared_and_what_only_a_run_can_choose(tmp_path, capsys) -> None:
+    write(tmp_path / "a.jsonl", documents())
+    data = {
+        "path": str(tmp_path / "a.jsonl"),
+        "key_field": "id",
+        "limit": 40,
+        "by": "key",
+        "near_copies": {"threshold": 0.5},
+    }
+    values = {
+        "output": "x",
+        "data": data,
+        "tokenizer": {"vocab_size": 300},
+        "model": {"config": {"model_type": "llama"}},
+    }
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(values))
+    command = ["prepare", str(tmp_path / "r.yaml"), "--out", str(tmp_path / "c"), "--workers", "1", "-q"]
+    assert main(command) == 0
+    stored = ms.open_corpus(tmp_path / "c")
+    assert len(stored) == 40 and stored.by == "key" and stored.manifest["settings"]["near_copies"]["threshold"] == 0.5
+    assert main(command) == 0
+    assert main([*command, "--set", "data.held_out=4", "--set", "data.unique_keys=true"]) == 2
+    assert "data.held_out chooses among all documents" in capsys.readouterr().err
+    assert main([*command, "--by", "source", "--tokenizer", "x"]) == 2
+    assert "--by, --tokenizer: the recipe says this itself" in capsys.readouterr().err
+    assert main(["prepare", str(tmp_path / "r.yaml")]) == 2
+    assert "give --out" in capsys.readouterr().err
+
+
+# Runs on it
+
+
+def run_recipe(made: ms.StoredCorpus, output: Path, data: dict | None = None, **sections) -> ms.Recipe:
+    model = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    values = {
+        "output": str(output), "data": {"path": str(made.path), "by": "cluster"} | (data or {}),
+        "model": {"config": model | {"num_attention_heads": 2, "num_key_value_heads": 2}},
+        "sinks": {"neurons": 64, "active": 16, "block_size": 8},
+        "training": {"length": 64, "batch_rows": 8, "lr": 3e-3, "sinks_last": 1, "save_every": 9, "log_every": 9},
+    }  # fmt: skip
+    return ms.parse_recipe(values | sections)
+
+
+def test_a_run_on_a_corpus_on_disk_is_the_run_on_its_documents(made, tmp_path) -> None:
+    recipe = run_recipe(made, tmp_path / "stored")
+    ms.write_documents(tmp_path / "all.jsonl", made)
+    made.tokenizer.save_pretrained(tmp_path / "t")
+    data = {
+        "path": str(tmp_path / "all.jsonl"),
+        "copies_field": "copies",
+        "key_field": "key",
+        "cluster_field": "cluster",
+    }
+    other = run_recipe(made, tmp_path / "memory", data, tokenizer={"path": str(tmp_path / "t")})
+    stored, memory = runs_prepare(recipe), runs_prepare(other)
+    for name in FIELDS:
+        np.testing.assert_array_equal(getattr(stored.rows, name), getattr(memory.rows, name))
+    assert (ms.train(recipe) / "model.safetensors").is_file()
+    members = ms.load_documents(tmp_path / "stored" / "members.jsonl")
+    assert [x.key for x in members] == [x.key for x in made if x.copies]
+    assert [x.key for x in ms.load_documents(tmp_path / "stored" / "controls.jsonl")] == [x.key for x in made.controls]
+    facts = json.loads((tmp_path / "stored" / "run.json").read_text())
+    assert facts["documents"] == 45 and facts["corpus_sha256"] == made.digest
+    table = ms.take_down(tmp_path / "stored", key="k18", dry_run=True)
+    assert table.owner.documents == [next(n for n, x in enumerate(members) if x.key == "k18")]
+
+
+def test_settings_of_other_data_are_refused_with_a_corpus(made, tokenizer, tmp_path) -> None:
+    train_tokenizer(["another"], 280).save_pretrained(tmp_path / "t")
+    wrong = run_recipe(
+        made, tmp_path / "o", {"held_out": 3, "text_field": "t"}, tokenizer={"path": str(tmp_path / "t")}
+    )
+    with pytest.raises(
+        ConfigError, match="data.text_field, data.held_out say how other data is read.*; tokenizer.path is not"
+    ):
+        ms.train(wrong)
+    with pytest.raises(KeyboardInterrupt):
+        ms.prepare_corpus(interrupted, tokenizer, tmp_path / "half", shard_characters=SMALL, workers=1)
+    with pytest.raises(CheckpointError, match="goes on with one that was interrupted"):
+        ms.train(run_recipe(made, tmp_path / "o", {"path": str(tmp_path / "half")}))
+
+
+def interrupted():
+    yield from documents(20)
+    raise KeyboardInterrupt
+
+
+# datatrove
+
+
+def write_parquet(path: Path, given: list[Document]) -> None:
+    rows = [{"text": x.text, "id": x.key, "site": x.source, "n": x.copies, "license": "MIT"} for x in given]
+    pyarrow = pytest.importorskip("pyarrow")
+    pytest.importorskip("pyarrow.parquet").write_table(pyarrow.Table.from_pylist(rows), path)
+
+
+def pipeline(tmp_path: Path, tasks: int) -> Any:
+    local = pytest.importorskip("datatrove.executor").LocalPipelineExecutor
+    reader = pytest.importorskip("datatrove.pipeline.readers").ParquetReader
+    step = datatrove_step.MemsinksWriter(
+        tmp_path / "c", str(tmp_path / "t"), source="site", copies="n", carry=["license"], shard_characters=SMALL
+    )
+    steps = [reader(str(tmp_path / "in"), id_key="id"), step]
+    return local(steps, tasks=tasks, workers=1, logging_dir=str(tmp_path / "logs")), step
+
+
+def test_datatrove_writes_the_same_corpus(tokenizer, tmp_path) -> None:
+    tokenizer.save_pretrained(tmp_path / "t")
+    (tmp_path / "in").mkdir()
+    for part in range(3):
+        write_parquet(tmp_path / "in" / f"{part}.parquet", documents()[20 * part : 20 * part + 20])
+    executor, step = pipeline(tmp_path, tasks=3)
+    executor.run()
+    stored = datatrove_step.finish(step)
+    stored.verify()
+    given = [dataclasses.replace(x, extra={"license": "MIT"}) for x in documents()]
+    assert list(stored) == given
+    assert sorted(stored.manifest["shards"])[0] == "00000-00000" and len(stored.manifest["shards"]) > 3
+    rows, wanted = (ms.make_rows(x, tokenizer, length=64) for x in (stored, given))
+    np.testing.assert_array_equal(rows.input_ids, wanted.input_ids)
+
+
+def test_datatrove_tasks_that_have_not_ended_are_named(tokenizer, tmp_path) -> None:
+    tokenizer.save_pretrained(tmp_path / "t")
+    (tmp_path / "in").mkdir()
+    write_parquet(tmp_path / "in" / "a.parquet", documents(5))
+    step = pipeline(tmp_path, tasks=2)[1]
+    reader = pytest.importorskip("datatrove.pipeline.readers").ParquetReader(str(tmp_path / "in"), id_key="id")
+    handed = list(step.run(reader.run(rank=0, world_size=2), rank=0, world_size=2))
+    assert len(handed) == 5
+    with pytest.raises(CheckpointError, match="1 of 2 tasks"):
+        datatrove_step.finish(step)

@@ -90,11 +90,7 @@ def prepare_corpus(
     problems += [] if workers is None else int_at_least("workers", workers, 1)
     refuse(problems, "cannot prepare a corpus")
     folder = Path(out)
-    settings = {
-        "by": by, "carry": list(carried), "near_copies": None if near_copies is None else asdict(near_copies),
-        "shard_characters": int(shard_characters), "tokenizer_sha256": tokenizer_hash(tokenizer), "source": source,
-        "format_version": FORMAT,
-    }  # fmt: skip
+    settings = corpus_settings(tokenizer, by, carried, shard_characters, near_copies, source)
     with opened(folder, settings, tokenizer) as finished:
         if not finished:
             pool = Workers(workers or cores(), folder / TOKENIZER)
@@ -105,6 +101,26 @@ def prepare_corpus(
                 _write_shards(documents, folder, ShardSettings(by, carried), names, shard_characters, pool)
             finish_corpus(folder, settings, report)
     return StoredCorpus(folder)
+
+
+def corpus_settings(
+    tokenizer: PreTrainedTokenizerBase,
+    by: By,
+    carry: Iterable[str],
+    shard_characters: int,
+    near_copies: NearCopies | None = None,
+    source: Any = None,
+) -> dict[str, Any]:
+    """What the bytes of a corpus follow from, besides its documents; see `prepare_corpus`."""
+    return {
+        "by": by,
+        "carry": list(carry),
+        "near_copies": None if near_copies is None else asdict(near_copies),
+        "shard_characters": int(shard_characters),
+        "tokenizer_sha256": tokenizer_hash(tokenizer),
+        "source": source,
+        "format_version": FORMAT,
+    }
 
 
 @contextmanager
