@@ -3,8 +3,8 @@
     MEMSINKS_DATA=... OMP_NUM_THREADS=1 python experiments/near-copies/run.py --seeds 0 1 2   # about an hour a seed on a core
     MEMSINKS_DATA=... python experiments/near-copies/run.py --tiny                            # a try-out in a minute or two
 
-TinyStories cut into pieces of about a row; `stories` of them stand in the corpus with `copies` copies each, the first as it is; in
-the others a tenth of the words, drawn anew for each copy, is another word. The model and its rows are those of experiments/regimes.
+TinyStories cut into pieces of about a row; `stories` of them stand in the corpus with `copies` copies each, the first as it is;
+in the others a tenth of the words, drawn anew for each copy, is another word. Model and rows are those of experiments/regimes.
 
 | arm | what gives a copy its id |
 |---|---|

@@ -86,12 +86,13 @@ def cluster(
     """(the normal form of each document's center, int64 [documents]; a report), the same for any order and cut of the parts.
 
     Args:
-        scratch: a file for the minima, 8 bytes a band and document; None = they are in memory.
+        scratch: a folder for shingles in another order, 8 bytes each, and for the minima, 8 bytes a band and document; None =
+            they are in memory.
     """
     forms = np.concatenate([part.forms for part in parts])
     names, first, number = np.unique(forms, return_index=True, return_inverse=True)
     texts = _Texts(parts, first)
-    boilerplate = texts.boilerplate(settings.boilerplate)
+    boilerplate = texts.boilerplate(settings.boilerplate, scratch)
     texts.leave_out(boilerplate)
     pairs = _candidates(texts, settings, scratch)
     left, right, alike = _verified(texts, pairs, settings.threshold)
@@ -132,16 +133,23 @@ class _Texts:
         if len(boilerplate):
             self.kept = np.array([len(self[text]) for text in range(len(self))], np.int64)
 
-    def boilerplate(self, most: int) -> np.ndarray:
+    def boilerplate(self, most: int, scratch: Path | None) -> np.ndarray:
         """The shingles that stand in more than `most` texts: int64, ascending."""
-        if not len(self):
-            return np.zeros(0, np.int64)
-        found = []
+        ascending = [self._ascending(number, scratch) for number in range(len(self.parts))]
+        found = [np.zeros(0, np.int64)]
         for low, high in _ranges(int(self.whole.sum())):
-            own = [_within(self._of_part(number), low, high) for number in range(len(self.parts))]
+            own = [x[x.searchsorted(low) : x.searchsorted(high, "right")] for x in ascending]
             values, counts = np.unique(np.concatenate(own), return_counts=True)
             found.append(values[counts > most])
         return np.concatenate(found)
+
+    def _ascending(self, number: int, scratch: Path | None) -> np.ndarray:
+        """The shingles of the texts that stand in a part first, each as often as it stands in one."""
+        values = np.sort(self._of_part(number))
+        if scratch is None or not len(values):
+            return values
+        np.save(path := scratch / f"ascending-{number:05d}.npy", values)
+        return np.load(path, "r")
 
     def _of_part(self, number: int) -> np.ndarray:
         """The shingles of the texts that stand in a part first."""
@@ -153,14 +161,10 @@ class _Texts:
 
 
 def _ranges(entries: int) -> Iterator[tuple[int, int]]:
-    """Ranges of 63-bit hashes, each of which holds about `AT_ONCE` of so many entries."""
+    """Ranges of 63-bit hashes, first and last, each of which holds about `AT_ONCE` of so many entries."""
     number = max(1, -(-entries // AT_ONCE))
     edges = [(1 << 63) * place // number for place in range(number + 1)]
-    return itertools.pairwise(edges)
-
-
-def _within(values: np.ndarray, low: int, high: int) -> np.ndarray:
-    return values if high - low == 1 << 63 else values[(values >= low) & (values <= high - 1)]
+    return ((low, high - 1) for low, high in itertools.pairwise(edges))
 
 
 def _stands_in(values: np.ndarray, ascending: np.ndarray) -> np.ndarray:
@@ -179,7 +183,7 @@ def _candidates(texts: _Texts, settings: NearCopies, scratch: Path | None) -> np
     shape = (settings.bands, len(compared))
     keys = np.empty(shape, np.uint64)
     if scratch is not None and len(compared):
-        keys = np.lib.format.open_memmap(scratch, "w+", np.uint64, shape)
+        keys = np.lib.format.open_memmap(scratch / "minima.npy", "w+", np.uint64, shape)
     for start in range(0, len(compared), SKETCHED):
         own = compared[start : start + SKETCHED]
         keys[:, start : start + SKETCHED] = _band_keys([texts[text] for text in own.tolist()], settings).T

@@ -44,7 +44,7 @@ from memsinks.provenance import refuse_other_settings
 logger = logging.getLogger(__name__)
 
 WORK, SETTINGS, SHINGLES, CLUSTERS, REPORT, SCRATCH = (
-    ".work", "settings.json", "shingles", "clusters.npy", "near_copies.json", "minima.npy",
+    ".work", "settings.json", "shingles", "clusters.npy", "near_copies.json", "scratch",
 )  # fmt: skip
 SHARD_CHARACTERS = 1 << 24
 FORMAT = 1
@@ -243,11 +243,12 @@ def _clusters(
                 bar.update(count)
         if not paths:
             raise DataError("there are no documents")
+        (work / SCRATCH).mkdir(exist_ok=True)
         names, report = cluster([_read_shingles(path) for path in paths], settings, work / SCRATCH)
         np.save(work / CLUSTERS, names)
         write_json(work / REPORT, report)
         for path in (work / SHINGLES, work / SCRATCH):
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            shutil.rmtree(path)
     report = read_json(work / REPORT, f"remove {folder}, and make it anew")
     logger.info("near copies: %s", said(report))
     return np.load(work / CLUSTERS), report
