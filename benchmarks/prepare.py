@@ -1,25 +1,24 @@
 """How fast is a corpus made on disk, beside a bare `encode_batch`, and how do time and memory grow with it?
 
     MEMSINKS_DATA=... python benchmarks/prepare.py             # writes prepare.json beside this file; about ten minutes
-    MEMSINKS_DATA=... python benchmarks/prepare.py --scale 100 # smaller: 1/100 of each size
+    MEMSINKS_DATA=... python benchmarks/prepare.py --scale 5   # a fifth of each size, which is what the JSON here is of
 
 *Rate*: web text and Wikipedia (`background_open`), a tokenizer of 8,192 entries, one process, one thread; `encode_batch` alone,
-`prepare_corpus` without and with near copies, in turns; ratios of the medians. All times are seconds of the processor, of which
+`prepare_corpus` without and with near copies, in turns; ratios of the means. All times are seconds of the processor, of which
 others on the machine take none.
-*Growth*: 1, 10 and 100 MB of text made of the same documents, each copy with 5% of its words replaced (so that there are near
-copies at every size), made with near copies by one worker in a process of its own; seconds, and the most memory over what the
-process had after its imports.
+*Growth*: 1, 10 and 100 MB of that text, a quarter of it and three copies with 5% of the words replaced, made with near copies by
+one worker in a process of its own; seconds, and the most memory, before and after.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import os
 import platform
 import random
-import resource
 import shutil
 import statistics
 import tempfile
@@ -36,28 +35,29 @@ from memsinks.data.tokens import load_tokenizer
 
 DATA = Path(os.environ.get("MEMSINKS_DATA", "."))
 TEXT, TOKENIZER = DATA / "background_open.jsonl.zst", DATA / "tokenizers" / "mixed_bpe_8192.json"
-TURNS, RATED = 3, 5_000_000
+TURNS, RATED = 2, 50_000_000
 SIZES = (1_000_000, 10_000_000, 100_000_000)
-SHARE = 0.05
+SHARE, COPIES = 0.05, 4
 
 
 def edited(characters: int) -> Iterator[Document]:
-    """Documents of so many characters in all: the text once, then again and again with other words replaced."""
-    texts = [x.text for x in read_documents(TEXT)]
+    """Documents of so many characters in all: a quarter of them as they are, then again and again with words replaced."""
+    texts, total = [], 0
+    for document in read_documents(TEXT):
+        texts.append(document.text)
+        total += len(document.text)
+        if total >= characters / COPIES:
+            break
     words = sorted({word for text in texts[:200] for word in text.split()})
-    total = version = 0
-    while total < characters:
+    left = characters
+    for version in itertools.count():
         for number, text in enumerate(texts):
-            rng = random.Random(f"{version} {number}")
-            parts = text.split(" ")
-            for place in range(len(parts) if version else 0):
-                if rng.random() < SHARE:
-                    parts[place] = rng.choice(words)
-            total += len(text)
-            yield Document(" ".join(parts), key=f"{number}.{version}")
-            if total >= characters:
+            if left <= 0:
                 return
-        version += 1
+            left -= len(text)
+            rng = random.Random(f"{version} {number}")
+            parts = [rng.choice(words) if version and rng.random() < SHARE else word for word in text.split(" ")]
+            yield Document(" ".join(parts), key=f"{number}.{version}")
 
 
 def rate(characters: int) -> dict:
@@ -78,12 +78,18 @@ def rate(characters: int) -> dict:
                 started = time.process_time()
                 prepare_corpus(lambda: documents, tokenizer, Path(folder) / "c", near_copies=near, workers=1)
                 times[name].append(time.process_time() - started)
-    seconds = {name: statistics.median(x) for name, x in times.items()}
+    seconds = {name: statistics.fmean(x) for name, x in times.items()}
     return {
         "characters": sum(map(len, texts)), "tokens": tokens,
         "ratio to encode_batch": {name: round(seconds["encode_batch"] / x, 3) for name, x in seconds.items()},
         "tokens a second of the processor": {name: round(tokens / x) for name, x in seconds.items()},
     }  # fmt: skip
+
+
+def peak_mb() -> int:
+    """The most memory this process has had, MB (Linux)."""
+    [line] = [x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM")]
+    return int(line.split()[1]) // 1024
 
 
 def grown(characters: int, folder: str, results: multiprocessing.SimpleQueue) -> None:
@@ -93,7 +99,7 @@ def grown(characters: int, folder: str, results: multiprocessing.SimpleQueue) ->
     with source.open("w") as file:
         for document in edited(characters):
             file.write(json.dumps({"text": document.text, "key": document.key}) + "\n")
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_mb()
     started = time.process_time()
     corpus = prepare_corpus(
         lambda: read_documents(source, key_field="key"),
@@ -104,12 +110,12 @@ def grown(characters: int, folder: str, results: multiprocessing.SimpleQueue) ->
         workers=1,
     )
     seconds = time.process_time() - started
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    after = peak_mb()
     found = corpus.manifest["near_copies"]
     stored = sum(x.stat().st_size for x in corpus.path.rglob("*") if x.is_file())
     results.put({
         "characters": characters, "documents": len(corpus), "tokens": corpus.manifest["tokens"], "cpu_seconds": round(seconds, 1),
-        "peak_mb_before": before // 1024, "peak_mb": after // 1024, "mb_stored": round(stored / 1e6, 1),
+        "peak_mb_before": before, "peak_mb": after, "mb_stored": round(stored / 1e6, 1),
         "clusters": found["clusters"], "clustered": found["clustered"], "candidate_pairs": found["candidate_pairs"],
         "mostly_boilerplate": found["mostly_boilerplate"],
     })  # fmt: skip

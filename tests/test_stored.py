@@ -252,6 +252,24 @@ def test_files_that_are_cut_are_one_clear_error(tokenizer, tmp_path, name, left)
         ms.open_corpus(stored.path)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"shards": {}},
+        {"shards": []},
+        {"shards": {"../x": {"documents": 3}}},
+        {"settings": {"by": "x"}},
+        {"settings": 3},
+    ],
+)
+def test_a_manifest_of_something_else_is_one_clear_error(made, tmp_path, change) -> None:
+    (tmp_path / "c" / "shards").mkdir(parents=True)
+    (tmp_path / "x").mkdir()
+    (tmp_path / "c" / "manifest.json").write_text(json.dumps(made.manifest | change))
+    with pytest.raises(CheckpointError, match="make the corpus anew"):
+        ms.open_corpus(tmp_path / "c")
+
+
 def test_swapped_files_are_found_by_their_hashes(tokenizer, tmp_path) -> None:
     stored = prepare(tmp_path / "c", tokenizer, near_copies=None)
     a, b = (stored.path / "shards" / f"0000{n}" / TABLE for n in (0, 1))
@@ -322,6 +340,7 @@ def test_the_command_prepares_files(tokenizer, tmp_path, capsys) -> None:
      (["--tokenizer", "T", "--out", "C", "--near-copies", "--threshold", "2"], "threshold must lie in (0, 1], got 2.0"),
      (["--tokenizer", "T", "--out", "C", "--near-copies", "--cluster-field", "c"], "give one of near_copies and cluster_field"),
      (["--tokenizer", "T", "--out", "C", "--carry", "stars"], "no field 'stars'"),
+     (["--tokenizer", "T", "--out", "C", "--by", "cluster"], "data.by: cluster needs clusters"),
      (["--set", "data.limit=3"], "--set and --scale are for a recipe")],
 )  # fmt: skip
 def test_wrong_options_are_one_line(tokenizer, tmp_path, capsys, options, said) -> None:

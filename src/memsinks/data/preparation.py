@@ -135,7 +135,8 @@ def opened(folder: Path, settings: dict[str, Any], tokenizer: PreTrainedTokenize
         entries = {x.name for x in folder.iterdir()} if folder.is_dir() else set()
         if entries and not entries & {MANIFEST, WORK}:
             raise CheckpointError(f"{folder} is not empty and holds no corpus; choose another folder")
-        work.mkdir(parents=True, exist_ok=True)
+        if MANIFEST not in entries:
+            work.mkdir(parents=True, exist_ok=True)
         with locked(folder, "another process prepares it; wait for it"):
             yield _finished(folder, work, settings, tokenizer)
     except OSError as error:

@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from memsinks.batch import ISOLATIONS
 from memsinks.data.chat import encode_documents
-from memsinks.data.documents import Document
+from memsinks.data.documents import Document, utf8
 from memsinks.data.identity import By, identify
 from memsinks.data.readers import import_optional
 from memsinks.data.token_store import token_type
@@ -118,12 +118,8 @@ def documents_hash(documents: Iterable[Document]) -> str:
     """SHA-256, hexadecimal, of documents with all that is known of them, in this order."""
     found = hashlib.sha256()
     for x in documents:
-        values = [x.key, x.source, x.copies, x.kind, x.isolation, x.messages, x.prompt, x.cluster, x.extra]
-        try:
-            found.update(json.dumps(values, default=str).encode())
-            found.update(f"\0{x.text}\0".encode())
-        except (TypeError, ValueError) as error:
-            raise DataError(f"the document {x.text!r:.60} cannot be written: {error}") from error
+        values = (x.key, x.source, x.copies, x.kind, x.isolation, x.messages, x.prompt, x.cluster, x.extra)
+        found.update(utf8(f"{values!r}\0{x.text}\0", f"the document {x.text!r:.60}"))
     return found.hexdigest()
 
 
@@ -209,17 +205,12 @@ def read_table(path: Path, columns: Sequence[str] | None = None) -> Iterator[dic
 
 
 def document_of_row(row: Mapping[str, Any], carry: Sequence[str]) -> Document:
-    """The document that a row of the table was made of; what was carried along is text."""
-    extra = {name: row[name] for name in carry if row[name] is not None}
-    return Document(
-        text=row["text"] or "",
-        key=row["key"],
-        source=row["source"],
-        copies=row["copies"],
-        kind=row["kind"],
-        isolation=row["isolation"],
-        messages=None if row["messages"] is None else json.loads(row["messages"]),
-        prompt=row["prompt"],
-        cluster=row["cluster"],
-        extra=extra or None,
-    )
+    """The document that a row of the table was made of; what was carried along is text. CheckpointError for another row."""
+    plain = ("key", "source", "copies", "kind", "isolation", "prompt", "cluster")
+    try:
+        messages = None if row["messages"] is None else json.loads(row["messages"])
+        extra = {name: row[name] for name in carry if row[name] is not None}
+        values = {name: row[name] for name in plain}
+        return Document(text=row["text"] or "", messages=messages, extra=extra or None, **values)
+    except (KeyError, ValueError, TypeError) as error:
+        raise CheckpointError(f"the table of a shard is damaged ({error!r}); make the corpus anew") from error

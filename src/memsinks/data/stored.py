@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import operator
 import os
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -57,11 +58,14 @@ class StoredCorpus(Sequence[Document]):
             )
         self.manifest: dict[str, Any] = read_json(self.path / MANIFEST, REMEDY)
         try:
-            self.by: By = self.manifest["settings"]["by"]
-            self.carry: list[str] = self.manifest["settings"]["carry"]
+            settings = self.manifest["settings"]
+            self.by: By = BY[BY.index(settings["by"])]
+            self.carry = [str(name) for name in settings["carry"]]
+            self._tokenizer_sha256 = str(settings["tokenizer_sha256"])
             records = {Path(name).name: dict(record) for name, record in self.manifest["shards"].items()}
             self._counts = [int(record["documents"]) for record in records.values()]
-            self.manifest["settings"]["tokenizer_sha256"]
+            if not records:
+                raise ValueError("no shards")
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(f"{self.path / MANIFEST} is damaged ({error!r}); {REMEDY}") from error
         self._folders = [self.path / SHARDS / name for name in records]
@@ -105,7 +109,7 @@ class StoredCorpus(Sequence[Document]):
 
     def __getitem__(self, index: Any) -> Document:
         """A document by its number; its shard is read up to it."""
-        place = range(len(self))[index]
+        place = range(len(self))[operator.index(index)]
         starts = np.cumsum([0, *self._counts])
         shard = int(starts.searchsorted(place, "right")) - 1
         for number, row in enumerate(read_table(self._folders[shard] / TABLE), start=int(starts[shard])):
@@ -117,7 +121,7 @@ class StoredCorpus(Sequence[Document]):
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer that the tokens are of."""
         tokenizer = load_tokenizer(self.path / TOKENIZER)
-        if tokenizer_hash(tokenizer) != self.manifest["settings"]["tokenizer_sha256"]:
+        if tokenizer_hash(tokenizer) != self._tokenizer_sha256:
             raise CheckpointError(
                 f"{self.path / TOKENIZER} is not the tokenizer that the corpus was made with; {REMEDY}"
             )
@@ -177,7 +181,7 @@ class StoredCorpus(Sequence[Document]):
 
     def require_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """DataError unless a tokenizer is that of the corpus."""
-        if tokenizer_hash(tokenizer) != self.manifest["settings"]["tokenizer_sha256"]:
+        if tokenizer_hash(tokenizer) != self._tokenizer_sha256:
             raise DataError(
                 f"the tokens of {self.path} are of another tokenizer than the one given; give corpus.tokenizer"
             )

@@ -89,6 +89,10 @@ def _read(data: DataRecipe) -> Chosen:
 def read_source(data: DataRecipe, carry: Sequence[str] = ()) -> Iterator[Document]:
     """The documents of ``data.path``, cut into pieces if the recipe says so."""
     assert data.path is not None
+    if data.by == "cluster" and not (data.near_copies or data.clusters or data.cluster_field):
+        raise ConfigError(
+            "data.by: cluster needs clusters: give near_copies, cluster_field, clusters, or a corpus of memsinks prepare"
+        )
     source = read_documents(
         expanded(data.path, "data.path"),
         text_field=data.text_field,
