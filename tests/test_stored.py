@@ -9,6 +9,8 @@ import json
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -135,6 +137,53 @@ def test_sigkill_at_random_times_changes_no_byte(made, tokenizer, tmp_path, time
     assert killed > times // 3
 
 
+@pytest.mark.long
+def test_the_command_with_workers_is_killed_leaves_no_process_and_goes_on(tokenizer, tmp_path) -> None:
+    write(tmp_path / "a.jsonl", documents(600))
+    tokenizer.save_pretrained(tmp_path / "t")
+    command = [
+        sys.executable,
+        "-m",
+        "memsinks.cli",
+        "prepare",
+        str(tmp_path / "a.jsonl"),
+        "--tokenizer",
+        str(tmp_path / "t"),
+    ]
+    command += ["--near-copies", "--shard-characters", "2000", "--workers", "2", "-q", "--out"]
+    for number in range(6):
+        process = subprocess.Popen([*command, str(tmp_path / "c")], start_new_session=True)
+        shards = tmp_path / "c" / ("shards" if number > 2 else ".work/shingles")
+        deadline = time.monotonic() + 120
+        while (
+            process.poll() is None
+            and len(list(shards.glob("0*"))) < 4 * (number % 3) + 1
+            and time.monotonic() < deadline
+        ):
+            time.sleep(0.01)
+        process.kill()
+        process.wait()
+        deadline = time.monotonic() + 30
+        while of_session(process.pid) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert not of_session(process.pid), "workers outlive the command"
+    subprocess.run([*command, str(tmp_path / "c")], check=True)
+    subprocess.run([*command, str(tmp_path / "d")], check=True)
+    assert hashes(tmp_path / "c") == hashes(tmp_path / "d")
+
+
+def of_session(session: int) -> list[int]:
+    """The processes of a session that have not ended."""
+    found = []
+    for place in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, *fields = place.read_text().rpartition(")")[2].split()
+        except OSError:  # it has ended
+            continue
+        found += [int(place.parent.name)] if int(fields[2]) == session and state != "Z" else []
+    return found
+
+
 def test_a_worker_that_is_killed_is_one_clear_error_and_the_same_command_goes_on(made, tokenizer, tmp_path) -> None:
     def dying():
         for number, document in enumerate(documents()):
@@ -249,7 +298,7 @@ def test_files_that_are_cut_are_one_clear_error(tokenizer, tmp_path, name, left)
     path = stored.path / name
     path.write_bytes(path.read_bytes()[:left])
     with pytest.raises((CheckpointError, ConfigError), match="anew|give a tokenizer folder"):
-        ms.open_corpus(stored.path)
+        _ = ms.open_corpus(stored.path).tokenizer
 
 
 @pytest.mark.parametrize(

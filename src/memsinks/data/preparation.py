@@ -118,6 +118,7 @@ def corpus_settings(
         "near_copies": None if near_copies is None else asdict(near_copies),
         "shard_characters": int(shard_characters),
         "tokenizer_sha256": tokenizer_hash(tokenizer),
+        "vocabulary": len(tokenizer),
         "source": source,
         "format_version": FORMAT,
     }

@@ -61,7 +61,7 @@ class StoredCorpus(Sequence[Document]):
             settings = self.manifest["settings"]
             self.by: By = BY[BY.index(settings["by"])]
             self.carry = [str(name) for name in settings["carry"]]
-            self._tokenizer_sha256 = str(settings["tokenizer_sha256"])
+            self._tokenizer_sha256, self._vocabulary = str(settings["tokenizer_sha256"]), int(settings["vocabulary"])
             records = {Path(name).name: dict(record) for name, record in self.manifest["shards"].items()}
             self._counts = [int(record["documents"]) for record in records.values()]
             if not records:
@@ -93,7 +93,7 @@ class StoredCorpus(Sequence[Document]):
             [folder / TOKENS for folder in self._folders],
             np.r_[0, self._index["end"] + shift],
             ends=file_ends.tolist(),
-            dtype=token_type(len(self.tokenizer)),
+            dtype=token_type(self._vocabulary),
         )
 
     def __len__(self) -> int:
@@ -119,7 +119,7 @@ class StoredCorpus(Sequence[Document]):
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer that the tokens are of."""
+        """The tokenizer that the tokens are of; CheckpointError if it is another one now."""
         tokenizer = load_tokenizer(self.path / TOKENIZER)
         if tokenizer_hash(tokenizer) != self._tokenizer_sha256:
             raise CheckpointError(
@@ -143,7 +143,12 @@ class StoredCorpus(Sequence[Document]):
         return hashlib.sha256("".join(str(x["documents_sha256"]) for x in self._records).encode()).hexdigest()
 
     def verify(self) -> None:
-        """Compare all files with the hashes that were written with them; CheckpointError for the first that differs."""
+        """Compare all files with the hashes that were written with them; CheckpointError for the first that differs.
+
+        Raises:
+            ConfigError: the tokenizer cannot be read.
+        """
+        _ = self.tokenizer
         for folder, record in zip(self._folders, self._records, strict=True):
             verify_shard(folder, record)
 
