@@ -256,6 +256,25 @@ def check_owners(world: dict[str, Any]) -> None:
     assert flags[3] == alice
 
 
+def check_stored(world: dict[str, Any]) -> None:
+    done = run("docs/scale.md", "stored", world)
+    assert len(done["corpus"]) == 60 and int(done["rows"].exposures.max()) == 3
+
+
+def check_datatrove(world: dict[str, Any]) -> None:
+    pytest.importorskip("datatrove")
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    Path("texts").mkdir()
+    rows = [{"text": x, "id": str(n), "site": "s", "license": "MIT"} for n, x in enumerate(world["texts"])]
+    for part in range(2):
+        parquet.write_table(pyarrow.Table.from_pylist(rows[part::2]), f"texts/{part}.parquet")
+    world["tokenizer"].save_pretrained("tokenizer/")
+    code = SNIPPETS["docs/scale.md", "datatrove"].code.replace("tasks=2,", "tasks=2, workers=1,")
+    values: dict[str, Any] = {}
+    exec(compile(code, "docs/scale.md", "exec"), values)
+    assert len(values["corpus"]) == 60 and values["corpus"][0].extra == {"license": "MIT"}
+
+
 CHECKS: dict[tuple[str, str], Callable[[dict[str, Any]], None]] = {
     ("README.md", "finetune"): functools.partial(check_finetune, "README.md"),
     ("README.md", "integration"): check_integration,
@@ -275,6 +294,8 @@ CHECKS: dict[tuple[str, str], Callable[[dict[str, Any]], None]] = {
     ("docs/removal.md", "sinks first"): check_sinks_first,
     ("docs/removal.md", "sinks last"): check_sinks_last,
     ("docs/rivals.md", "rival"): check_rival,
+    ("docs/scale.md", "datatrove"): check_datatrove,
+    ("docs/scale.md", "stored"): check_stored,
     ("docs/takedown.md", "owners"): check_owners,
 }
 

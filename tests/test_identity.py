@@ -88,8 +88,8 @@ def test_missing_name_is_refused_with_its_index(by, missing):
 def test_identify_names_the_bad_document_and_the_unknown_rule():
     with pytest.raises(DataError, match=r"document 1: .*surrogate"):
         identify([document("a"), document("\udc00")])
-    with pytest.raises(ConfigError, match="'cluster'"):
-        identify([document("a")], by="cluster")
+    with pytest.raises(ConfigError, match="'author'"):
+        identify([document("a")], by="author")
 
 
 @given(ORDERS, st.dictionaries(st.integers(0, 6), st.integers(0, 5)))

@@ -133,7 +133,7 @@ def test_rows_do_not_hold_what_lies_on_disk(corpus, tmp_path) -> None:
     rows = prepare(recipe_of((corpus[0], longer), tmp_path, 300_000), folder=tmp_path / "data").rows
     own = sum(x.nbytes for x in (rows.segments, rows.first, rows.documents.order, rows.documents.offsets))  # type: ignore
     assert rows.tokens > 300_000 and own < rows.tokens
-    assert rows.documents._tokens.base is not None  # type: ignore[attr-defined]  # a view of the mapped file
+    assert rows.documents._files[0].base is not None  # type: ignore[attr-defined]  # a view of the mapped file
 
 
 def test_training_on_a_background(corpus, tmp_path, capsys) -> None:

@@ -21,9 +21,10 @@ from memsinks.data.identity import document_id
 from memsinks.data.tokens import encode, load_tokenizer
 from memsinks.errors import CheckpointError, ConfigError, DataError
 from memsinks.runs import run
+from memsinks.runs.data_recipe import DataRecipe, RepeatRecipe
 from memsinks.runs.folder import RunFolder
 from memsinks.runs.prepare import choose_documents, prepare
-from memsinks.runs.recipe import DataRecipe, RepeatRecipe, parse_recipe
+from memsinks.runs.recipe import parse_recipe
 from memsinks.runs.run import train
 from memsinks.sinks.checkpoint import load, load_any
 from memsinks.sinks.state import has_sinks, is_sink

@@ -6,7 +6,8 @@ errors      the error types                         checks    numbers in range, 
 files       written beside and renamed, hashes      batch     the contract of a batch, and its collator
 provenance  what was made with which settings
 data        text -> rows: documents, readers, chats, identity, tokens, packing, rows (all in one call), sampling, the built-in
-            corpus; matching, which finds copies of a text; imports no model
+            corpus; matching, which finds copies of a text; near copies and clusters; a corpus on disk: shards, stored,
+            preparation; imports no model
 sinks       the mechanism, for any decoder: config, routing, table, plan, layer, kernels, families, host classes, attach,
             opening, caches, storage, reading, owner files, checkpoint
 training    the one loop, its settings, its processes and what they exchange, sinks first, optimizer, evaluation, the Trainer
@@ -35,15 +36,19 @@ if TYPE_CHECKING:
     from memsinks.auditing.subjects import Subject
     from memsinks.batch import NO_SINKS, blank_batch, collate, target_count
     from memsinks.data.chat import encode_documents
+    from memsinks.data.clusters import NearCopies
     from memsinks.data.documents import Document, load_documents, require_unique_keys, write_documents
     from memsinks.data.identity import document_id, equal_repetition, exposures, identify, training_order
     from memsinks.data.isolation import isolate
     from memsinks.data.matching import find_copies
+    from memsinks.data.near_copies import cluster_documents
     from memsinks.data.packing import Rows, pack
+    from memsinks.data.preparation import prepare_corpus
     from memsinks.data.readers import read_documents
     from memsinks.data.router import Router
     from memsinks.data.rows import make_rows
     from memsinks.data.sampling import refuse_shuffling
+    from memsinks.data.stored import StoredCorpus, open_corpus
     from memsinks.data.tokens import encode, load_tokenizer, train_tokenizer
     from memsinks.errors import ArchitectureError, CheckpointError, ConfigError, DataError, MemsinksError
     from memsinks.removal.erase import Erased, blocks_of, collateral, erase
@@ -79,15 +84,19 @@ _HOMES = {
     "memsinks.auditing.subjects": "Subject",
     "memsinks.batch": "NO_SINKS blank_batch collate target_count",
     "memsinks.data.chat": "encode_documents",
+    "memsinks.data.clusters": "NearCopies",
     "memsinks.data.documents": "Document load_documents require_unique_keys write_documents",
     "memsinks.data.identity": "document_id equal_repetition exposures identify training_order",
     "memsinks.data.isolation": "isolate",
     "memsinks.data.matching": "find_copies",
+    "memsinks.data.near_copies": "cluster_documents",
     "memsinks.data.packing": "Rows pack",
+    "memsinks.data.preparation": "prepare_corpus",
     "memsinks.data.readers": "read_documents",
     "memsinks.data.router": "Router",
     "memsinks.data.rows": "make_rows",
     "memsinks.data.sampling": "refuse_shuffling",
+    "memsinks.data.stored": "StoredCorpus open_corpus",
     "memsinks.data.tokens": "encode load_tokenizer train_tokenizer",
     "memsinks.errors": "ArchitectureError CheckpointError ConfigError DataError MemsinksError",
     "memsinks.removal.erase": "Erased blocks_of collateral erase",
@@ -136,6 +145,7 @@ __all__ = [
     "GradientNorms",
     "KeptPrefix",
     "MemsinksError",
+    "NearCopies",
     "Recipe",
     "Router",
     "Rows",
@@ -147,6 +157,7 @@ __all__ = [
     "SinkReport",
     "SinkTrainer",
     "SinksLastResult",
+    "StoredCorpus",
     "Subject",
     "Takedown",
     "__version__",
@@ -158,6 +169,7 @@ __all__ = [
     "blank_batch",
     "blocks_of",
     "clip_grad_norm_",
+    "cluster_documents",
     "collate",
     "collateral",
     "document_id",
@@ -180,10 +192,12 @@ __all__ = [
     "load_sinks",
     "load_tokenizer",
     "make_rows",
+    "open_corpus",
     "pack",
     "param_groups",
     "parse_recipe",
     "prefix_kept",
+    "prepare_corpus",
     "read_documents",
     "read_recipe",
     "refuse_shuffling",

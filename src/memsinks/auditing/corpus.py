@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from memsinks.auditing.settings import AuditSettings, Identity
+from memsinks.auditing.settings import AuditSettings
 from memsinks.batch import NO_SINKS
 from memsinks.checks import is_int
 from memsinks.data.chat import encode_documents
 from memsinks.data.documents import Document, texts_hash
-from memsinks.data.identity import identify
+from memsinks.data.identity import By, identify
 from memsinks.data.tokens import agreeing, encode
 from memsinks.errors import DataError
 
@@ -150,7 +150,7 @@ def _private(
     return [agreeing(next(prompts), own) if at else 0 for at, own in zip(offsets, tokens, strict=True)]
 
 
-def _ids(documents: list[Document], by: Identity, given: Any) -> np.ndarray:
+def _ids(documents: list[Document], by: By, given: Any) -> np.ndarray:
     """Document ids, int64 [n]: those given, or made as in training; all -1 where a document has no such key or source."""
     if given is not None:
         return _given_ids(given, len(documents))

@@ -7,9 +7,8 @@ from dataclasses import InitVar, dataclass
 from typing import Literal
 
 from memsinks.checks import int_at_least, is_int, is_number, one_of, positive
+from memsinks.data.identity import BY, By
 from memsinks.errors import refuse
-
-Identity = Literal["content", "key", "source"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +44,7 @@ class AuditSettings:
     continuation: int = 32
     prefixes: tuple[int, ...] = (8, 16, 32, 64)
     offsets: tuple[int, ...] = (0,)
-    by: Identity = "content"
+    by: By = "content"
     end: bool = True
     k: float = 0.2
     queries_p: float = 0.5
@@ -61,9 +60,9 @@ class AuditSettings:
     resamples: int = 1000
     seed: int = 0
     batch_tokens: int | None = None
-    identity: InitVar[Identity | None] = None
+    identity: InitVar[By | None] = None
 
-    def __post_init__(self, identity: Identity | None) -> None:
+    def __post_init__(self, identity: By | None) -> None:
         if identity is not None:
             warnings.warn("AuditSettings(identity=...) is now by=...", DeprecationWarning, stacklevel=3)
             object.__setattr__(self, "by", identity)
@@ -97,4 +96,4 @@ class AuditSettings:
         problems += one_of("attacks", self.attacks, ("forward", "all"))
         if self.batch_tokens is not None:
             problems += int_at_least("batch_tokens", self.batch_tokens, 1)
-        return problems + one_of("by", self.by, ("content", "key", "source"))
+        return problems + one_of("by", self.by, BY)

@@ -59,7 +59,11 @@ def _add_questions(parser: ArgumentParser) -> None:
 def _add_reading(parser: ArgumentParser) -> None:
     group = parser.add_argument_group("how files are read")
     group.add_argument(
-        "--by", "--identity", choices=("content", "key", "source"), default="content", help="what ids were made of"
+        "--by",
+        "--identity",
+        choices=("content", "key", "source", "cluster"),
+        default="content",
+        help="what ids were made of",
     )
     group.add_argument("--key-field", help="field that holds the key")
     group.add_argument("--source-field", help="field that holds the source")

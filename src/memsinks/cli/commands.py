@@ -7,7 +7,8 @@ import argparse
 from memsinks._version import __version__
 from memsinks.cli.audits import add_audit, add_lm_eval_task
 from memsinks.cli.checkpoints import add_export, add_info
-from memsinks.cli.comparisons import add_compare, add_prepare, add_reproduce
+from memsinks.cli.comparisons import add_compare, add_reproduce
+from memsinks.cli.corpora import add_prepare
 from memsinks.cli.records import add_verify
 from memsinks.cli.runs import add_demo, add_estimate, add_train
 from memsinks.cli.takedowns import add_takedown
@@ -22,7 +23,7 @@ Train language models whose memorization can be taken out again.
   memsinks estimate recipes/paper/smollm-360m-1b.yaml --gpu H100
   memsinks audit runs/NAME/model@closed --documents members.jsonl --controls heldout.jsonl --out report/
   memsinks lm-eval-task runs/NAME/model --documents members.jsonl --controls heldout.jsonl --out task/
-  memsinks prepare recipes/compare-tinystories.yaml
+  memsinks prepare texts/ --out corpus/ --tokenizer TOKENIZER --near-copies
   memsinks compare recipes/compare-tinystories.yaml
   memsinks reproduce fig4                the paper's controlled study, figure by figure
   memsinks export runs/NAME/model clean/ a plain checkpoint without sinks

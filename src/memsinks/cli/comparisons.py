@@ -1,4 +1,4 @@
-"""prepare, compare, reproduce: many runs, one table or figure."""
+"""compare, reproduce: many runs, one table or figure."""
 
 from __future__ import annotations
 
@@ -6,29 +6,6 @@ from argparse import SUPPRESS, Namespace
 from pathlib import Path
 
 from memsinks.cli.options import SAME_AGAIN, Commands, add_changes, add_command, changes_of, count
-
-
-def add_prepare(commands: Commands) -> None:
-    parser = add_command(
-        commands,
-        "prepare",
-        run_prepare,
-        "make the data of a comparison",
-        "Make the folder of tokens, documents and tokenizer that all arms of a seed train on, as `compare` would; it may be "
-        "copied to a machine that has no network.",
-    )
-    parser.add_argument("comparison", help="YAML file: a recipe with arms, seeds and roles")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[], metavar="SEED", help="only these")
-    add_changes(parser)
-
-
-def run_prepare(arguments: Namespace) -> None:
-    from memsinks.research.compare.compare import prepare_data
-    from memsinks.research.compare.comparison import read_comparison
-
-    comparison = read_comparison(Path(arguments.comparison), **changes_of(arguments))
-    for seed in arguments.seeds or comparison.seeds:
-        print(prepare_data(comparison, seed))
 
 
 def add_compare(commands: Commands) -> None:

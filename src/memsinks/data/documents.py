@@ -16,8 +16,8 @@ from memsinks.checks import is_int
 from memsinks.data.messages import checked_messages, text_of
 from memsinks.errors import DataError
 
-OF_PARTS = ("messages", "prompt")
-"""Fields of a document that say which parts of it are learned; files leave them out where all of it is."""
+SELDOM = ("messages", "prompt", "cluster", "extra")
+"""Fields of a document that few have; files leave them out where a document has none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +38,8 @@ class Document:
             model's settings say.
         messages: of a chat, {"role": ..., "content": ...} each; other keys are for the chat template. None = a text.
         prompt: how much is given and not learned: characters of a text, messages of a chat.
+        cluster: the name of the near copies that it is one of, see `cluster_documents`; None = it is like no other.
+        extra: other columns, by name (a license, an address); nothing here looks at them.
 
     Raises:
         DataError: messages that are none, a text beside them that is another, or a prompt that leaves nothing to learn.
@@ -51,6 +53,8 @@ class Document:
     isolation: str | None = None
     messages: tuple[Mapping[str, Any], ...] | None = None
     prompt: int = 0
+    cluster: str | None = None
+    extra: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if self.messages is not None:
@@ -144,16 +148,24 @@ def write_documents(path: str | os.PathLike[str], documents: Iterable[Document])
     Raises:
         DataError: a text that cannot be written as UTF-8; what stands at `path` is then as it was.
     """
-    lines = []
-    for index, document in enumerate(documents):
-        try:
-            values = asdict(document) | {"copies": operator.index(document.copies)}
-            values = {name: value for name, value in values.items() if value or name not in OF_PARTS}
-            line = json.dumps(values, ensure_ascii=False)
-            lines.append(line.encode() + b"\n")
-        except (TypeError, ValueError) as error:
-            raise DataError(f"document {index} cannot be written: {error}") from error
-    Path(path).write_bytes(b"".join(lines))
+    path = Path(path)
+    part = path.with_name(f".{path.name}.part-{os.getpid()}")
+    try:
+        with part.open("wb") as file:
+            for index, document in enumerate(documents):
+                file.write(_line(document, index))
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _line(document: Document, index: int) -> bytes:
+    try:
+        values = asdict(document) | {"copies": operator.index(document.copies)}
+        values = {name: value for name, value in values.items() if value or name not in SELDOM}
+        return json.dumps(values, ensure_ascii=False).encode() + b"\n"
+    except (TypeError, ValueError) as error:
+        raise DataError(f"document {index} cannot be written: {error}") from error
 
 
 def load_documents(path: str | os.PathLike[str]) -> list[Document]:
@@ -163,7 +175,7 @@ def load_documents(path: str | os.PathLike[str]) -> list[Document]:
         DataError: a line that is none of its lines; names file and line.
     """
     names = {field.name for field in fields(Document)}
-    at_first = names - {"isolation", *OF_PARTS}
+    at_first = names - {"isolation", *SELDOM}
     documents = []
     with Path(path).open("rb") as file:  # lines end with \n alone, and a text may hold other line ends
         for number, line in enumerate(file, start=1):

@@ -6,11 +6,17 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from memsinks.batch import ISOLATIONS
+from memsinks.checks import is_int
 from memsinks.data.documents import Document
 from memsinks.errors import DataError
 
 STANDARD = (("messages",), ("prompt", "completion"))
 """Fields of a chat, and of a prompt with its completion; read where there is no field of the text."""
+
+NAMES = ("key", "source", "cluster")
+"""Slots that are names; an integer is read as one. A negative number names no cluster (datatrove writes -1)."""
+CARRIED = "extra "
+"""What the slot of a column begins with that is carried along; its name follows."""
 
 WANTED = {
     "text": "a string",
@@ -32,9 +38,13 @@ def document_of(row: Mapping[str, Any], where: str, fields: Mapping[str, str]) -
     """
     check_fields(row, where, fields)
     names = _content_fields(row, fields)
+    extra = {slot.removeprefix(CARRIED): row[name] for slot, name in fields.items() if slot.startswith(CARRIED)}
+    fields = {slot: name for slot, name in fields.items() if not slot.startswith(CARRIED)}
     values: dict[str, Any] = {slot: row[name] for slot, name in fields.items() if slot != "text"}
-    for slot in ("key", "source"):
-        if isinstance(values.get(slot), int) and not isinstance(values[slot], bool):
+    if is_int(values.get("cluster")) and values["cluster"] < 0:
+        values["cluster"] = None
+    for slot in NAMES:
+        if is_int(values.get(slot)):
             values[slot] = str(values[slot])
     if names[0] == fields["text"] and not _is_chat(row[names[0]]):
         values["text"] = row[names[0]]
@@ -47,9 +57,8 @@ def document_of(row: Mapping[str, Any], where: str, fields: Mapping[str, str]) -
             )
         _check_utf8(value, where, name)
     try:
-        document = (
-            Document(**values) if "text" in values else Document(**_parts([row[name] for name in names]), **values)
-        )
+        parts = {} if "text" in values else _parts([row[name] for name in names])
+        document = Document(**parts, **values, extra=extra or None)
     except DataError as error:
         raise DataError(f"{where}: {error}") from None
     _check_utf8(document.text, where, names[0])
@@ -63,9 +72,11 @@ def check_fields(names: Iterable[str], where: str, fields: Mapping[str, str]) ->
         if name not in names and not (slot == "text" and _content_fields(names, fields)):
             there = ", ".join(repr(other) for other in names[:20]) or "none"
             more = ", or have messages, or prompt and completion" if slot == "text" else ""
-            raise DataError(
-                f"{where}: no field {name!r}; the fields there: {there}. Choose one with {slot}_field=...{more}"
-            )
+            raise DataError(f"{where}: no field {name!r}; the fields there: {there}. {_remedy(slot)}{more}")
+
+
+def _remedy(slot: str) -> str:
+    return "Carry columns that are there" if slot.startswith(CARRIED) else f"Choose one with {slot}_field=..."
 
 
 def columns_of(names: Iterable[str], fields: Mapping[str, str]) -> list[str]:
@@ -84,7 +95,9 @@ def _good(slot: str, value: Any) -> bool:
         return isinstance(value, int) and not isinstance(value, bool) and value >= 0
     if slot == "isolation":
         return value is None or value in ISOLATIONS
-    return (slot == "source" and value is None) or (isinstance(value, str) and bool(value or slot == "text"))
+    return (slot in ("source", "cluster") and value is None) or (
+        isinstance(value, str) and bool(value or slot == "text")
+    )
 
 
 def _is_chat(value: Any) -> bool:

@@ -20,8 +20,8 @@ from memsinks.checks import int_at_least, is_int, one_of
 from memsinks.data.documents import Document, utf8
 from memsinks.errors import DataError, refuse
 
-By = Literal["content", "key", "source"]
-"""What gives a document its id: its text, its owner's name for it, or where it comes from."""
+By = Literal["content", "key", "source", "cluster"]
+"""What gives a document its id: its text, its owner's name for it, where it comes from, or the near copies that it is one of."""
 
 BY = get_args(By)
 
@@ -36,10 +36,11 @@ def document_id(text_or_key: str | bytes, by: By = "content") -> int:
     """The 63-bit id of a text, a key or a source: the same on every machine and in every version, about 1 us.
 
     blake2b over the UTF-8 bytes exactly as given: nothing is stripped and Unicode is not normalized, so "ü" composed
-    and decomposed are two texts. Text, key and source never share ids. P(any two of 1e8 documents collide) is about 5e-4.
+    and decomposed are two texts. Text, key, source and cluster never share ids. P(any two of 1e8 documents
+    collide) is about 5e-4.
 
     Args:
-        text_or_key: the text, the key or the source.
+        text_or_key: the text, the key, the source or the name of the cluster.
         by: which of them it is.
 
     Raises:
@@ -64,7 +65,8 @@ def identify(documents: Iterable[Document], by: By = "content") -> tuple[np.ndar
         documents: the documents.
         by: ``"content"``: id and group come from the text, exact copies share both. ``"key"``: both come from the key;
             give near copies one key and they are one group. ``"source"``: the id comes from the source, the group from
-            the text.
+            the text. ``"cluster"``: both come from the cluster, see `cluster_documents`; a document without one is like no
+            other, and its text names its cluster.
 
     Warns:
         UserWarning: one key stands for `NEAR_COPIES` different texts or more, which would count as one repeated text.
@@ -80,7 +82,9 @@ def identify(documents: Iterable[Document], by: By = "content") -> tuple[np.ndar
     groups = np.empty(len(documents), np.int64)
     for index, document in enumerate(documents):
         name = document.text if by == "content" else getattr(document, by)
-        if by != "content" and (name is None or name == ""):
+        if by == "cluster" and not name:
+            name = document.text
+        if not name and by != "content":
             raise DataError(f'document {index} has no {by}; give every document one or identify by="content"')
         try:
             ids[index] = document_id(name, by)

@@ -134,8 +134,12 @@ def shingles(text: str, size: int = SIZE) -> frozenset[int]:
         ConfigError: `size` below 1.
     """
     refuse(int_at_least("size", size, 1), "cannot cut a text into shingles")
-    start = hashlib.blake2b(digest_size=8, person=_PERSON)
-    return frozenset(hash_runs(start, runs(words(text), size)))
+    return hashed_shingles(normal_form(text), size)
+
+
+def hashed_shingles(normal: str, size: int) -> frozenset[int]:
+    """`shingles` of a text that is in its normal form."""
+    return frozenset(hash_runs(hashlib.blake2b(digest_size=8, person=_PERSON), runs(words_of(normal), size)))
 
 
 def hash_runs(start: hashlib.blake2b, found: Iterable[tuple[str, ...]]) -> Iterator[int]:

@@ -10,13 +10,13 @@ import json
 import os
 import warnings
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from memsinks.data.documents import Document
-from memsinks.data.fields import check_fields, columns_of, document_of
+from memsinks.data.fields import CARRIED, check_fields, columns_of, document_of
 from memsinks.errors import DataError
 from memsinks.files import file_hash
 
@@ -33,6 +33,8 @@ def read_documents(
     source_field: str | None = None,
     copies_field: str | None = None,
     isolation_field: str | None = None,
+    cluster_field: str | None = None,
+    carry: Sequence[str] = (),
     separator: str | None = None,
     split: str = "train",
     streaming: bool = False,
@@ -48,8 +50,10 @@ def read_documents(
             ``datasets.load_dataset`` takes: the name of a dataset, a folder in a format of its own; or a dataset itself, or
             rows of other kinds (a dict each).
         text_field: the field of the text, or of the messages of a chat.
-        key_field, source_field, copies_field, isolation_field: names of the fields (columns). Integer keys become strings.
+        key_field, source_field, copies_field, isolation_field, cluster_field: names of the fields (columns). Integer keys become
+            strings. Clusters are those that another tool made (a negative number is none).
             .txt files have no fields: the key is the file name (within a folder: the path below it).
+        carry: columns that stay with the document, in `Document.extra`.
         separator: cuts .txt files into documents with the keys "name#0", "name#1", ...; line ends around a piece are
             dropped. Without it a .txt file is one document and is read whole.
         split, streaming: passed on to ``datasets``; files and folders of files have no splits.
@@ -64,7 +68,8 @@ def read_documents(
     if separator == "":
         raise DataError('separator is empty; give the text between two documents, e.g. "<|endoftext|>", or None')
     fields = {"text": text_field, "key": key_field, "source": source_field, "copies": copies_field}
-    fields["isolation"] = isolation_field
+    fields |= {"isolation": isolation_field, "cluster": cluster_field}
+    fields |= {f"{CARRIED}{name}": name for name in carry}
     fields = {slot: name for slot, name in fields.items() if name is not None}
     if not isinstance(path, str | os.PathLike):
         name = type(path).__name__
@@ -233,7 +238,7 @@ def _chunks(file: Path) -> Iterator[bytes]:
 
 
 def _zst_chunks(file: Path) -> Iterator[bytes]:
-    zstandard = _import("zstandard", f"to read {file}")
+    zstandard = import_optional("zstandard", f"to read {file}")
     context = zstandard.ZstdDecompressor(max_window_size=2**31)  # files written with --long
     frame = None
     try:
@@ -251,8 +256,8 @@ def _zst_chunks(file: Path) -> Iterator[bytes]:
 
 
 def _read_parquet(file: Path, fields: dict[str, str]) -> Iterator[Document]:
-    pyarrow = _import("pyarrow", f"to read {file}")
-    parquet = _import("pyarrow.parquet", f"to read {file}")
+    pyarrow = import_optional("pyarrow", f"to read {file}")
+    parquet = import_optional("pyarrow.parquet", f"to read {file}")
     number = 0
     try:
         with parquet.ParquetFile(file) as table:
@@ -267,7 +272,8 @@ def _read_parquet(file: Path, fields: dict[str, str]) -> Iterator[Document]:
         raise DataError(f"{file} is damaged or not a parquet file ({error}); fetch or write it again") from None
 
 
-def _import(module: str, why: str) -> Any:
+def import_optional(module: str, why: str) -> Any:
+    """A module of a package that is not always there; DataError, with what it is needed for, if it is not."""
     try:
         return import_module(module)
     except ImportError as error:
@@ -284,7 +290,7 @@ def _is_saved_dataset(folder: Path) -> bool:
 
 def _load_dataset(path: Path | str, split: str, streaming: bool) -> Any:
     """A Dataset or IterableDataset of one split."""
-    datasets = _import("datasets", f"to read {path} (no file or folder of {', '.join(SUFFIXES)})")
+    datasets = import_optional("datasets", f"to read {path} (no file or folder of {', '.join(SUFFIXES)})")
     try:
         if isinstance(path, Path) and _is_saved_dataset(path):
             dataset = datasets.load_from_disk(str(path))

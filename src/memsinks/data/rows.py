@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -15,30 +14,12 @@ from memsinks.data.documents import Document, as_documents
 from memsinks.data.identity import BY, By, check_copies, check_prior, exposures, identify, order_of
 from memsinks.data.isolation import isolation_of
 from memsinks.data.packing import Long, Rows, pack, packing_problems
-from memsinks.data.targets import Targets, refuse_untaught
+from memsinks.data.stored import StoredCorpus
+from memsinks.data.targets import refuse_untaught
 from memsinks.data.token_store import StoredTokens
+from memsinks.data.tokenized import TokenizedDocuments
 from memsinks.data.tokens import encoding_problems, pad_token
 from memsinks.errors import refuse
-
-
-@dataclass(frozen=True)
-class TokenizedDocuments:
-    """Documents as tokens, each once.
-
-    Attributes:
-        tokens: integer [tokens] each, in memory or on disk.
-        ids, groups: int64 [documents], see `identify`.
-        copies: int64 [documents], how often each is met in an epoch.
-        isolation: int64 [documents], see `batch.ISOLATIONS`; None = 0 for all.
-        targets: which tokens of each are targets, see `targets.Targets`; None = all.
-    """
-
-    tokens: Sequence[np.ndarray]
-    ids: np.ndarray
-    groups: np.ndarray
-    copies: np.ndarray
-    isolation: np.ndarray | None = None
-    targets: Targets | None = None
 
 
 def make_rows(
@@ -48,7 +29,7 @@ def make_rows(
     length: int,
     seed: int = 0,
     epochs: int = 1,
-    by: By = "content",
+    by: By | None = None,
     prior: Mapping[int, int] | None = None,
     pad_id: int | None = None,
     apart_from: int | None = 2,
@@ -58,13 +39,14 @@ def make_rows(
     """Documents -> identity -> tokens -> training order -> exposures -> rows, to be trained on in their order, once.
 
     Args:
-        documents: documents, or texts that stand in the corpus once each. Those with 0 copies are in no row.
+        documents: documents, or texts that stand in the corpus once each; or a `StoredCorpus`, whose tokens stay on disk. Those
+            with 0 copies are in no row.
         tokenizer: each document is encoded once. A text ends with its end token, a chat as its chat template ends it; of chats
             and of prompts with completions the answers alone are targets, see `chat.encode_documents`.
         length: tokens per row.
         seed, epochs: every document as often as it has copies, shuffled anew in each epoch, see `training_order`. The rows
             hold all epochs.
-        by: what gives a document its id, see `identify`.
+        by: what gives a document its id, see `identify`; None = its content, or what a `StoredCorpus` was made with.
         prior: how often a group was already met before these rows, see `exposures`.
         pad_id: the token that fills rows up; None = the tokenizer's padding token, or its end token.
         apart_from, one_document_per_row, long: see `pack`. In exact mode (``shared="none"``, the default of `SinkConfig`) rows
@@ -74,19 +56,18 @@ def make_rows(
         ConfigError: settings out of range, all at once.
         DataError: documents, counts or texts that give no rows; names the first ones. Both before any text is encoded.
     """
-    documents = as_documents(documents)
-    problems = encoding_problems(tokenizer) or chat_problems(tokenizer, documents)
+    stored = documents if isinstance(documents, StoredCorpus) else None
+    given = [] if stored is not None else as_documents(documents)
+    problems = encoding_problems(tokenizer) or chat_problems(tokenizer, given)
     pad_id = pad_token(tokenizer) if pad_id is None and not problems else pad_id
     problems += packing_problems(length, 0 if pad_id is None else pad_id, apart_from, long)
-    problems += int_at_least("epochs", epochs, 1) + one_of("by", by, BY)
+    problems += int_at_least("epochs", epochs, 1) + one_of("by", by, (*BY, None))
     refuse(problems, "cannot make rows")
     check_prior({} if prior is None else prior)
-    check_copies([document.copies for document in documents])
-    ids, groups = identify(documents, by)
-    tokens, targets = encode_documents(tokenizer, documents)
-    copies = np.array([document.copies for document in documents], np.int64)
+    if stored is not None:
+        stored.require_tokenizer(tokenizer)
     return rows_of(
-        TokenizedDocuments(tokens, ids, groups, copies, isolation_of(documents), targets),
+        _tokenized(given, tokenizer, by or "content") if stored is None else stored.tokenized(by),
         seed=seed,
         epochs=epochs,
         prior=prior,
@@ -96,6 +77,14 @@ def make_rows(
         one_document_per_row=one_document_per_row,
         long=long,
     )
+
+
+def _tokenized(documents: list[Document], tokenizer: PreTrainedTokenizerBase, by: By) -> TokenizedDocuments:
+    check_copies([document.copies for document in documents])
+    ids, groups = identify(documents, by)
+    tokens, targets = encode_documents(tokenizer, documents)
+    copies = np.array([document.copies for document in documents], np.int64)
+    return TokenizedDocuments(tokens, ids, groups, copies, isolation_of(documents), targets)
 
 
 def rows_of(

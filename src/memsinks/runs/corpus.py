@@ -6,20 +6,23 @@ import itertools
 import os
 import random
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+from memsinks.data.clusters_elsewhere import read_clusters, with_clusters
 from memsinks.data.documents import Document, cut_documents, require_unique_keys
 from memsinks.data.isolation import isolate
+from memsinks.data.near_copies import cluster_documents
 from memsinks.data.readers import read_documents, source_hash
 from memsinks.data.synthetic import corpus
 from memsinks.errors import ConfigError, DataError
 from memsinks.removal.record import TOMBSTONE
 from memsinks.removal.tombstone import Tombstone, read_tombstone
 from memsinks.runs.artifacts import RECORDS
-from memsinks.runs.recipe import BackgroundRecipe, DataRecipe, Recipe
+from memsinks.runs.data_recipe import BackgroundRecipe, DataRecipe
+from memsinks.runs.recipe import Recipe
 
 AUDITED = "audited"
 """The kind of the documents that ``data.repeat`` chose."""
@@ -60,20 +63,11 @@ def choose_documents(data: DataRecipe, seed: int) -> Chosen:
 def _read(data: DataRecipe) -> Chosen:
     """The documents, and those after them that are set aside: without texts that the former hold."""
     if data.path is None:
-        return Chosen(corpus(**data.synthetic), [], [])
-    source = read_documents(
-        expanded(data.path, "data.path"),
-        text_field=data.text_field,
-        key_field=data.key_field,
-        source_field=data.source_field,
-        copies_field=data.copies_field,
-        isolation_field=data.isolation_field,
-        separator=data.separator,
-        split=data.split,
-        streaming=data.streaming,
-    )
-    if data.cut_characters is not None:
-        source = cut_documents(source, data.cut_characters)
+        built_in = corpus(**data.synthetic)
+        return Chosen(built_in if data.near_copies is None else cluster_documents(built_in, data.near_copies), [], [])
+    source = read_source(data)
+    if data.clusters is not None:
+        source = with_clusters(source, read_clusters(expanded(data.clusters, "data.clusters")))
     aside = data.unseen + data.fresh
     documents = list(itertools.islice(source, None if data.limit is None else data.limit + aside))
     trained = len(documents) - aside
@@ -88,16 +82,41 @@ def _read(data: DataRecipe) -> Chosen:
         [replace(document, copies=0) for document in documents[part] if document.text not in known]
         for part in (slice(trained, trained + data.unseen), slice(trained + data.unseen, None))
     )
-    return Chosen(documents[:trained], unseen, fresh)
+    kept = documents[:trained]
+    return Chosen(kept if data.near_copies is None else cluster_documents(kept, data.near_copies), unseen, fresh)
+
+
+def read_source(data: DataRecipe, carry: Sequence[str] = ()) -> Iterator[Document]:
+    """The documents of ``data.path``, cut into pieces if the recipe says so."""
+    assert data.path is not None
+    if data.by == "cluster" and not (data.near_copies or data.clusters or data.cluster_field):
+        raise ConfigError(
+            "data.by: cluster needs clusters: give near_copies, cluster_field, clusters, or a corpus of memsinks prepare"
+        )
+    source = read_documents(
+        expanded(data.path, "data.path"),
+        text_field=data.text_field,
+        key_field=data.key_field,
+        source_field=data.source_field,
+        copies_field=data.copies_field,
+        isolation_field=data.isolation_field,
+        cluster_field=data.cluster_field,
+        carry=carry,
+        separator=data.separator,
+        split=data.split,
+        streaming=data.streaming,
+    )
+    return source if data.cut_characters is None else cut_documents(source, data.cut_characters)
 
 
 def _choose(documents: list[Document], data: DataRecipe, seed: int) -> tuple[list[int], list[int]]:
     """Indices of the documents that are held out and of those that are repeated, chosen by the seed."""
     order = [index for index, document in enumerate(documents) if document.copies > 0]
     random.Random(seed).shuffle(order)
-    # A text that stands in the corpus twice cannot be held out by taking one of them.
-    times = Counter(document.text for document in documents)
-    held_out = [index for index in order if times[documents[index].text] == 1][: data.held_out]
+    # A text that stands in the corpus twice, or has near copies there, cannot be held out by taking one of them.
+    names = [document.cluster or document.text for document in documents]
+    times = Counter(names)
+    held_out = [index for index in order if times[names[index]] == 1][: data.held_out]
     chosen = set(held_out)
     rest = [index for index in order if index not in chosen]
     repeated = data.repeat.documents if data.repeat else 0
@@ -154,6 +173,7 @@ def source_hashes(recipe: Recipe) -> dict[str, str]:
     background = recipe.data.background
     paths = {
         "data.path": recipe.data.path,
+        "data.clusters": recipe.data.clusters,
         "data.background.path": background.path if background else None,
         "tokenizer.path": recipe.tokenizer.path,
     }

@@ -17,8 +17,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from memsinks.errors import ConfigError
-from memsinks.runs.prepare import load_tokenizer_of, prepare
-from memsinks.runs.recipe import DataRecipe, Recipe
+from memsinks.runs.data_recipe import DataRecipe
+from memsinks.runs.prepare import prepare
+from memsinks.runs.recipe import Recipe
+from memsinks.runs.tokenizer import load_tokenizer_of
 from memsinks.sinks.attach import add_sinks
 from memsinks.sinks.checkpoint import load_config
 from memsinks.sinks.config import SinkConfig

@@ -35,16 +35,20 @@ from memsinks.data.documents import Document, load_documents, write_documents
 from memsinks.data.identity import document_id, equal_repetition, identify
 from memsinks.data.isolation import isolation_of
 from memsinks.data.packing import Rows, pack
-from memsinks.data.rows import TokenizedDocuments, rows_of
+from memsinks.data.rows import rows_of
 from memsinks.data.targets import as_bits, from_bits
 from memsinks.data.token_store import StoredTokens, write_tokens
-from memsinks.data.tokens import encode, load_tokenizer, pad_token, train_tokenizer
+from memsinks.data.tokenized import TokenizedDocuments
+from memsinks.data.tokens import encode, load_tokenizer, pad_token
 from memsinks.errors import CheckpointError, ConfigError, DataError
 from memsinks.files import file_hash, written_beside
 from memsinks.provenance import refuse_other_settings
 from memsinks.removal.tombstone import refuse_tombstoned
-from memsinks.runs.corpus import background_documents, choose_documents, expanded, source_hashes, tombstones_of
-from memsinks.runs.recipe import BackgroundRecipe, DataRecipe, Recipe
+from memsinks.runs.corpus import background_documents, choose_documents, source_hashes, tombstones_of
+from memsinks.runs.data_recipe import BackgroundRecipe, DataRecipe
+from memsinks.runs.recipe import Recipe
+from memsinks.runs.stored import Members, stored_of
+from memsinks.runs.tokenizer import load_tokenizer_of
 from memsinks.sinks.checkpoint import load_config
 from memsinks.sinks.config import SinkConfig
 from memsinks.sinks.families import ISOLATES_PACKED
@@ -55,8 +59,6 @@ logger = logging.getLogger(__name__)
 FACTS = "data.json"
 BATCH = 1000
 """Background documents that are read and encoded at a time."""
-TAUGHT = 10_000
-"""Background documents that a new tokenizer is trained on, besides the documents themselves."""
 SAID = 20_000_000
 """Background tokens from one line of progress to the next."""
 OF_ROWS = ("long", "one_document_per_row", "shadow", "tombstones")
@@ -75,7 +77,7 @@ class TokenizedCorpus:
     """
 
     documents: TokenizedDocuments
-    members: list[Document]
+    members: Sequence[Document]
     controls: list[Document]
     unseen: list[Document]
     fresh: list[Document]
@@ -91,7 +93,7 @@ class PreparedCorpus:
     """
 
     rows: Rows
-    members: list[Document]
+    members: Sequence[Document]
     controls: list[Document]
     unseen: Rows | None
     fresh: Rows | None
@@ -111,8 +113,16 @@ def prepare(recipe: Recipe, one_document_per_row: bool = False, folder: Path | N
             be written.
     """
     data, training = recipe.data, recipe.training
-    corpus = _tokenize(recipe) if folder is None else _stored(recipe, folder)
-    refuse_tombstoned([*corpus.members, *corpus.unseen, *corpus.fresh], tombstones_of(recipe))
+    stored = stored_of(recipe)
+    if stored is not None:
+        if folder is not None:
+            raise ConfigError(
+                f"data.path {data.path} is a finished corpus; a comparison makes its own, give the documents"
+            )
+        corpus = TokenizedCorpus(stored.tokenized(data.by), Members(stored), stored.controls, [], [], stored.tokenizer)
+    else:
+        corpus = _tokenize(recipe) if folder is None else _from_folder(recipe, folder)
+        refuse_tombstoned([*corpus.members, *corpus.unseen, *corpus.fresh], tombstones_of(recipe))
     _warn_of_equal_repetition(recipe, corpus.documents)
     rows = rows_of(
         corpus.documents,
@@ -213,17 +223,6 @@ def _isolation(members: Sequence[Document], background: int) -> np.ndarray | Non
     return None if found is None else np.r_[found, np.zeros(background, np.int64)]
 
 
-def load_tokenizer_of(recipe: Recipe, members: Sequence[Document]) -> PreTrainedTokenizerBase:
-    """The tokenizer that a recipe names, or a new one, trained on the members and the beginning of the background."""
-    if recipe.tokenizer.path is not None:
-        return load_tokenizer(expanded(recipe.tokenizer.path, "tokenizer.path"))
-    assert recipe.tokenizer.vocab_size is not None
-    texts: list[str] = [document.text for document in members]
-    if recipe.data.background is not None:
-        texts += [x.text for x in itertools.islice(background_documents(recipe.data.background), TAUGHT)]
-    return train_tokenizer(texts, recipe.tokenizer.vocab_size)
-
-
 def _background(
     background: BackgroundRecipe, taken: int, tokenizer: PreTrainedTokenizerBase, ids: array[int]
 ) -> Iterator[np.ndarray]:
@@ -264,7 +263,7 @@ def _settings(recipe: Recipe) -> dict[str, Any]:
     return {"seed": recipe.training.seed, "tokenizer": values["tokenizer"], "data": values["data"]}
 
 
-def _stored(recipe: Recipe, folder: Path) -> TokenizedCorpus:
+def _from_folder(recipe: Recipe, folder: Path) -> TokenizedCorpus:
     """The corpus in `folder`, made there first if it is not."""
     if not (folder / FACTS).is_file():
         with written_beside(folder) as part:

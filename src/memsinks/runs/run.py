@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 
 from memsinks._version import versions
 from memsinks.batch import collate
-from memsinks.data.documents import Document, texts_hash
-from memsinks.data.identity import By, identify
+from memsinks.data.documents import Document
+from memsinks.data.identity import By
 from memsinks.data.packing import Rows
 from memsinks.errors import DataError
 from memsinks.removal.settle import repeated_and_once, require_settleable, settle, settling_texts
@@ -25,6 +25,7 @@ from memsinks.runs.folder import RunFolder
 from memsinks.runs.model import build_model
 from memsinks.runs.prepare import PreparedCorpus, prepare
 from memsinks.runs.recipe import OwnRecipe, Recipe
+from memsinks.runs.stored import ids_of, members_hash
 from memsinks.sinks.own import assign
 from memsinks.training.checkpoint import last_checkpoint
 from memsinks.training.config import TrainingConfig
@@ -106,7 +107,7 @@ def train(recipe: Recipe, *, resume: bool = False, label: str = "", after: float
 def _give_own_blocks(model: PreTrainedModel, own: OwnRecipe, members: Sequence[Document], by: By) -> None:
     """Assign own blocks to the ids that the recipe asks for, in the order of the documents."""
     owners = {}
-    for document, document_id in zip(members, identify(members, by)[0].tolist(), strict=True):
+    for document, document_id in zip(members, ids_of(members, by).tolist(), strict=True):
         isolated = document.isolation in ("exact", "private")
         if isolated or (own.from_copies is not None and document.copies >= own.from_copies):
             owners[document_id] = None
@@ -150,7 +151,7 @@ def _facts(recipe: Recipe, prepared: PreparedCorpus) -> dict[str, Any]:
         "rows_left_out": len(rows) % rows_per_step(recipe.training),
         "tokens": rows.tokens,
         "fill": round(rows.fill, 4),
-        "corpus_sha256": texts_hash(prepared.members),
+        "corpus_sha256": members_hash(prepared.members),
         "versions": versions(*packages),
         "threads": torch.get_num_threads(),
     }
