@@ -59,6 +59,20 @@ def test_batches_keep_the_order(tokenizer):
     assert [tokenizer.decode(tokens) for tokens in encode(tokenizer, texts, end=False)] == texts
 
 
+def test_tokens_are_those_of_the_tokenizer_called_whatever_it_was_asked_before(tokenizer):
+    texts = [*corpus()[:20], *STRANGE]
+    wanted = [tokenizer(x, add_special_tokens=False, split_special_tokens=True)["input_ids"] for x in texts]
+    tokenizer(texts, truncation=True, max_length=4, padding="max_length", split_special_tokens=False)
+    assert [x.tolist() for x in encode(tokenizer, texts, end=False)] == wanted
+
+    class Louder(type(tokenizer)):
+        def _encode_plus(self, text, *arguments, **settings):
+            return super()._encode_plus([x.upper() for x in text], *arguments, **settings)
+
+    louder = Louder(tokenizer_object=tokenizer.backend_tokenizer, eos_token=END)
+    assert encode(louder, ["the cat"])[0].tolist() == encode(tokenizer, ["THE CAT"])[0].tolist()
+
+
 def test_training_twice_gives_the_same_tokenizer(tokenizer):
     assert train_tokenizer(iter(corpus()), 300).get_vocab() == tokenizer.get_vocab()
 

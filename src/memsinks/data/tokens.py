@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -102,20 +103,38 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], end: bool =
     result: list[np.ndarray] = []
     silent = None if len(texts) >= LONG else True
     for start in tqdm(range(0, len(texts), _BATCH), "encoding, 1000 texts each", disable=silent, leave=False):
-        encoded = tokenizer(
-            texts[start : start + _BATCH],
-            add_special_tokens=False,
-            split_special_tokens=True,
-            padding=False,
-            truncation=False,
-            return_attention_mask=False,
-            verbose=False,
-        )["input_ids"]
-        for tokens in encoded:
+        for tokens in _encoded(tokenizer, texts[start : start + _BATCH]):
             if not len(tokens):
                 raise DataError(f"document {len(result)} ({texts[len(result)]!r:.80}) gives no tokens; leave it out")
             result.append(np.array(tokens + last, np.int64))
     return result
+
+
+def _encoded(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """The tokens of texts without special ones.
+
+    A tokenizer that adds nothing to that of `tokenizers` is asked there, for the ids alone: a tenth faster.
+    """
+    kind = type(tokenizer)
+    plain = isinstance(tokenizer, PreTrainedTokenizerFast) and all(
+        getattr(kind, name, None) is getattr(PreTrainedTokenizerFast, name, None)
+        for name in ("__call__", "_encode_plus")
+    )
+    if plain:
+        backend: Any = tokenizer.backend_tokenizer
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = True
+        return [x.ids for x in backend.encode_batch_fast(texts, add_special_tokens=False)]
+    return tokenizer(
+        texts,
+        add_special_tokens=False,
+        split_special_tokens=True,
+        padding=False,
+        truncation=False,
+        return_attention_mask=False,
+        verbose=False,
+    )["input_ids"]
 
 
 def agreeing(prompt: np.ndarray, tokens: np.ndarray) -> int:
