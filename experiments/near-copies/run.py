@@ -1,6 +1,6 @@
 """Do near copies need one id? Stories whose copies differ in 10% of the words, with an id for each copy and one for each cluster.
 
-    MEMSINKS_DATA=... OMP_NUM_THREADS=1 python experiments/near-copies/run.py --seeds 0 1 2   # about an hour a seed on a core
+    MEMSINKS_DATA=... OMP_NUM_THREADS=1 python experiments/near-copies/run.py --seeds 0 1 2   # twenty minutes a seed
     MEMSINKS_DATA=... python experiments/near-copies/run.py --tiny                            # a try-out in a minute or two
 
 TinyStories cut into pieces of about a row; `stories` of them stand in the corpus with `copies` copies each, the first as it is;
