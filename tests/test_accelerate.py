@@ -7,11 +7,13 @@ import dataclasses
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.data_loader import prepare_data_loader
 from accelerate.state import AcceleratorState
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 from trainers import BATCH, CONFIG, LR, build, equal, some_rows, weights
 
 import memsinks as ms
+from memsinks.training.callback import repeated_at_the_end
 
 
 @pytest.fixture(autouse=True)
@@ -54,3 +56,18 @@ def test_rows_that_a_prepared_loader_shuffles_are_refused(tiny_llama) -> None:
     )
     with pytest.raises(ms.DataError, match="met after row"):
         [model(**batch) for batch in loader]
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_rows_that_accelerate_would_repeat_are_told_before_training(process) -> None:
+    """It fills up the batches of several processes with the first rows, whose exposures were counted once."""
+    rows = some_rows()
+
+    def problems(number: int, **settings) -> list[str]:
+        loader = DataLoader(Subset(rows, range(number)), batch_size=2, collate_fn=ms.collate, **settings)
+        shard = prepare_data_loader(loader, num_processes=2, process_index=process, put_on_device=False)
+        return repeated_at_the_end(shard)
+
+    assert problems(len(rows) // 4 * 4) == problems(len(rows) // 4 * 4 - 1, drop_last=True) == []
+    (said,) = problems(len(rows) // 4 * 4 - 1)
+    assert "do not divide by 4" in said and "dataloader_drop_last=True" in said

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.data_loader import BatchSamplerShard
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
@@ -82,7 +83,7 @@ class SinkCallback(TrainerCallback, ExportableState):
 
     def _repetitions(self, args: TrainingArguments, state: TrainerState, loader: Any, model: nn.Module) -> list[str]:
         """What would meet rows again, or leave some out, whose exposures count."""
-        problems = []
+        problems = repeated_at_the_end(loader)
         if has_length(loader) and state.num_train_epochs > 1:
             problems.append(
                 f"num_train_epochs={args.num_train_epochs} or max_steps={args.max_steps} asks for "
@@ -142,6 +143,20 @@ class SinkCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         restore(kwargs["model"], [state.best_model_checkpoint])
+
+
+def repeated_at_the_end(loader: Any) -> list[str]:
+    """What Accelerate would do to give all processes as many batches: meet the first rows again at the end."""
+    sampler = getattr(loader, "batch_sampler", None)
+    if not isinstance(sampler, BatchSamplerShard) or not sampler.even_batches or sampler.drop_last:
+        return []
+    rows, at_once = len(sampler.batch_sampler.sampler), sampler.batch_size * sampler.num_processes
+    if sampler.num_processes == 1 or rows % at_once == 0:
+        return []
+    return [
+        f"{rows} rows do not divide by {at_once} (rows a batch times processes), so the first would be met again at the end; "
+        "set dataloader_drop_last=True, or leave out or add rows"
+    ]
 
 
 def refuse_norm(args: TrainingArguments) -> None:
