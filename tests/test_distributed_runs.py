@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,7 @@ import torch
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from conftest import TINY_RECIPE
+from pages import ROOT
 from ranks import Outcomes, on_ranks, shard
 from test_run import metrics, weights
 from tiny import sink_llama
@@ -360,3 +364,21 @@ def test_sinks_that_no_process_opened_are_not_sent(two: Outcomes) -> None:
     found = two["bytes"]
     assert found["whole pool"] >= found["shared"] + found["sinks"]
     assert found["shared"] <= found["open blocks"] <= found["shared"] + found["sinks"] // 100
+
+
+@pytest.mark.long
+def test_the_example_goes_on_with_another_number_of_processes(tmp_path) -> None:
+    """examples/fsdp.py: two processes to the end; what one process does from the last checkpoint has the same losses."""
+
+    def losses(processes: int) -> list[float]:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        script = [str(ROOT / "examples/fsdp.py"), str(tmp_path)]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        said = subprocess.run(
+            [*command, *script], check=True, env=environment, timeout=120, capture_output=True, text=True
+        )
+        return [float(line.split()[-1]) for line in said.stdout.splitlines() if line.startswith("step ")]
+
+    whole = losses(2)
+    assert len(whole) == 12 and ms.has_sinks(ms.load(tmp_path / "model"))
+    assert losses(1) == pytest.approx(whole[8:], abs=1e-4)
