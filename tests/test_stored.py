@@ -412,6 +412,7 @@ def test_wrong_options_are_one_line(tokenizer, tmp_path, capsys, options, said) 
     assert main(["prepare", str(tmp_path / "a.jsonl"), "-q", "--workers", "1", *options]) == 2
     error = capsys.readouterr().err
     assert said in error and len(error.splitlines()) == 1
+    assert not (tmp_path / "C").exists() or "stars" in said  # which only the documents tell
 
 
 def test_a_recipe_says_what_is_prepared_and_what_only_a_run_can_choose(tmp_path, capsys) -> None:

@@ -67,6 +67,7 @@ def prepare_data(
         found = itertools.islice(found, data.limit)
         return _checked(found if clusters is None else with_clusters(found, clusters), tombstones)
 
+    documents()  # what is wrong with the settings is said before anything is written
     return prepare_corpus(
         documents,
         tokenizer_of_corpus(tokenizer, documents, Path(out)),
