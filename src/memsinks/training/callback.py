@@ -150,7 +150,8 @@ def repeated_at_the_end(loader: Any) -> list[str]:
     sampler = getattr(loader, "batch_sampler", None)
     if not isinstance(sampler, BatchSamplerShard) or not sampler.even_batches or sampler.drop_last:
         return []
-    rows, at_once = len(sampler.batch_sampler.sampler), sampler.batch_size * sampler.num_processes
+    inside: Any = sampler.batch_sampler
+    rows, at_once = len(inside.sampler), inside.batch_size * sampler.num_processes
     if sampler.num_processes == 1 or rows % at_once == 0:
         return []
     return [
