@@ -187,8 +187,8 @@ class Training:
         """
         before, now = checkpoint.facts.get("processes", 1), process_count()
         rows = self.config.batch_rows * now
-        if checkpoint.facts.get("rows_per_step", self.config.batch_rows * before) != rows:
-            held = checkpoint.facts.get("rows_per_step", self.config.batch_rows * before)
+        held = checkpoint.facts.get("rows_per_step", self.config.batch_rows * before)
+        if held != rows:
             raise CheckpointError(
                 f"{checkpoint.path} was written by {before} processes whose steps held {held} rows, {now} with batch_rows="
                 f"{self.config.batch_rows} would make steps of {rows}; resume with torchrun --nproc-per-node {before}, or set "

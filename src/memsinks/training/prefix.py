@@ -197,7 +197,7 @@ def _keys(hidden: Tensor, arguments: list[Any]) -> list[bytes]:
     """A hash of each row of what enters the first layer: hidden states, positions and masks."""
     rows = len(hidden)
     tensors = [hidden, *_tensors(arguments)]
-    parts = [_bytes(x) if x.dim() and len(x) == rows else [b"".join(_bytes(x[None]))] * rows for x in tensors]
+    parts = [_bytes(x) if x.dim() and len(x) == rows else _bytes(x[None]) * rows for x in tensors]
     return [hashlib.blake2b(b"|".join(part[row] for part in parts), digest_size=16).digest() for row in range(rows)]
 
 
