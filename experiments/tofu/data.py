@@ -54,7 +54,7 @@ class Tofu:
 def read(authors: int, asked: int) -> Tofu:
     """The first `authors` - 2 authors and the two of forget01; of retained, real and world pairs at most `asked` each."""
     folder = Path(os.environ["MEMSINKS_DATA"]) / "tofu"
-    full = [Pair(x["question"], x["answer"], line // PAIRS) for line, x in enumerate(_lines(folder / "full.json"))]
+    full = everybody()
     kept = set(range(authors - len(FORGOTTEN)))
     by_question = {x.question: x.author for x in full}
     retained = [x for x in _perturbed(folder / "retain_perturbed.json", by_question) if x.author in kept]
@@ -66,6 +66,12 @@ def read(authors: int, asked: int) -> Tofu:
         spread(_perturbed(folder / "world_facts_perturbed.json", {}), asked),
         [x for x in full if x.author in UNSEEN],
     )
+
+
+def everybody() -> list[Pair]:
+    """All pairs of all authors, in the order of the data set."""
+    path = Path(os.environ["MEMSINKS_DATA"]) / "tofu" / "full.json"
+    return [Pair(x["question"], x["answer"], line // PAIRS) for line, x in enumerate(_lines(path))]
 
 
 def spread(pairs: list[Pair], most: int) -> list[Pair]:

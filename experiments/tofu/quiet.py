@@ -13,12 +13,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from pathlib import Path
 
 import numpy as np
 import torch
-from data import PAIRS, Pair, _lines, batch, encode, read
+from data import Pair, batch, encode, everybody, read
 from evaluate import ask
 from run import CHOSEN, Runs, all_open, opener_of
 from train import EPOCHS, ROWS, author_id, prepare
@@ -31,9 +30,7 @@ TOKENS = 512
 
 
 def public_pairs(number: int, facts: bool, asked: list[Pair]) -> list[Pair]:
-    folder = Path(os.environ["MEMSINKS_DATA"]) / "tofu"
-    full = [Pair(x["question"], x["answer"], line // PAIRS) for line, x in enumerate(_lines(folder / "full.json"))]
-    nobody = [x for x in full if 110 <= (x.author or 0) < 150]
+    nobody = [x for x in everybody() if 110 <= (x.author or 0) < 150]
     known, whole = {x.question for x in asked}, read(10, 10**6)
     more = [x for x in whole.real + whole.world if x.question not in known] if facts else []
     return nobody[:: len(nobody) // number][:number] + more
