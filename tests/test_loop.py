@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from torch import Tensor
 
 import memsinks as ms
 from memsinks.errors import CheckpointError, ConfigError
+from memsinks.sinks.state import is_sink
 from memsinks.training.checkpoint import last_checkpoint, save_checkpoint
 from memsinks.training.config import TrainingConfig
 from memsinks.training.loop import Training, steps
@@ -90,6 +92,40 @@ def test_targets_that_are_taken_out_leave_the_divisor() -> None:
     kept, whole = ms.target_count(batch(0)["labels"][:2]), ms.target_count(batch(0)["labels"])
     mean = tiny_llama()(**{name: batch(0)[name][:2] for name in ("input_ids", "labels")}).loss.item()
     assert losses[1] == pytest.approx(mean * kept / whole, rel=1e-6)
+
+
+def flagged(step: int) -> dict[str, Tensor]:
+    """The batch; in the first step one text is private and one gated, in the second all were met before."""
+    made = batch(step)
+    if step == 1:
+        made["exposures"] = torch.full_like(made["exposures"], 2)
+    if step == 0:
+        made["isolation"] = torch.tensor([3, 1, 0, 0])[:, None].expand(-1, LENGTH)
+    return made
+
+
+def test_rows_that_train_their_sinks_alone_are_left_out_where_sinks_learn_last() -> None:
+    """Shared weights end on the same bits, only sinks of the gated text move, and the loss is that of the rows that are left."""
+    found = []
+    for last in (False, True):
+        model = sink_llama(shared="none", reserved_blocks=2)
+        ms.assign(model, [11], blocks=2)  # a gated text in exact mode needs blocks of its own
+        start, rows = copy.deepcopy(model.state_dict()), []
+        model.model.embed_tokens.register_forward_hook(lambda module, args, out, rows=rows: rows.append(len(args[0])))
+        training = Training(model, config(), TOTAL, sinks_last=last)
+        losses = [done.loss for done in steps(training, lambda step: [flagged(step)])]
+        found.append((model.state_dict(), start, rows, losses))
+    (along, *_), (left, start, rows, losses) = found
+    assert rows == [2, 1, 2, 2, 2]  # a gated one and a first meeting; one without effect; first meetings
+    assert [math.isnan(x) for x in losses] == [False, True, False, False, False]
+    for name, values in left.items():
+        assert torch.equal(values, along[name]) != is_sink(name), name
+        if is_sink(name):
+            moved = (values != start[name]).flatten(1).any(1).nonzero()[:, 0].tolist()
+            assert moved == [6, 7], name
+    model = sink_llama(shared="none")
+    mean = model(**{name: x[[0, 2]] for name, x in batch(0).items()}).loss.item()
+    assert Training(model, config(), TOTAL, sinks_last=True).update([batch(0)]) == pytest.approx(mean, rel=1e-6)
 
 
 def test_between_steps_the_model_is_as_it_was() -> None:

@@ -92,7 +92,7 @@ def test_only_the_blocks_of_the_texts_move() -> None:
 
 def test_few_texts_are_met_as_often_as_many() -> None:
     """A step holds no text twice."""
-    for count, steps in ((1, 60), (5, 60), (20, 75)):
+    for count, steps in ((1, 40), (5, 40), (20, 50)):
         assert ms.sinks_last(made(), rows(count), lr=1e-2).steps == steps
 
 

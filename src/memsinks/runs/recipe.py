@@ -122,6 +122,11 @@ class Recipe:
                 )
             if self.training.sinks_first > 1 or self.training.sinks_first_until:
                 problems.append('sinks_first is for sinks.shared: "decay"; in exact mode use sinks_last')
+            if self.sinks.open_from == 1 and self.training.sinks_last:
+                problems.append(
+                    "sinks.open_from: 1 in exact mode lets every text train its sinks alone, and with training.sinks_last such rows are "
+                    "left out of the steps: nothing would be trained in them; set sinks_last: 0"
+                )
             if self.training.compile:
                 problems.append(
                     "the exact mode cannot be compiled; set sinks.shared_decay, or leave out training.compile"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -83,7 +84,7 @@ def train(recipe: Recipe, *, resume: bool = False, label: str = "", after: float
                 f"the corpus fills {len(prepared.rows)} rows, one step of {process_count()} processes needs "
                 f"{rows_per_step(recipe.training)}; lower batch_rows"
             )
-        training = Training(model.to(device), recipe.training, steps_of_all)
+        training = Training(model.to(device), recipe.training, steps_of_all, sinks_last=repeated is not None)
         started = time.time()
         _start_or_resume(training, recipe, prepared, folder, resume)
         at_end = training.step == training.total
@@ -170,7 +171,8 @@ def _train(training: Training, rows: Rows, folder: RunFolder, label: str, after:
         seconds = time.perf_counter() - started
         rate = (done.step - first) * rows_per_step(config) * config.length / seconds
         left = int(seconds / (done.step - first) * (training.total * (1 + after) - done.step))
-        loss = float(np.float32(losses).cumsum(dtype=np.float32)[-1]) / len(losses)
+        known = [x for x in losses if not math.isnan(x)]  # nan: only rows that are left out, see Training.sinks_last
+        loss = float(np.float32(known).cumsum(dtype=np.float32)[-1]) / len(known) if known else math.nan
         losses.clear()
         logger.info(
             "%sstep %d/%d  loss %.3f  %s tokens/s  %d:%02d left",
@@ -183,7 +185,7 @@ def _train(training: Training, rows: Rows, folder: RunFolder, label: str, after:
             left % 60,
         )
         folder.add_metrics(
-            {"step": done.step, "loss": loss, "learning_rate": done.learning_rate, "tokens_per_second": round(rate)}
+            {"step": done.step, "loss": None if math.isnan(loss) else loss, "learning_rate": done.learning_rate, "tokens_per_second": round(rate)}
         )
 
 
@@ -197,10 +199,10 @@ def _settle(model: PreTrainedModel, texts: tuple[Rows, Rows, Rows | None], recip
 
 def _passes(recipe: Recipe) -> int:
     """How often the sinks meet their texts after training."""
-    asked = recipe.training.sinks_last
-    if recipe.sinks is None:
+    asked, sinks = recipe.training.sinks_last, recipe.sinks
+    if sinks is None:
         return 0
-    return (PASSES if recipe.sinks.shared == "none" else 0) if asked is None else asked
+    return (PASSES if sinks.shared == "none" and sinks.open_from > 1 else 0) if asked is None else asked
 
 
 def _texts_of_sinks(recipe: Recipe, rows: Rows) -> Rows | None:

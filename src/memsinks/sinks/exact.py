@@ -6,15 +6,17 @@ weights; those are then, bit for bit, what they would be had the row no loss.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from memsinks.batch import IGNORED, NO_SINKS, take_rows
+from memsinks.batch import IGNORED, ISOLATION, NO_SINKS, take_rows
 from memsinks.errors import ConfigError, DataError
-from memsinks.sinks.gradient import JoinRows, ZeroGradient, frozen
+from memsinks.sinks.config import SinkConfig
+from memsinks.sinks.gradient import JoinRows, ZeroGradient, frozen, isolated_weight, opened_ids, weight_of
 from memsinks.sinks.run import run_weighted
 from memsinks.sinks.sharding import is_sharded, most_of_ranks
 from memsinks.sinks.state import shared_parameters
@@ -95,6 +97,18 @@ def run_apart(
     if router_loss is not None:
         out.aux_loss = router_loss
     return out
+
+
+def trains_alone(config: SinkConfig, batch: Mapping[str, Tensor]) -> Tensor:
+    """Which rows of a batch of `collate` teach the shared weights nothing because their sinks are open, bool [rows]."""
+    flags, exposures = batch.get(ISOLATION), batch["exposures"]
+    opened = opened_ids(config, batch["document_ids"], exposures, flags)
+    weight = weight_of(config, exposures, opened)
+    if flags is not None:
+        weight = isolated_weight(config, weight, exposures, opened, flags)
+    if weight is None:
+        return torch.zeros(len(opened), dtype=torch.bool, device=opened.device)
+    return ((weight == 0) & (opened != NO_SINKS)).any(1)
 
 
 def _router_loss_weight(model: Any) -> float:

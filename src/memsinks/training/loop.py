@@ -12,6 +12,7 @@ checkpoint training goes on to the same bits (on the CPU; on a GPU as far as its
 from __future__ import annotations
 
 import logging
+import math
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,8 +26,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
-from memsinks.batch import ISOLATION, stock_arguments, target_count
+from memsinks.batch import ISOLATION, blank_batch, stock_arguments, target_count
 from memsinks.errors import CheckpointError
+from memsinks.sinks.exact import trains_alone
 from memsinks.sinks.state import has_sinks, require_sinks
 from memsinks.training.checkpoint import Checkpoint, save_checkpoint
 from memsinks.training.config import TrainingConfig
@@ -64,8 +66,8 @@ def unchanged(batch: Batch) -> Batch:
 class Done:
     """A step that was made.
 
-    step: counted from 1. loss: mean over the targets of all processes, nats. learning_rate: of the shared weights in it.
-    seconds: with fetching the batch.
+    step: counted from 1. loss: mean over the targets of all processes, nats, but for rows that were left out; nan if all were.
+    learning_rate: of the shared weights in it. seconds: with fetching the batch.
     """
 
     step: int
@@ -84,6 +86,8 @@ class Training:
         total: steps, for the schedule.
         learn: gradients of one micro-batch, as `plain_step`.
         change: what is done to each micro-batch after its targets are counted: other targets, other document ids.
+        sinks_last: the sinks learn after these steps, see `last.sinks_last`. Rows that would train their sinks alone are left out
+            then. They count in the divisor, so the shared weights end on the same bits as with them.
 
     Attributes:
         optimizer, schedule: see `optimizer_and_schedule`.
@@ -97,6 +101,7 @@ class Training:
     total: int
     learn: Callable[[Any, Batch, Tensor], float] = plain_step
     change: Callable[[Batch], Batch] = unchanged
+    sinks_last: bool = False
     step: int = 0
     notes: dict[str, Any] = field(default_factory=dict)
     sharded: bool = field(init=False)
@@ -117,6 +122,10 @@ class Training:
         targets = sum_over(torch.tensor(sum(target_count(part["labels"]) for part in parts)), device)
         parts = [self.change({name: x.to(device, non_blocking=True) for name, x in part.items()}) for part in parts]
         divisor = targets if processes == 1 else targets / processes  # DDP and FSDP take the mean over processes
+        learned = targets
+        if self.sinks_last:
+            parts = [_without_rows_alone(self.model, part) for part in parts]
+            learned = sum_over(torch.tensor(sum(target_count(part["labels"]) for part in parts)), device)
         self.model.train()
         if (
             processes > 1 and not self.sharded and self._exchanging is None
@@ -145,7 +154,10 @@ class Training:
         self.optimizer.zero_grad()
         self.schedule.step()
         self.step += 1
-        return loss if processes == 1 else float(sum_over(torch.tensor(loss), device)) / processes
+        loss = loss if processes == 1 else float(sum_over(torch.tensor(loss), device)) / processes
+        if not self.sinks_last:
+            return loss
+        return loss * float(targets) / float(learned) if learned else math.nan
 
     def as_in_training(self) -> AbstractContextManager[None]:
         """Within the block the forward of the model is that of a step: autocast, compiled, without a cache."""
@@ -246,6 +258,15 @@ def steps(
                     raise KeyboardInterrupt
         finally:
             training.release()
+
+
+def _without_rows_alone(model: nn.Module, part: Batch) -> Batch:
+    """A micro-batch without the rows that train their sinks alone; a row without effect if that is all of them."""
+    alone = trains_alone(require_sinks(model).config, part)
+    if bool(alone.all()):
+        first = {name: values[:1] for name, values in part.items()}
+        return first | blank_batch(first) | ({ISOLATION: torch.zeros_like(first[ISOLATION])} if ISOLATION in first else {})
+    return {name: values[~alone] for name, values in part.items()} if bool(alone.any()) else part
 
 
 def _training_attributes(model: PreTrainedModel, config: TrainingConfig) -> dict[str, Any]:

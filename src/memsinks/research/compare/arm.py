@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 import random
 import shutil
 import statistics
@@ -151,7 +152,8 @@ def _training(recipe: Recipe, made: TrainingMethod, seed: int, prepared: Prepare
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model: Any = _build(recipe, made, seed, prepared.tokenizer)
     total = len(prepared.rows) // recipe.training.batch_rows
-    return Training(model.to(device), recipe.training, total, learn=made.step, change=made.change)
+    last = made.sinks_last > 0
+    return Training(model.to(device), recipe.training, total, learn=made.step, change=made.change, sinks_last=last)
 
 
 def _resume(training: Training, checkpoint: Checkpoint, settings: dict[str, Any]) -> None:
@@ -170,7 +172,7 @@ def _make_steps(
     for done in training_steps(training, batches, until=until, checkpoints=part, facts={"settings": settings}):
         seconds.append(done.seconds)
         if (done.step - 1) % config.log_every == 0:
-            curve.append(round(done.loss, 4))
+            curve.append(None if math.isnan(done.loss) else round(done.loss, 4))
             logger.info(
                 "%s: step %d/%d  loss %.3f  %s tokens/s  %.0f s",
                 said,
