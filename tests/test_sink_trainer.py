@@ -18,7 +18,7 @@ from memsinks.batch import FIELDS, collate
 from memsinks.data.packing import Rows
 from memsinks.errors import ArchitectureError, ConfigError, DataError
 from memsinks.sinks.config import SinkConfig
-from memsinks.sinks.state import sink_parameters
+from memsinks.sinks.state import is_sink, sink_parameters
 from memsinks.training.trainer import SinkCallback, SinkTrainer
 
 
@@ -59,6 +59,21 @@ def test_it_resumes_by_itself_to_the_same_bits(tiny_llama, rows, tmp_path) -> No
     second.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
     assert losses(second) == losses(first)
     assert equal(weights(second.model), weights(first.model))
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_rows_that_train_their_sinks_alone_can_be_left_out(tiny_llama, tmp_path, accumulate) -> None:
+    """Shared weights end on the same bits, and the sinks stay as they start."""
+    made = []
+    for last in (False, True):
+        model = build(tiny_llama, dataclasses.replace(CONFIG, shared="none"))
+        before = {name: x.clone() for name, x in weights(model).items() if is_sink(name)}
+        args = shuffled(tmp_path, gradient_accumulation_steps=accumulate, max_steps=6 // accumulate)
+        SinkTrainer(model, args, train_dataset=some_rows(apart_from=2), sinks_last=last).train()
+        moved = any(not torch.equal(weights(model)[name], x) for name, x in before.items())
+        assert moved != last
+        made.append({name: x for name, x in weights(model).items() if not is_sink(name)})
+    assert equal(*made)
 
 
 def test_what_is_given_wins(tiny_llama, rows, tmp_path) -> None:

@@ -61,6 +61,7 @@ if TYPE_CHECKING:
     from memsinks.sinks.attach import Added, SinkReport, add_sinks, remove_sinks
     from memsinks.sinks.checkpoint import load, load_any, load_sinks, save_sinks
     from memsinks.sinks.config import SinkConfig
+    from memsinks.sinks.exact import without_rows_alone
     from memsinks.sinks.gradient import shared_weight
     from memsinks.sinks.opening import sinks_closed, sinks_open
     from memsinks.sinks.own import assign, free_blocks, grow
@@ -110,6 +111,7 @@ _HOMES = {
     "memsinks.sinks.checkpoint": "load load_any load_sinks save_sinks",
     "memsinks.sinks.config": "SinkConfig",
     "memsinks.sinks.gradient": "shared_weight",
+    "memsinks.sinks.exact": "without_rows_alone",
     "memsinks.sinks.opening": "sinks_closed sinks_open",
     "memsinks.sinks.own": "assign free_blocks grow",
     "memsinks.sinks.owners": "add_owners",
@@ -221,6 +223,7 @@ __all__ = [
     "train_tokenizer",
     "training_order",
     "verify_record",
+    "without_rows_alone",
     "write_documents",
 ]
 

@@ -124,8 +124,8 @@ class Recipe:
                 problems.append('sinks_first is for sinks.shared: "decay"; in exact mode use sinks_last')
             if self.sinks.open_from == 1 and self.training.sinks_last:
                 problems.append(
-                    "sinks.open_from: 1 in exact mode lets every text train its sinks alone, and with training.sinks_last such rows are "
-                    "left out of the steps: nothing would be trained in them; set sinks_last: 0"
+                    "sinks.open_from: 1 in exact mode lets every text train its sinks alone, and training.sinks_last leaves such "
+                    "rows out of the steps, in which nothing would learn then; set sinks_last: 0"
                 )
             if self.training.compile:
                 problems.append(

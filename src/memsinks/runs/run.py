@@ -185,7 +185,12 @@ def _train(training: Training, rows: Rows, folder: RunFolder, label: str, after:
             left % 60,
         )
         folder.add_metrics(
-            {"step": done.step, "loss": None if math.isnan(loss) else loss, "learning_rate": done.learning_rate, "tokens_per_second": round(rate)}
+            {
+                "step": done.step,
+                "loss": None if math.isnan(loss) else loss,
+                "learning_rate": done.learning_rate,
+                "tokens_per_second": round(rate),
+            }
         )
 
 

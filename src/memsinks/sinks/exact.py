@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memsinks.batch import IGNORED, ISOLATION, NO_SINKS, take_rows
+from memsinks.batch import IGNORED, ISOLATION, NO_SINKS, blank_batch, take_rows
 from memsinks.errors import ConfigError, DataError
 from memsinks.sinks.config import SinkConfig
 from memsinks.sinks.gradient import JoinRows, ZeroGradient, frozen, isolated_weight, opened_ids, weight_of
 from memsinks.sinks.run import run_weighted
 from memsinks.sinks.sharding import is_sharded, most_of_ranks
-from memsinks.sinks.state import shared_parameters
+from memsinks.sinks.state import require_sinks, shared_parameters
 
 
 def run_apart(
@@ -99,15 +99,41 @@ def run_apart(
     return out
 
 
-def trains_alone(config: SinkConfig, batch: Mapping[str, Tensor]) -> Tensor:
-    """Which rows of a batch of `collate` teach the shared weights nothing because their sinks are open, bool [rows]."""
-    flags, exposures = batch.get(ISOLATION), batch["exposures"]
-    opened = opened_ids(config, batch["document_ids"], exposures, flags)
+def without_rows_alone(model: Any, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A batch without the rows that would train their sinks alone, for training whose sinks learn after it, see `sinks_last`.
+
+        targets = ms.target_count(batch["labels"])
+        loss = model(**ms.without_rows_alone(model, batch), num_items_in_batch=targets).loss
+
+    With the targets of the whole batch as divisor the shared weights get the gradient, to the bit, that they get with them.
+
+    Args:
+        model: with sinks.
+        batch: of `collate`, and whatever else has a row for each of its rows.
+
+    Returns:
+        The rows that are left; if that is none, one row from which nothing learns (`blank_batch`).
+    """
+    alone = _trains_alone(require_sinks(model).config, batch)
+    if not bool(alone.all()):
+        return {name: values[~alone] for name, values in batch.items()}
+    first = {name: values[:1] for name, values in batch.items()}
+    return first | blank_batch(first) | ({ISOLATION: torch.zeros_like(first[ISOLATION])} if ISOLATION in first else {})
+
+
+def _trains_alone(config: SinkConfig, batch: Mapping[str, Tensor]) -> Tensor:
+    """Which rows teach the shared weights nothing because their sinks are open, bool [rows]."""
+    ids, exposures, flags = (
+        None if batch.get(name) is None else batch[name].reshape(len(batch[name]), -1)
+        for name in ("document_ids", "exposures", ISOLATION)
+    )
+    assert ids is not None and exposures is not None
+    opened = opened_ids(config, ids, exposures, flags)
     weight = weight_of(config, exposures, opened)
     if flags is not None:
         weight = isolated_weight(config, weight, exposures, opened, flags)
     if weight is None:
-        return torch.zeros(len(opened), dtype=torch.bool, device=opened.device)
+        return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
     return ((weight == 0) & (opened != NO_SINKS)).any(1)
 
 

@@ -26,8 +26,8 @@ class TrainingConfig:
             begins with so many updates of the sinks alone at most, see `sinks_first`; True = 1, False = 0.
         sinks_first_until: a row takes part in one more of them while its loss is above this, nats.
         sinks_last: where there are sinks, passes over the repeated texts after training that train the sinks alone, see
-            `sinks_last`; None = `PASSES` in exact mode (``shared="none"``) with ``open_from`` above 1, otherwise 0. With such passes
-            rows that would train their sinks alone are left out of the steps; the shared weights end on the same bits.
+            `sinks_last`; None = `PASSES` in exact mode (``shared="none"``) with ``open_from`` above 1, otherwise 0. Rows that
+            would train their sinks alone are then left out of the steps; the shared weights end on the same bits.
         sinks_last_until: a text whose loss was at or below this in such a pass, nats, is met no more; 0 = each in every pass.
         weight_decay: of the shared matrices.
         betas: of AdamW.

@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
-from memsinks.batch import ISOLATION, blank_batch, stock_arguments, target_count
+from memsinks.batch import ISOLATION, stock_arguments, target_count
 from memsinks.errors import CheckpointError
-from memsinks.sinks.exact import trains_alone
+from memsinks.sinks.exact import without_rows_alone
 from memsinks.sinks.state import has_sinks, require_sinks
 from memsinks.training.checkpoint import Checkpoint, save_checkpoint
 from memsinks.training.config import TrainingConfig
@@ -124,7 +124,7 @@ class Training:
         divisor = targets if processes == 1 else targets / processes  # DDP and FSDP take the mean over processes
         learned = targets
         if self.sinks_last:
-            parts = [_without_rows_alone(self.model, part) for part in parts]
+            parts = [without_rows_alone(self.model, part) for part in parts]
             learned = sum_over(torch.tensor(sum(target_count(part["labels"]) for part in parts)), device)
         self.model.train()
         if (
@@ -258,15 +258,6 @@ def steps(
                     raise KeyboardInterrupt
         finally:
             training.release()
-
-
-def _without_rows_alone(model: nn.Module, part: Batch) -> Batch:
-    """A micro-batch without the rows that train their sinks alone; a row without effect if that is all of them."""
-    alone = trains_alone(require_sinks(model).config, part)
-    if bool(alone.all()):
-        first = {name: values[:1] for name, values in part.items()}
-        return first | blank_batch(first) | ({ISOLATION: torch.zeros_like(first[ISOLATION])} if ISOLATION in first else {})
-    return {name: values[~alone] for name, values in part.items()} if bool(alone.any()) else part
 
 
 def _training_attributes(model: PreTrainedModel, config: TrainingConfig) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from transformers.training_args import OptimizerNames
 from memsinks.batch import FIELDS, ISOLATION, PLACES, collate, target_count
 from memsinks.data.packing import Rows
 from memsinks.errors import ArchitectureError, CheckpointError, ConfigError
+from memsinks.sinks.exact import without_rows_alone
 from memsinks.sinks.owners import require_owners_and_texts
 from memsinks.sinks.quantized import quantizer_of, refuse_unsavable, taken_as_trainable
 from memsinks.sinks.state import unwrap
@@ -50,13 +51,15 @@ class SinkTrainer(Trainer):
     Where nothing else is given it takes `collate`, rows in order (where exposures count), the columns that sinks need,
     `AdamW` over `param_groups` with the learning rate, decay and betas of `args`, and `SinkCallback`. With ``shared="decay"``
     each step begins with an update of the sinks alone, on the rows of all its micro-batches and with the loss that the step
-    learns, see `sinks_first`; in exact mode call `sinks_last` after training.
+    learns, see `sinks_first`; in exact mode call `sinks_last` after training, and say so here.
 
     Args:
         arguments, settings: those of `Trainer`; `args` may be an SFTConfig of TRL, whose settings of how rows are made are not
             looked at, which is said.
         sink_lr_factor: the sinks' learning rate is ``args.learning_rate`` times this, see `param_groups`.
         sinks_first_updates, sinks_first_until: `updates` and `until` of `sinks_first`.
+        sinks_last: the sinks will learn after training, so rows that would train them alone are left out of the steps, see
+            `without_rows_alone`. The loss that is logged counts their targets, but not their loss.
 
     Raises:
         ArchitectureError: a model without sinks; fp16, DeepSpeed or FSDP1; FSDP on CPUs, which Accelerate
@@ -72,6 +75,7 @@ class SinkTrainer(Trainer):
         sink_lr_factor: float = 3.0,
         sinks_first_updates: int = 1,
         sinks_first_until: float = 0.0,
+        sinks_last: bool = False,
         **settings: Any,
     ) -> None:
         given: dict[str, Any] = inspect.signature(Trainer).bind(*arguments, **settings).arguments
@@ -82,6 +86,7 @@ class SinkTrainer(Trainer):
             given["data_collator"] = collate
         self.sink_lr_factor = sink_lr_factor
         self.sinks_first_updates, self.sinks_first_until = sinks_first_updates, sinks_first_until
+        self.sinks_last = sinks_last
         self._waiting: list[Mapping[str, Any]] | None = None
         self._sparing: nn.Module | None = None
         with taken_as_trainable(given.get("model")):
@@ -190,6 +195,8 @@ class SinkTrainer(Trainer):
                 max_norm=self.args.max_grad_norm,
                 loss=lambda model, rows, batch: self._loss_of(model, rows, batch, num_items_in_batch),
             )
+        if self.sinks_last:
+            inputs = without_rows_alone(unwrap(self.model), inputs)
         return super().training_step(model, inputs, num_items_in_batch)
 
     def _loss_of(

@@ -1,0 +1,141 @@
+"""How many passes do sinks need that learn last alone, and what does a pass cost?
+
+    MEMSINKS_DATA=... OMP_NUM_THREADS=1 python experiments/regimes/last.py --regimes 5 60 --seeds 0 1 2   # half an hour on one core
+
+The shared weights are those of *exact, fresh text* (recipes/regimes.yaml): each repeated text is met once in training, other text
+stands in the rows of its copies. Then the sinks, which have learned nothing so far, learn from the repeated texts with several
+settings. Measured with own sinks open: loss, nats a token; the share of texts with 16 copies or more of which 32 tokens come out
+after 32; the share of all of which the whole rest does. Cost: CPU time of a pass for a text, over that of a row in an ordinary step.
+The shared weights do not move, so nothing else changes. Writes last.json and last.md beside this file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from run import REGIMES, regime
+
+import memsinks as ms
+import memsinks.training.last as last
+from memsinks._version import versions
+from memsinks.auditing.extraction import extracted
+from memsinks.auditing.scores import score
+from memsinks.batch import NO_SINKS
+from memsinks.data.packing import Rows
+from memsinks.research.compare.arm import with_method
+from memsinks.research.compare.fresh import with_fresh_text
+from memsinks.runs.model import build_model
+from memsinks.runs.prepare import prepare
+from memsinks.runs.run import micro_batches
+from memsinks.training.loop import Training, steps
+
+HERE = Path(__file__).parent
+SETTINGS: dict[str, dict[str, Any]] = {
+    "60 passes, betas .9, .95 (before)": {"passes": 60, "betas": (0.9, 0.95)},
+    "40 passes, betas .9, .95": {"passes": 40, "betas": (0.9, 0.95)},
+    "40 passes, betas .8, .9 (now)": {"passes": 40, "betas": (0.8, 0.9)},
+    "30 passes, betas .8, .9": {"passes": 30, "betas": (0.8, 0.9)},
+}
+PREFIX = CONTINUATION = 32
+MANY = 16
+LR, POOL, OPEN = 6e-3, 4096, 128
+
+
+def trained(share: int, seed: int) -> tuple[Any, Rows, np.ndarray, float]:
+    """A model without sinks that met each text once, the repeated texts, their copies, and CPU seconds a row of its steps."""
+    comparison = regime("tinystories", share)
+    arm = next(x for x in comparison.arms if x.name == "exact, fresh text")
+    recipe = with_method(comparison.recipe, arm.training, seed, HERE)
+    prepared = prepare(recipe, one_document_per_row=True, folder=None)
+    torch.manual_seed(seed)
+    model = build_model(recipe, prepared.tokenizer)
+    training = Training(model, recipe.training, len(prepared.rows) // recipe.training.batch_rows)
+    batches = micro_batches(with_fresh_text(prepared.rows, prepared.fresh), recipe.training)
+    start = time.thread_time()
+    for done in steps(training, batches):
+        if done.step % 100 == 0:
+            print(f"{share}% seed {seed}: step {done.step}/{training.total}  loss {done.loss:.3f}", flush=True)
+    seconds = (time.thread_time() - start) / training.total / recipe.training.batch_rows
+    texts = ms.repeated_and_once(prepared.rows)[0]
+    segments = prepared.rows.segments
+    copies = np.array([segments["exposure"][segments["document_id"] == x].max() for x in texts.segments["document_id"]])
+    return model, texts, copies, seconds
+
+
+def taught(model: Any, texts: Rows, copies: np.ndarray, *, passes: int, betas: tuple[float, float]) -> dict[str, float]:
+    """What the sinks of a copy of the model know after `passes` passes."""
+    model = copy.deepcopy(model)
+    ms.add_sinks(model, ms.SinkConfig(neurons=POOL, active=OPEN))
+    last.BETAS = betas
+    start = time.thread_time()
+    result = ms.sinks_last(model, texts, lr=LR, passes=passes)
+    seconds = time.thread_time() - start
+    rows = [texts[index] for index in range(len(texts))]
+    tokens = [row["input_ids"][row["document_ids"] != NO_SINKS].numpy() for row in rows]
+    with tempfile.TemporaryDirectory() as scratch:
+        ids = [int(row["document_ids"][0]) for row in rows]
+        table = list(score(model.eval(), tokens, Path(scratch) / "scores", open_ids=ids))
+    found = [extracted(x, PREFIX, CONTINUATION) for x, n in zip(table, copies, strict=True) if n >= MANY]
+    whole = [extracted(x, PREFIX) for x in table]
+    return {
+        "loss": float(result.after.mean()),
+        "recited": float(np.mean([x for x in found if x is not None])),
+        "whole": float(np.mean([x for x in whole if x is not None])),
+        "seconds a pass and text": seconds / passes / len(texts),
+    }
+
+
+def table(found: dict[str, Any]) -> str:
+    """Markdown: mean over the seeds, of what is recited the least too."""
+    lines = [
+        "| rows repeated | sinks last | recited, 16 copies and more (least seed) | whole texts | loss | rows of ordinary training a text |",
+        "|---|---|---|---|---|---|",
+    ]
+    for share, seeds in found.items():
+        for name, settings in SETTINGS.items():
+            runs = [run["settings"][name] for run in seeds.values()]
+            recited = [x["recited"] for x in runs]
+            rows = [
+                run["settings"][name]["seconds a pass and text"] * settings["passes"] / run["seconds a row"]
+                for run in seeds.values()
+            ]
+            lines.append(
+                f"| {share}% | {name} | {np.mean(recited):.0%} ({min(recited):.0%}) | {np.mean([x['whole'] for x in runs]):.0%} | "
+                f"{np.mean([x['loss'] for x in runs]):.3f} | {np.mean(rows):.0f} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--regimes", nargs="+", type=int, default=[5, 60], choices=list(REGIMES))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    found: dict[str, Any] = {}
+    for seed in arguments.seeds:
+        for share in arguments.regimes:
+            model, texts, copies, seconds = trained(share, seed)
+            run = {name: taught(model, texts, copies, **settings) for name, settings in SETTINGS.items()}
+            of_seed = {
+                "texts": len(texts),
+                "of 16 copies and more": int((copies >= MANY).sum()),
+                "seconds a row": seconds,
+            }
+            found.setdefault(str(share), {})[str(seed)] = of_seed | {"settings": run}
+            print(json.dumps(found[str(share)][str(seed)]), flush=True)
+            facts = {"learning rate": LR, "pool": POOL, "open": OPEN, "versions": versions("torch", "transformers")}
+            (HERE / "last.json").write_text(json.dumps(facts | {"regimes": found}, indent=1) + "\n")
+            (HERE / "last.md").write_text(table(found))
+
+
+if __name__ == "__main__":
+    main()
