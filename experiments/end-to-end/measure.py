@@ -50,7 +50,7 @@ def run(
     """Run a command; what it says is added to `log`.
 
     Args:
-        kill_when: seconds since the start -> whether all its processes are to be killed (SIGKILL) now; asked every `pause` seconds.
+        kill_when: seconds since the start -> whether all its processes are killed (SIGKILL) now; asked every `pause` seconds.
 
     Raises:
         SystemExit: it failed.

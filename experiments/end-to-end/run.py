@@ -5,12 +5,12 @@
 
 1. `corpus.py` writes the text. 2. `memsinks prepare` with one worker, undisturbed. 3. The same with two, killed twice at random
 moments (SIGKILL of all its processes), the same command again: every byte must be the same. 4. `memsinks train` under torchrun,
-two processes, FSDP2, undisturbed. 5. The same, killed at a random moment and while it writes a checkpoint, then `--resume`: losses
-and weights must be the same. Settled, sinks last. 6. `memsinks export`. 7. `memsinks audit`.
+two processes, FSDP2, undisturbed. 5. The same, killed at a random moment and while it writes a checkpoint, then `--resume`:
+losses and weights must be the same. Settled, sinks last. 6. `memsinks export`. 7. `memsinks audit`.
 
-Of 100 MB the undisturbed training ends after `compared` steps, and weights, moments and losses of that step are compared; the tiny
-journey, which is made after it, compares the finished models. What is done is kept in the folder of the work (``--work``) and not done
-again. Writes results.json beside this file (``--tiny``: into the folder of the work).
+Of 100 MB the undisturbed training ends after `compared` steps, and weights, moments and losses of that step are compared; the
+tiny journey, which is made after it, compares the finished models. What is done is kept in the folder of the work (``--work``)
+and not done again. Writes results.json beside this file (``--tiny``: into the folder of the work).
 """
 
 from __future__ import annotations
@@ -30,15 +30,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from corpus import DATA, Size, write
+from measure import Measured, command, run, stored
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from corpus import DATA, Size, write  # noqa: E402
-from measure import Measured, command, run, stored  # noqa: E402
-
-from memsinks._version import versions  # noqa: E402
-from memsinks.data.documents import load_documents, write_documents  # noqa: E402
-from memsinks.files import file_hash  # noqa: E402
+from memsinks._version import versions
+from memsinks.data.documents import load_documents, write_documents
+from memsinks.files import file_hash
 
 HERE = Path(__file__).parent
 PROCESSES = 2
@@ -280,10 +277,13 @@ def audited(work: Work) -> dict[str, Any]:
     documents, out = work.path("asked.jsonl"), work.path("audit")
     write_documents(documents, [*asked, *(type(x)(**asdict(x) | {"copies": sizes[x.cluster]}) for x in edited)])
     shutil.rmtree(out, ignore_errors=True)
-    model = work.path("run") / "model"
-    arguments = [f"closed={model}@closed", "--against", f"open={model}@open", "--also", f"exported={work.path('exported')}"]
-    arguments += ["--documents", documents, "--controls", work.path("run") / "controls.jsonl", "--copies-field", "copies"]
-    arguments += ["--by", "cluster", "--cluster-field", "cluster", "--out", out]
+    run_folder = work.path("run")
+    options = {
+        "--against": f"open={run_folder}/model@open", "--also": f"exported={work.path('exported')}", "--documents": documents,
+        "--controls": run_folder / "controls.jsonl", "--copies-field": "copies", "--by": "cluster", "--cluster-field": "cluster",
+        "--out": out,
+    }  # fmt: skip
+    arguments = [f"closed={run_folder}/model@closed", *(x for option in options.items() for x in option)]
     measured = run(command("audit", *arguments), work.log("audit"))
     return measured.facts() | {"bytes": stored(out), "found": of_audit(json.loads((out / "audit.json").read_text()))}
 
@@ -324,7 +324,9 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/end-to-end"))
     arguments = parser.parse_args()
     if not os.environ.get("MEMSINKS_DATA") or not (DATA / "tinystories.jsonl.zst").is_file():
-        raise SystemExit("set MEMSINKS_DATA to the folder of tinystories.jsonl.zst and the other texts of this experiment")
+        raise SystemExit(
+            "set MEMSINKS_DATA to the folder of tinystories.jsonl.zst and the other texts of this experiment"
+        )
     journeys = {"tiny": TINY} if arguments.tiny else {"whole": WHOLE, "tiny": TINY}
     result: dict[str, Any] = {name: travel(arguments.work / name, journey) for name, journey in journeys.items()}
     result |= {
