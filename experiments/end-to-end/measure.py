@@ -14,11 +14,9 @@ import psutil
 
 EVERY = 0.25
 """Seconds between two looks at the processes."""
-ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1",
-    # glibc gives large blocks back at once and takes them again, half of the time of such small models
-    "MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**32),
-}  # fmt: skip
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+KEEP_BLOCKS = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**32)}
+"""In training: glibc gives large blocks back at once and takes them again, half of the time of such small models."""
 
 
 @dataclass
@@ -40,7 +38,9 @@ def command(*arguments: object, processes: int = 0) -> list[str]:
     """`memsinks` with these arguments; under torchrun if there are several processes."""
     start = [sys.executable, "-m"]
     if processes:
-        start += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
+        settings = [f"{name}={value}" for name, value in KEEP_BLOCKS.items()]
+        start = ["env", *settings, *start, "torch.distributed.run", "--standalone"]
+        start += ["--nproc-per-node", str(processes), "-m"]
     return [*start, "memsinks.cli", *map(str, arguments)]
 
 

@@ -42,10 +42,9 @@ def growth(found: dict[str, Any]) -> str:
     """The line of 100 MB in the table of growth."""
     made = found["whole"]["prepared, one worker"]
     near = made["near_copies"]
-    return (
-        f"| {made['characters']:,} | {made['documents']:,} | {made['tokens']:,} | {made['cpu_seconds']:.1f} | "
-        f"{made['peak_mb']} | {made['bytes_a_token']:.1f} | {near['clustered']:,} of {made['documents']:,} | {near['candidate_pairs']:,} |"
-    )
+    cells = [f"{made[name]:,}" for name in ("characters", "documents", "tokens", "cpu_seconds", "peak_mb")]
+    cells += [f"{made['bytes_a_token']:.1f}", f"{near['clustered']:,} of {made['documents']:,}"]
+    return f"| {' | '.join(cells)} | {near['candidate_pairs']:,} |"
 
 
 def audit(found: dict[str, Any]) -> list[str]:
