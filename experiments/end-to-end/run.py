@@ -73,6 +73,11 @@ class Work:
         self.found[name] = stage(self)
         self.file.write_text(json.dumps(self.found, indent=2) + "\n")
 
+    def fresh(self, *names: str) -> None:
+        """Remove what a stage that was cut off has left in these folders."""
+        for name in names:
+            shutil.rmtree(self.path(name), ignore_errors=True)
+
     def log(self, name: str) -> Path:
         return self.folder / f"{name}.txt"
 
@@ -104,6 +109,7 @@ def prepare_command(work: Work, out: str, workers: int) -> list[str]:
 
 
 def prepared_undisturbed(work: Work) -> dict[str, Any]:
+    work.fresh("alone")
     measured = run(prepare_command(work, "alone", 1), work.log("prepare-alone"))
     facts = json.loads((work.path("alone") / "manifest.json").read_text())
     near = {name: facts["near_copies"][name] for name in ("clusters", "clustered", "largest", "candidate_pairs")}
@@ -117,6 +123,7 @@ def prepared_undisturbed(work: Work) -> dict[str, Any]:
 
 
 def prepared_killed(work: Work) -> dict[str, Any]:
+    work.fresh("corpus")
     rng, alone = random.Random(), work.found["prepared, one worker"]["seconds"]
     parts, kills = [], []
     for share in (rng.uniform(0.15, 0.45), rng.uniform(0.15, 0.45), None):
@@ -166,6 +173,7 @@ def keep(work: Work, out: str) -> bool:
 
 def trained_undisturbed(work: Work) -> dict[str, Any]:
     whole = work.journey.compared is None
+    work.fresh("undisturbed", f"undisturbed-checkpoint-{work.journey.compared}")
     watch = None if whole else lambda now: keep(work, "undisturbed")
     return run(train_command(work, "undisturbed", False), work.log("train-undisturbed"), watch).facts()
 
@@ -187,6 +195,7 @@ def half_written(folder: Path) -> list[str]:
 def trained_killed(work: Work) -> dict[str, Any]:
     """Killed after the first checkpoint at a random moment; then, until one is caught half written, in the next one's writing."""
     out, every = work.path("run"), work.journey.save_every
+    work.fresh("run", f"run-checkpoint-{work.journey.compared}")
     log = max(1, every // 5)
     at, delay = every + log * random.randint(1, 3), random.uniform(0, 2)
     reached: list[float] = []
@@ -262,7 +271,7 @@ def same_state(one: Any, other: Any) -> bool:
 
 def exported(work: Work) -> dict[str, Any]:
     out = work.path("exported")
-    shutil.rmtree(out, ignore_errors=True)
+    work.fresh("exported")
     measured = run(command("export", work.path("run") / "model", out), work.log("export"))
     return measured.facts() | {"bytes": stored(out), "said": measured.said.strip().splitlines()[-6:]}
 
@@ -276,7 +285,7 @@ def audited(work: Work) -> dict[str, Any]:
     edited = [x for x in members if x.cluster in first and x is first[x.cluster]]
     documents, out = work.path("asked.jsonl"), work.path("audit")
     write_documents(documents, [*asked, *(type(x)(**asdict(x) | {"copies": sizes[x.cluster]}) for x in edited)])
-    shutil.rmtree(out, ignore_errors=True)
+    work.fresh("audit")
     run_folder = work.path("run")
     options = {
         "--against": f"open={run_folder}/model@open", "--also": f"exported={work.path('exported')}", "--documents": documents,
