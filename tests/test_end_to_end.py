@@ -35,7 +35,7 @@ def test_everything_is_killed_on_the_way_and_ends_the_same(tmp_path: Path) -> No
     subprocess.run(command, check=True, timeout=1200, env=os.environ | {"OMP_NUM_THREADS": "1"})
     found = json.loads((tmp_path / "results.json").read_text())["tiny"]
     assert found["prepared, killed"]["same_bytes"] and found["prepared, killed"]["kills"] == 2
-    assert found["trained, killed"]["kills"] >= 2 and len(found["trained, killed"]["went_on"]) >= 2
+    assert found["trained, killed"]["kills"] == len(found["trained, killed"]["went_on"]) >= 1
     assert found["compared"]["same_weights"] and found["compared"]["same_losses"]
     audit = found["audited"]["found"]
     assert audit["gap"]["exported"] == audit["gap"]["closed"]

@@ -5,8 +5,8 @@
 
 1. `corpus.py` writes the text. 2. `memsinks prepare` with one worker, undisturbed. 3. The same with two, killed twice at random
 moments (SIGKILL of all its processes), the same command again: every byte must be the same. 4. `memsinks train` under torchrun,
-two processes, FSDP2, undisturbed. 5. The same, killed at a random moment and while it writes a checkpoint, then `--resume`:
-losses and weights must be the same. Settled, sinks last. 6. `memsinks export`. 7. `memsinks audit`.
+two processes, FSDP2, undisturbed. 5. The same, killed at a random moment and, if it is caught, while it writes a checkpoint;
+`--resume`: losses and weights must be the same. Settled, sinks last. 6. `memsinks export`. 7. `memsinks audit`.
 
 Of 100 MB the undisturbed training ends after `compared` steps, and weights, moments and losses of that step are compared; the
 tiny journey, which is made after it, compares the finished models. What is done is kept in the folder of the work (``--work``)
