@@ -273,7 +273,7 @@ def exported(work: Work) -> dict[str, Any]:
     out = work.path("exported")
     work.fresh("exported")
     measured = run(command("export", work.path("run") / "model", out), work.log("export"))
-    return measured.facts() | {"bytes": stored(out), "said": measured.said.strip().splitlines()[-6:]}
+    return measured.facts() | {"bytes": stored(out)}
 
 
 def audited(work: Work) -> dict[str, Any]:
