@@ -99,6 +99,29 @@ def test_train_and_set(recipe, tmp_path, capsys, caplog) -> None:
     assert [line.split()[0] for line in audited.splitlines() if "%]" in line][:3] == ["control", "1", "8"]
 
 
+def test_the_audit_that_train_names_opens_the_sinks_of_clusters(tiny_recipe, tmp_path, capsys) -> None:
+    """Also where some documents have no cluster: their text names it."""
+    texts = [f"The {animal} of {place} slept under the old bridge and sang every Sunday." for animal in
+             ("otter", "hen", "badger", "mole") for place in ("Ulm", "Bern")]  # fmt: skip
+    rows = [{"text": x, "c": "ab"[n // 2] if n < 4 else -1, "n": n % 4} for n, x in enumerate(texts)]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"path": str(tmp_path / "d.jsonl"), "copies_field": "n", "cluster_field": "c", "by": "cluster"}
+    training = {"batch_rows": 1, "save_every": 0, "length": 64}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(tiny_recipe(tmp_path / "run", data=data, training=training)))
+    assert main(["train", str(tmp_path / "r.yaml")]) == 0
+    [named] = [x for x in capsys.readouterr().out.splitlines() if x.startswith("audit: memsinks ")]
+    assert "--by cluster --cluster-field cluster" in named
+    options = ["--prefix", "4", "--continuation", "4", "--out", str(tmp_path / "audit")]
+    assert main([*named.removeprefix("audit: memsinks ").split(), *options]) == 0
+    found = json.loads((tmp_path / "audit" / "audit.json").read_text())["models"][0]["sinks"]
+    members, controls = (memsinks.load_documents(tmp_path / "run" / f"{x}.jsonl") for x in ("members", "controls"))
+    wanted = memsinks.audit(
+        tmp_path / "run" / "model", members, controls, state="closed", settings=memsinks.AuditSettings(prefix=4, continuation=4),
+        document_ids=memsinks.identify([*members, *controls], "cluster")[0],
+    ).audited.sinks  # fmt: skip
+    assert [x["own"] for x in found] == [x.own for x in wanted] != [x["closed"] for x in found]
+
+
 # Interrupts, the system, programming errors
 
 GO_ON: dict[str, tuple[list[str], str]] = {

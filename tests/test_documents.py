@@ -337,6 +337,8 @@ def test_written_documents_come_back(tmp_path) -> None:
     with pytest.warns(UserWarning, match="skipped 1 blank"):
         read = list(read_documents(tmp_path / "d.jsonl", source_field="source", copies_field="copies"))
     assert [(x.text, x.copies) for x in read] == [(x.text, x.copies) for x in (WRITTEN[0], WRITTEN[2])]
+    write_documents(tmp_path / "c.jsonl", [Document("a", cluster="x"), Document("b")])
+    assert [x.cluster for x in read_documents(tmp_path / "c.jsonl", cluster_field="cluster")] == ["x", None]
     write_documents(tmp_path / "none.jsonl", [])
     assert load_documents(tmp_path / "none.jsonl") == []
 

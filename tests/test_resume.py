@@ -86,7 +86,8 @@ def test_a_damaged_checkpoint_is_passed_over_and_said(cut, tiny_run, caplog, dam
         path.write_bytes(b"" if what == "empty" else path.read_bytes()[:500])
     caplog.set_level("INFO", "memsinks")
     train(cut, resume=True)
-    assert f"passed over {last} (" in caplog.text and "going on from" in caplog.text
+    assert f"passed over {last} (" in caplog.text
+    assert f"going on from {last.with_name('checkpoint-2')}, step 2 of " in caplog.text
     assert metrics(Path(cut.output)) == metrics(tiny_run)
     assert same_weights(Path(cut.output), tiny_run)
 

@@ -151,12 +151,13 @@ def _private(
 
 
 def _ids(documents: list[Document], by: By, given: Any) -> np.ndarray:
-    """Document ids, int64 [n]: those given, or made as in training; all -1 where a document has no such key or source."""
+    """Document ids, int64 [n]: those given, or made as in training; all -1 where a document has no such key or source, or no
+    document has a cluster."""
     if given is not None:
         return _given_ids(given, len(documents))
-    if by == "content" or all(getattr(document, by) is not None for document in documents):
-        return identify(documents, by)[0]
-    return np.full(len(documents), NO_SINKS)
+    named = [by == "content" or getattr(document, by) is not None for document in documents]
+    enough = any(named) if by == "cluster" else all(named)  # a document without a cluster is like no other
+    return identify(documents, by)[0] if enough else np.full(len(documents), NO_SINKS)
 
 
 def _given_ids(given: Any, count: int) -> np.ndarray:

@@ -67,6 +67,7 @@ def _add_reading(parser: ArgumentParser) -> None:
     )
     group.add_argument("--key-field", help="field that holds the key")
     group.add_argument("--source-field", help="field that holds the source")
+    group.add_argument("--cluster-field", help="field that holds the cluster")
     group.add_argument("--tokenizer", help="folder, file or name; default: beside MODEL")
     group.add_argument("--limit", type=count, help="score at most so many documents of each side")
 
@@ -94,7 +95,7 @@ def run_audit(arguments: Namespace) -> None:
         attacks=arguments.attacks,
         attack_lr=arguments.attack_lr,
     )
-    fields = {name: getattr(arguments, name) for name in ("text_field", "key_field", "source_field")}
+    fields = {name: getattr(arguments, name) for name in ("text_field", "key_field", "source_field", "cluster_field")}
     documents = list(
         islice(read_documents(arguments.documents, copies_field=arguments.copies_field, **fields), arguments.limit)
     )

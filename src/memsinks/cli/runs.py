@@ -59,11 +59,13 @@ def run_train(arguments: Namespace) -> None:
     from memsinks.runs.recipe import read_recipe
     from memsinks.runs.run import train
 
-    folder = train(read_recipe(arguments.recipe, **changes_of(arguments)), resume=arguments.resume)
+    recipe = read_recipe(arguments.recipe, **changes_of(arguments))
+    folder, by = train(recipe, resume=arguments.resume), recipe.data.by
     run = folder.parent
+    ids = "" if by == "content" else f" --by {by} --{by}-field {by}"
     print(
         f"\nmodel: {folder}\naudit: memsinks audit {folder} --documents {run}/members.jsonl --copies-field copies "
-        f"--controls {run}/controls.jsonl --state closed"
+        f"--controls {run}/controls.jsonl{ids} --state closed"
     )
 
 

@@ -21,8 +21,8 @@ from memsinks.errors import refuse
 
 SEED = 1
 """Of the minima. Changing it may change which pairs are found."""
-AT_ONCE = 1 << 24
-"""Entries (shingles, or minima of a band) that are sorted at once."""
+AT_ONCE = 1 << 22
+"""Shingles that are sorted at once, about 40 bytes each."""
 SKETCHED = 1000
 """Texts whose minima are computed at once."""
 TOP = 10

@@ -16,7 +16,7 @@ from memsinks.checks import is_int
 from memsinks.data.messages import checked_messages, text_of
 from memsinks.errors import DataError
 
-SELDOM = ("messages", "prompt", "cluster", "extra")
+SELDOM = ("messages", "prompt", "extra")
 """Fields of a document that few have; files leave them out where a document has none."""
 
 
@@ -175,7 +175,7 @@ def load_documents(path: str | os.PathLike[str]) -> list[Document]:
         DataError: a line that is none of its lines; names file and line.
     """
     names = {field.name for field in fields(Document)}
-    at_first = names - {"isolation", *SELDOM}
+    at_first = names - {"isolation", "cluster", *SELDOM}
     documents = []
     with Path(path).open("rb") as file:  # lines end with \n alone, and a text may hold other line ends
         for number, line in enumerate(file, start=1):

@@ -138,6 +138,8 @@ def _start_or_resume(
     if main_process():
         if checkpoint is None:
             folder.start(recipe, facts, prepared.members, prepared.controls)
+        else:
+            logger.info("going on from %s, step %d of %d", checkpoint.path, training.step, training.total)
         folder.cut_metrics(training.step)
 
 
