@@ -20,7 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from memsinks.checks import one_of
 from memsinks.errors import ArchitectureError, CheckpointError, ConfigError, refuse
-from memsinks.files import written_beside
+from memsinks.files import read_json, written_beside
 from memsinks.sinks.attach import add_sinks
 from memsinks.sinks.config import TRAINING
 from memsinks.sinks.own import freeze_shared
@@ -162,6 +162,9 @@ def save_sinks(model: PreTrainedModel, directory: str | os.PathLike[str], owners
 
 def load_stock(directory: str | os.PathLike[str], **arguments: Any) -> PreTrainedModel:
     """The stock part of a checkpoint, or any checkpoint without sinks; CheckpointError if it cannot be loaded."""
+    generation = Path(directory) / "generation_config.json"
+    if generation.is_file():  # of which transformers reads over what is damaged
+        read_json(generation, "restore the checkpoint")
     try:
         return _auto_class(directory, arguments).from_pretrained(directory, **arguments)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
