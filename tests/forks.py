@@ -60,7 +60,8 @@ def forked(
         if not child:
             os.dup2(said.fileno(), 1)
             os.dup2(said.fileno(), 2)
-            sys.stdout, sys.stderr = (open(x, "w", encoding="utf-8", closefd=False) for x in (1, 2))
+            sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+            sys.stderr = open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
             _ended(_counted(run, kill_at, kill_once, below, writer))
         os.close(writer)
         limit = timeout if kill_after is None else kill_after

@@ -61,6 +61,19 @@ def lies_within(folder: Path, name: str) -> bool:
         return False
 
 
+def to_disk(folder: Path, deep: bool = True) -> None:
+    """Wait until a folder, and all files and folders below it if `deep`, are on the disk, so that what is written after them
+    is never there without them, whatever the power does."""
+    for path in (*(folder.rglob("*") if deep else ()), folder):
+        if not path.is_symlink() and (path.is_file() or path.is_dir()):
+            with suppress(PermissionError):  # Windows opens no folders
+                descriptor = os.open(path, os.O_RDONLY)
+                try:
+                    os.fsync(descriptor)
+                finally:
+                    os.close(descriptor)
+
+
 def read_json(path: Path, remedy: str = "remove it, and it is made again") -> Any:
     """What a JSON file of ours holds; CheckpointError, ending with `remedy`, if it is missing or damaged."""
     try:
@@ -76,7 +89,10 @@ def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(path.parent, path.name)
         part.write_text(json.dumps(value, indent=indent) + "\n", encoding="utf-8")
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
         part.replace(path)
+        to_disk(path.parent, deep=False)
     except OSError as error:
         with suppress(OSError):
             part.unlink(missing_ok=True)
@@ -107,7 +123,9 @@ def written_beside(target: Path) -> Iterator[Path]:
     try:
         with _locked(part):
             yield part
+            to_disk(part)
             _move(part, target)
+            to_disk(target.parent, deep=False)
     except CheckpointError:
         raise
     except (OSError, SafetensorError) as error:

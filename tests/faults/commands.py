@@ -72,16 +72,25 @@ class Command:
         return self.argv if self.again is None else self.again(folder)
 
 
-def run(folder: Path, asked: tuple[str, ...] | Callable[[], Any], *, fresh: bool = False, **kill: Any) -> Ended:
+def run(
+    folder: Path,
+    asked: tuple[str, ...] | Callable[[], Any],
+    *,
+    fresh: bool = False,
+    before: Callable[[], None] | None = None,
+    **kill: Any,
+) -> Ended:
     """Run a command, or a function as one, in a folder.
 
     Args:
         fresh: an export is checked in a fresh process, else in a fork, without its imports.
-        kill: see `forked`.
+        before: is called first, in the fork. kill: see `forked`.
     """
 
     def command() -> int:
         os.chdir(folder)
+        if before is not None:
+            before()
         files.JUST_MADE = -1.0  # what a killed write left is removed at once, not after a minute
         if not fresh:
             verify.subprocess = SimpleNamespace(run=_in_a_fork)  # type: ignore[assignment]

@@ -30,6 +30,7 @@ DAMAGES: dict[str, Callable[[bytes], bytes]] = {
 TOLD = 600
 """Characters of what a command said that a fault quotes."""
 OTHER, MISSING = "of another", "missing"
+KINDS = ("refused", "same outcome", "other input", "said")
 Step = tuple[str, ...] | Callable[[], Any]
 
 
@@ -40,6 +41,7 @@ class Scene:
     Args:
         steps: what is run in a copy of a base before; the last one is the command that reads.
         files: globs of what it reads, which is damaged. free: of input, for which there may be other input.
+        says: globs of what the outcome may lack, because the command says so.
         kill_once: the step before the last one is killed when this is there.
     """
 
@@ -47,6 +49,7 @@ class Scene:
     steps: tuple[Step, ...]
     files: tuple[str, ...]
     free: tuple[str, ...] = ()
+    says: tuple[str, ...] = ()
     kill_once: str | None = None
 
     def make(self, base: Path, folder: Path) -> Path:
@@ -70,6 +73,10 @@ class Damage:
     files: int = 0
     counts: Counter[str] = field(default_factory=Counter)
     faults: list[str] = field(default_factory=list)
+
+    def by_kind(self) -> dict[str, int]:
+        """How often each of `KINDS` came of it."""
+        return {kind: sum(n for x, n in self.counts.items() if x.endswith(f": {kind}")) for kind in KINDS}
 
 
 def _recipe(name: str, **sections: Any) -> Callable[[], None]:
@@ -124,25 +131,30 @@ SCENES = {
     scene.name: scene
     for scene in (
         Scene("prepare", (PREPARE,), ("documents.jsonl", "tokenizer/*"), ("documents.jsonl", "tokenizer/*")),
-        Scene("prepare, near copies found in part", (PREPARE, PREPARE), ("corpus/.work/**/*", "corpus/tokenizer/*"), kill_once="corpus/.work/shingles/00001"),
-        Scene("prepare, shards in part", (PREPARE, PREPARE), ("corpus/.work/*", *_SHARDS, "corpus/tokenizer/*"), kill_once="corpus/shards/00002"),
+        Scene("prepare, near copies in part", (PREPARE, PREPARE), ("corpus/.work/**/*", "corpus/tokenizer/*"),
+              kill_once="corpus/.work/shingles/00001"),
+        Scene("prepare, shards in part", (PREPARE, PREPARE), ("corpus/.work/*", *_SHARDS, "corpus/tokenizer/*"),
+              kill_once="corpus/shards/00002"),
         Scene("prepare, finished", (PREPARE, PREPARE), ("corpus/*", *_SHARDS, "corpus/tokenizer/*")),
         Scene("train on a corpus", (PREPARE, _ON_CORPUS, ("train", "corpus.yaml")),
               ("corpus.yaml", "corpus/*", *_SHARDS, "corpus/tokenizer/*"), ("corpus.yaml",)),
-        Scene("train with a background, again", (_BACKGROUND, ("train", "background.yaml"), ("train", "background.yaml", "--resume")),
+        Scene("train with a background, again",
+              (_BACKGROUND, ("train", "background.yaml"), ("train", "background.yaml", "--resume")),
               ("run2/data/**/*", "background.yaml"), ("background.yaml",), kill_once="run2/checkpoints/checkpoint-4"),
         Scene("train a pretrained model", (EXPORT, _PRETRAINED, ("train", "pretrained.yaml")), ("clean/*",), ("clean/*",)),
         Scene("train, resumed", (lambda: shutil.rmtree("run"), ("train", "owners.yaml"), ("train", "owners.yaml", "--resume")),
-              ("owners.yaml", "run/**/*"), ("owners.yaml",), kill_once="run/checkpoints/checkpoint-6"),
+              ("owners.yaml", "run/**/*"), ("owners.yaml", "run/metrics.jsonl"), ("run/metrics.jsonl",), kill_once="run/checkpoints/checkpoint-6"),
         Scene("takedown", (TAKEDOWN,), ("run/*", "run/model/**/*", "run/checkpoints/checkpoint-8/*",
               "run/checkpoints/checkpoint-2/*")),
         Scene("takedown, bound", (TAKEDOWN, TAKEDOWN), ("run/.takedown.bound/**/*",), kill_once="run/.takedown.bound"),
         Scene("verify", (TAKEDOWN, ("verify", RECORD, "--run", "run")), (f"{RECORD}/*", "run/model/*", "run/members.jsonl")),
-        Scene("export", (EXPORT,), ("run/model/**/*",)),
+        Scene("export", (EXPORT,), ("run/model/**/*",), ("run/model/tokenizer*", "run/model/generation_config.json")),
         Scene("info", (("info", "run/model"),), ("run/model/**/*",)),
         Scene("audit", (_AUDIT,), ("run/members.jsonl", "run/controls.jsonl", "run/model/**/*"), ("run/*.jsonl",)),
-        Scene("view", (TAKEDOWN, _view), ("run/*", "run/model/**/*"), ("run/members.jsonl", "run/controls.jsonl")),
-        Scene("sinks of owners", (EXPORT, _save_owners, _load_owners), ("alice/**/*", "clean/*.safetensors", "clean/config.json")),
+        Scene("view", (TAKEDOWN, _view), ("run/*", "run/model/**/*"), ("run/controls.jsonl",),
+              ("run/model/tokenizer*", "run/controls.jsonl", "run/model/sinks/sinks.json")),
+        Scene("sinks of owners", (EXPORT, _save_owners, _load_owners),
+              ("alice/**/*", "clean/*.safetensors", "clean/config.json")),
         Scene("sinks alone", (_assign_alone, _load_alone), ("alone/**/*",)),
     )
 }  # fmt: skip
@@ -196,7 +208,7 @@ def _damaged(path: Path, other: Path, damage: str) -> bool:
 def _judged(
     scene: Scene, name: str, damage: str, place: Path, done: Ended, before: dict[str, str], wanted: dict[str, str]
 ) -> str:
-    """"refused", "same outcome", "other input", or what is wrong."""
+    """ "refused", "same outcome", "other input", or what is wrong."""
     now = outcome(place)
     if done.code == 2:
         lines = [x for x in done.said.splitlines() if x.startswith("memsinks: ")]
@@ -206,9 +218,12 @@ def _judged(
         return f"FAULT: refused, but {', '.join(hurt)} changed" if hurt else "refused"
     if done.code != 0:
         return f"FAULT: ended with {done.code}: {done.said[-TOLD:]}"
-    apart = [x for x in now.keys() | wanted.keys() if now.get(x) != wanted.get(x) and x != name]
+    apart = [x for x in now.keys() | wanted.keys() if now.get(x) != wanted.get(x)]
+    apart = [x for x in apart if x != name or now.get(x) != before.get(x)]  # what was not read stays as it is
     if not apart:
         return f"FAULT: {', '.join(leftovers(place))} are left" if leftovers(place) else "same outcome"
-    if damage in (OTHER, MISSING) and any(Path(name).full_match(x) if hasattr(Path, "full_match") else Path(name).match(x) for x in scene.free):
+    if damage in (OTHER, MISSING) and any(Path(name).match(x) for x in scene.free):
         return "other input"
+    if any(Path(name).match(x) for x in scene.says):
+        return "said"
     return f"FAULT: ended well, but {', '.join(sorted(apart)[:5])} differ"

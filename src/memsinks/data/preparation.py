@@ -32,8 +32,17 @@ from memsinks.data.clusters import NearCopies, Shingled, cluster
 from memsinks.data.documents import Document
 from memsinks.data.identity import BY, By
 from memsinks.data.near_copies import cluster_names, said, shingled
-from memsinks.data.shards import RECORD, ShardSettings, cut_into_shards, documents_hash, read_record, require_shard, write_shard
+from memsinks.data.shards import (
+    RECORD,
+    ShardSettings,
+    cut_into_shards,
+    documents_hash,
+    read_record,
+    require_shard,
+    write_shard,
+)
 from memsinks.data.stored import MANIFEST, SHARDS, TOKENIZER, WORK, StoredCorpus, tokenizer_hash
+from memsinks.data.token_store import load_array
 from memsinks.data.tokens import encoding_problems
 from memsinks.data.workers import Workers, cores
 from memsinks.errors import CheckpointError, DataError, MemsinksError, refuse
@@ -262,12 +271,13 @@ def _read_clusters(work: Path) -> tuple[np.ndarray, dict[str, Any]]:
     whole = isinstance(found, dict) and found.keys() == {"report", "sha256"} and (work / CLUSTERS).is_file()
     if not whole or file_hash(work / CLUSTERS) != found["sha256"]:
         raise CheckpointError(f"{work / CLUSTERS} or {REPORT} is damaged; {remedy}")
-    return np.load(work / CLUSTERS), found["report"]
+    return load_array(work / CLUSTERS, remedy), found["report"]
 
 
 def _read_shingles(path: Path) -> Shingled:
-    forms, offsets = (np.load(path / f"{name}.npy") for name in ("forms", "offsets"))
-    return Shingled(forms, offsets, np.load(path / "shingles.npy", "r"))
+    remedy = f"remove {path}, and the same command makes it again"
+    forms, offsets = (load_array(path / f"{name}.npy", remedy) for name in ("forms", "offsets"))
+    return Shingled(forms, offsets, load_array(path / "shingles.npy", remedy, "r"))
 
 
 # In a worker

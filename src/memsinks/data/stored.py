@@ -23,7 +23,7 @@ from memsinks.data.documents import Document
 from memsinks.data.identity import BY, By, document_id
 from memsinks.data.shards import ENTRY, INDEX, RECORD, TABLE, TARGETS, TOKENS, document_of_row, read_table, verify_shard
 from memsinks.data.targets import Targets
-from memsinks.data.token_store import StoredTokens, token_type
+from memsinks.data.token_store import StoredTokens, load_array, token_type
 from memsinks.data.tokenized import TokenizedDocuments
 from memsinks.data.tokens import load_tokenizer
 from memsinks.errors import CheckpointError, ConfigError, DataError, refuse
@@ -40,9 +40,7 @@ def is_corpus(path: str | os.PathLike[str]) -> bool:
 
 def is_unfinished(path: str | os.PathLike[str]) -> bool:
     """Whether shards lie there, or a corpus that is being made, without the manifest that is written last."""
-    return not is_corpus(path) and (
-        (Path(path) / WORK).is_dir() or any(Path(path).glob(f"{SHARDS}/*/{RECORD}"))
-    )
+    return not is_corpus(path) and ((Path(path) / WORK).is_dir() or any(Path(path).glob(f"{SHARDS}/*/{RECORD}")))
 
 
 class StoredCorpus(Sequence[Document]):
@@ -85,11 +83,8 @@ class StoredCorpus(Sequence[Document]):
     def _read_index(self) -> np.ndarray:
         parts = []
         for folder, count in zip(self._folders, self._counts, strict=True):
-            try:
-                part = np.load(folder / INDEX)
-            except (OSError, ValueError, EOFError) as error:
-                raise CheckpointError(f"{folder / INDEX} is missing or damaged ({error}); {REMEDY}") from error
-            if part.dtype != ENTRY or len(part) != count or (np.diff(part["end"], prepend=0) < 1).any():
+            part = load_array(folder / INDEX, REMEDY)
+            if part.dtype != ENTRY or part.shape != (count,) or (np.diff(part["end"], prepend=0) < 1).any():
                 raise CheckpointError(f"{folder / INDEX} is damaged; {REMEDY}")
             parts.append(part)
         return np.concatenate(parts)
@@ -120,15 +115,12 @@ class StoredCorpus(Sequence[Document]):
         """The rows of a table; CheckpointError if they are not those of the index."""
         path, end = self._folders[shard] / TABLE, sum(self._counts[: shard + 1])
         ids = self._index["document_id"][end - self._counts[shard] : end].tolist()
-        count = 0
-        for row in read_table(path):
-            if count == len(ids) or row.get("document_id") != str(ids[count]):
+        for row, wanted in itertools.zip_longest(read_table(path), ids):
+            if row is None or row.get("document_id") != str(wanted):
                 break
-            count += 1
             yield row
         else:
-            if count == len(ids):
-                return
+            return
         raise CheckpointError(f"{path} does not hold the documents of {INDEX} beside it; {REMEDY}")
 
     def __getitem__(self, index: Any) -> Document:
@@ -219,12 +211,9 @@ class StoredCorpus(Sequence[Document]):
             if not (folder / TARGETS).is_file():
                 found += [None] * count
                 continue
-            try:
-                masks = np.load(folder / TARGETS, "r")
-            except (OSError, ValueError) as error:
-                raise CheckpointError(f"{folder / TARGETS} is damaged ({error}); {REMEDY}") from error
+            masks = load_array(folder / TARGETS, REMEDY, "r")
             ends = self._index["end"][len(found) : len(found) + count].tolist()
-            if masks.dtype != np.bool_ or len(masks) != ends[-1]:
+            if masks.dtype != np.bool_ or masks.shape != (ends[-1],):
                 raise CheckpointError(f"{folder / TARGETS} is damaged; {REMEDY}")
             parts = [masks[begin:end] for begin, end in zip([0, *ends[:-1]], ends, strict=True)]
             found += [None if part.all() else part for part in parts]

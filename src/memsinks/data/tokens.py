@@ -88,6 +88,12 @@ def load_tokenizer(path_or_name: str | Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def has_tokenizer(folder: str | Path) -> bool:
+    """Whether files of a tokenizer lie in a folder, whole or not."""
+    patterns = ("tokenizer*", "vocab.*", "merges.txt", "spiece.model", "sentencepiece*", "special_tokens_map.json")
+    return any(next(Path(folder).glob(pattern), None) for pattern in patterns)
+
+
 def encode(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], end: bool = True) -> list[np.ndarray]:
     """Tokens of each text: int64 [tokens of the document] each; with `end`, the end token stands last and only there.
 

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from memsinks.errors import CheckpointError
-from memsinks.files import file_hash
+from memsinks.files import file_hash, read_json
 from memsinks.removal.erase import Erased, blocks_in, forget, strike_out
 from memsinks.sinks.layer import start_of
 from memsinks.sinks.reading import read_tensors
@@ -134,7 +134,7 @@ def erase_in_checkpoint(folder: Path, sinks: SinksFile, erased: Sequence[Erased]
         _forget(state["optimizer"], list(state["model"]), erased, folder / STATE)
     target.mkdir(parents=True, exist_ok=True)
     torch.save(state, target / STATE)
-    marker = json.loads((folder / MARKER).read_text()) | {"sha256": file_hash(target / STATE)}
+    marker = read_json(folder / MARKER) | {"sha256": file_hash(target / STATE)}
     (target / MARKER).write_text(json.dumps(marker, indent=2) + "\n")
 
 

@@ -125,7 +125,12 @@ def _write(
 def whose_sinks(directory: str | os.PathLike[str]) -> list[int]:
     """The ids whose sinks an exported checkpoint holds as neurons; none for any other folder."""
     path = Path(directory) / OPEN_SINKS
-    return [int(key) for key in read_json(path)["open"]] if path.is_file() else []
+    if not path.is_file():
+        return []
+    try:
+        return [int(key) for key in dict(read_json(path, "export the model again")["open"])]
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise CheckpointError(f"{path} is damaged ({error!r:.200}); export the model again") from error
 
 
 def _check_place(target: Path) -> None:

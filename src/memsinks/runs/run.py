@@ -137,7 +137,7 @@ def _start_or_resume(
     if main_process():
         if checkpoint is None:
             folder.start(recipe, facts, prepared.members, prepared.controls)
-        folder.cut_metrics(training.step)
+        folder.cut_metrics(training.step, recipe.training.log_every)
 
 
 def _facts(recipe: Recipe, prepared: PreparedCorpus) -> dict[str, Any]:

@@ -114,6 +114,15 @@ def _value(hint: Any, value: Any, where: str, problems: list[str]) -> Any:
     return value
 
 
+def load_yaml(content: bytes, what: str) -> Any:
+    """The values of YAML in UTF-8; ConfigError, which begins with `what`, where it is none."""
+    try:
+        return yaml.safe_load(content.decode())
+    except (yaml.YAMLError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
+        # besides YAMLError what PyYAML raises for numbers, dates, keys and aliases that cannot be
+        raise ConfigError(f"{what} is not valid YAML: {error!s:.300}") from error
+
+
 def change(values: dict[str, Any], name: str, text: str) -> None:
     """Set one value by its dotted name, in place; `text` is YAML."""
     *sections, last = name.split(".")
@@ -123,7 +132,4 @@ def change(values: dict[str, Any], name: str, text: str) -> None:
         values = values[section]
         if not isinstance(values, dict):
             raise ConfigError(f"cannot set {name}: {section} is not a section")
-    try:
-        values[last] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"cannot set {name}: {text!r} is not valid YAML") from error
+    values[last] = load_yaml(text.encode("utf-8", "surrogatepass"), f"the value of {name}")

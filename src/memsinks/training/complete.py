@@ -12,7 +12,7 @@ import logging
 from pathlib import Path
 
 from memsinks.errors import CheckpointError
-from memsinks.files import file_hash, read_json, write_json
+from memsinks.files import file_hash, read_json, to_disk, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +24,7 @@ NEEDED = ("optimizer", "scheduler", "rng_state", "trainer_state.json")
 def mark_complete(folder: Path) -> None:
     """Write the marker of a checkpoint; reads every file of it."""
     (folder / MARKER).unlink(missing_ok=True)
+    to_disk(folder)
     write_json(folder / MARKER, {"sha256": {str(x.relative_to(folder)): file_hash(x) for x in _files(folder)}})
 
 
