@@ -17,7 +17,7 @@ from typing import Any
 from faults.commands import COMMANDS, make_base
 from faults.damage import SCENES, damage_each, make_bases
 from faults.disks import fill_disks
-from faults.inputs import make_places, readers, try_inputs
+from faults.inputs import make_places, readers, shares, try_inputs
 from faults.kills import kill_often
 from memsinks._version import versions
 from memsinks.files import write_json
@@ -74,8 +74,8 @@ def inputs(scratch: Path) -> tuple[list[dict[str, Any]], list[str]]:
     rows, faults = [], []
     folder = make_places(make_base(scratch / "base"), scratch / "places")
     all_readers = readers()
-    for reader in all_readers:
-        found = try_inputs(reader, folder, -(-INPUTS // len(all_readers)))
+    for reader, count in zip(all_readers, shares(all_readers, INPUTS), strict=True):
+        found = try_inputs(reader, folder, count)
         rows.append({"reader": reader.name, "inputs": found.counts.total(), **found.counts})
         faults += [f"{reader.name}: {kind}, e.g. {example}" for kind, example in found.faults.items()]
         _say(rows[-1])

@@ -15,7 +15,7 @@ import signal
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -227,6 +227,7 @@ class Reader:
     Args:
         path: of the file, in the folder of `make_places`. read: it, given that folder.
         parse, dump: what is changed in its structure; None = its bytes alone.
+        costly: takes ten times as long as others, and gets a quarter of the inputs.
         mend: makes what else says how the file must be (a hash) agree with it.
     """
 
@@ -236,6 +237,7 @@ class Reader:
     parse: Callable[[bytes], Any] | None = None
     dump: Callable[[Any], bytes] | None = None
     mend: Callable[[Path], None] | None = None
+    costly: bool = False
 
 
 FIELDS = {"key_field": "key", "source_field": "source", "copies_field": "copies", "isolation_field": "isolation",
@@ -345,7 +347,8 @@ ROWS = [
 ]  # fmt: skip
 PAIRS = [{"id": "k1", "cluster": "a"}, {"id": "k2", "cluster": "a"}, {"id": "k3", "cluster": "-1"}]
 OTHER_KEY = "record-8-002"
-QUESTION = {"text": "a word", "document": 0, "given": 3, "name": f"key:{OTHER_KEY}", "id": str(ms.document_id(OTHER_KEY, "key")), "do": False, "copies": True,
+QUESTION = {"text": "a word", "document": 0, "given": 3, "name": f"key:{OTHER_KEY}", "id": str(ms.document_id(OTHER_KEY, "key")),
+            "do": False, "copies": True,
             "collateral": 0.5, "repair": 0, "version": 0, "typed": OTHER_KEY}  # fmt: skip
 MODEL = "run/model"
 
@@ -363,13 +366,14 @@ def readers() -> list[Reader]:
         Reader("documents .txt", "d.txt", _documents("d.txt", separator="---")),
         Reader("members.jsonl", "members.jsonl", lambda x: load_documents(x / "members.jsonl"), _lines, as_lines),
         Reader("members.jsonl of a run", "run/members.jsonl", _owners_of_a_run, _lines, as_lines),
-        Reader("recipe.yaml of a run", "run/recipe.yaml", lambda x: (_resumed(x), _owners_of_a_run(x)), yaml.safe_load, as_yaml),
-        Reader("run.json", "run/run.json", _resumed, json.loads, as_json),
+        Reader("recipe.yaml of a run", "run/recipe.yaml", lambda x: (_resumed(x), _owners_of_a_run(x)),
+               yaml.safe_load, as_yaml, costly=True),
+        Reader("run.json", "run/run.json", _resumed, json.loads, as_json, costly=True),
         Reader("metrics.jsonl", "metrics/metrics.jsonl", _metrics, _lines, as_lines),
         Reader("recipe", "owners.yaml", lambda x: read_recipe(x / "owners.yaml"), yaml.safe_load, as_yaml),
         Reader("recipe, shrunk", "owners.yaml", lambda x: read_recipe(x / "owners.yaml", {"training.lr": "1e-3"}, Fraction(1, 4)),
                yaml.safe_load, as_yaml),
-        Reader("comparison", "compare.yaml", lambda x: read_comparison(x / "compare.yaml"), yaml.safe_load, as_yaml),
+        Reader("comparison", "compare.yaml", lambda x: read_comparison(x / "compare.yaml"), yaml.safe_load, as_yaml, costly=True),
         Reader("clusters .csv", "c.csv", lambda x: read_clusters(x / "c.csv")),
         Reader("clusters .jsonl", "c.jsonl", lambda x: read_clusters(x / "c.jsonl"), _lines, as_lines),
         Reader("clusters .parquet", "c.parquet", lambda x: read_clusters(x / "c.parquet"), _rows_of_parquet, as_parquet),
@@ -378,7 +382,7 @@ def readers() -> list[Reader]:
         Reader("record of a shard", "corpus/shards/00000/shard.json", lambda x: read_record(x / "corpus/shards/00000"),
                json.loads, as_json),
         Reader("sidecar of a shard", "corpus/shards/00000/documents.parquet", lambda x: list(StoredCorpus(x / "corpus")),
-               _rows_of_parquet, as_parquet),
+               _rows_of_parquet, as_parquet, costly=True),
         Reader("sinks.json", f"{MODEL}/sinks/sinks.json", _sinks, json.loads, as_json),
         Reader("sinks.safetensors", f"{MODEL}/sinks/sinks.safetensors", _sinks, _header, as_safetensors, _hash_again),
         Reader("sinks.json of owners", "alice/sinks/sinks.json", _owners, json.loads, as_json),
@@ -391,18 +395,24 @@ def readers() -> list[Reader]:
         Reader("marker of a Trainer's checkpoint", f"trainer/{MARKER}", lambda x: what_is_missing(x / "trainer"),
                json.loads, as_json),
         Reader("tombstone", "tombstone.json", _tombstone, json.loads, as_json),
-        Reader("statement of a record", "record/statement.json", _record, json.loads, as_json),
-        Reader("signature of a record", "record/record.sig", _record, json.loads, as_json),
-        Reader("plan of a take-down", "bound/.takedown.bound/plan.json", _bound, json.loads, as_json),
+        Reader("statement of a record", "record/statement.json", _record, json.loads, as_json, costly=True),
+        Reader("signature of a record", "record/record.sig", _record, json.loads, as_json, costly=True),
+        Reader("plan of a take-down", "bound/.takedown.bound/plan.json", _bound, json.loads, as_json, costly=True),
         Reader("memsinks.json of an export", "open/memsinks.json", lambda x: whose_sinks(x / "open"), json.loads, as_json),
         Reader("router.json", "router/router.json", lambda x: Router.load(x / "router"), json.loads, as_json),
         Reader("counts of a router", f"router/{COUNTS}", lambda x: Router.load(x / "router"), _header, as_safetensors),
-        Reader("notes in a run", "run/notes.jsonl", _fates, _lines, as_lines),
-        Reader("audit.json in a run", "run/report/audit.json", _fates, json.loads, as_json),
-        Reader("compare.json", "compare/compare.json", _compared, json.loads, as_json),
+        Reader("notes in a run", "run/notes.jsonl", _fates, _lines, as_lines, costly=True),
+        Reader("audit.json in a run", "run/report/audit.json", _fates, json.loads, as_json, costly=True),
+        Reader("compare.json", "compare/compare.json", _compared, json.loads, as_json, costly=True),
         *(Reader(f"question to the viewer: {name}", "question.json", _viewed(view, name), json.loads, as_json)
           for name in ("search", "begin", "named", "takedown")),
     ]  # fmt: skip
+
+
+def shares(readers: Sequence[Reader], count: int) -> list[int]:
+    """How many of all inputs each reader gets; their sum is `count` or a few more."""
+    weights = [1 if x.costly else 4 for x in readers]
+    return [-(-count * weight // sum(weights)) for weight in weights]
 
 
 def make_places(base: Path, folder: Path) -> Path:

@@ -27,7 +27,7 @@ from memsinks.data.token_store import StoredTokens, load_array, token_type
 from memsinks.data.tokenized import TokenizedDocuments
 from memsinks.data.tokens import load_tokenizer
 from memsinks.errors import CheckpointError, ConfigError, DataError, refuse
-from memsinks.files import read_json, verify_files
+from memsinks.files import lies_within, read_json, verify_files
 
 MANIFEST, SHARDS, TOKENIZER, WORK = "manifest.json", "shards", "tokenizer", ".work"
 REMEDY = "make the corpus anew"
@@ -69,7 +69,9 @@ class StoredCorpus(Sequence[Document]):
             self.carry = [str(name) for name in settings["carry"]]
             self._tokenizer_sha256, self._vocabulary = str(settings["tokenizer_sha256"]), int(settings["vocabulary"])
             self._tokenizer_files = dict(self.manifest.get("tokenizer", {}))  # corpora of before name none
-            records = {Path(name).name: dict(record) for name, record in self.manifest["shards"].items()}
+            records = {str(name): dict(record) for name, record in self.manifest["shards"].items()}
+            if outside := [x for x in records if Path(x).name != x or not lies_within(self.path / SHARDS, x)]:
+                raise ValueError(f"{outside[0]} leads out of its folder")
             self._counts = [int(record["documents"]) for record in records.values()]
             if not records:
                 raise ValueError("no shards")

@@ -163,10 +163,22 @@ def load_stock(directory: str | os.PathLike[str], **arguments: Any) -> PreTraine
     generation = Path(directory) / "generation_config.json"
     if generation.is_file():  # of which transformers reads over what is damaged
         read_json(generation, "restore the checkpoint")
+    _require_own_weights(Path(directory))
     try:
         return _auto_class(directory, arguments).from_pretrained(directory, **arguments)
     except Exception as error:  # transformers, huggingface_hub and safetensors raise some ten unrelated types here
         raise CheckpointError(f"cannot load a model from {directory}: {error}") from error
+
+
+def _require_own_weights(directory: Path) -> None:
+    """CheckpointError if an index of weights names files outside its folder."""
+    for path in directory.glob("*.index.json"):
+        index = read_json(path, "restore the checkpoint")
+        names = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(names, dict) or not all(isinstance(x, str) for x in names.values()):
+            raise CheckpointError(f"{path} is damaged: it maps no weights to files; restore the checkpoint")
+        if outside := [x for x in names.values() if Path(x).name != x]:
+            raise CheckpointError(f"{path} names {outside[0]!r}, which leads out of its folder; restore the checkpoint")
 
 
 def _auto_class(directory: str | os.PathLike[str], arguments: Mapping[str, Any]) -> Any:
