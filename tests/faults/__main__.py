@@ -1,22 +1,23 @@
 """The whole suite: `make test-faults`, or ``PYTHONPATH=tests python -m faults [PART ...]`` for parts of it.
 
-Prints the counts and writes them into `results.json`, each part with its seconds; ends with status 1 if anything went wrong.
+Prints the counts and writes each line of them into `results.json` as it comes; ends with status 1 if anything went wrong.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from faults.commands import COMMANDS, make_base
 from faults.damage import SCENES, damage_each, make_bases
-from faults.disks import fill_disks
+from faults.disks import fill_disks, why_not
 from faults.inputs import make_places, readers, shares, try_inputs
 from faults.kills import kill_often
 from memsinks._version import versions
@@ -27,19 +28,19 @@ KILLS, AT_CHANGES, INPUTS, SEED = 50, 10, 100_000, 0
 PACKAGES = ("torch", "transformers", "safetensors", "numpy", "pyarrow", "hypothesis", "pyyaml", "datatrove")
 
 
-def kills(scratch: Path) -> tuple[list[dict[str, Any]], list[str]]:
+Rows = Iterator[tuple[dict[str, Any], list[str]]]
+"""A line of counts, and the faults that it counts in words."""
+
+
+def kills(scratch: Path) -> Rows:
     """SIGKILL, spread over the time of each command, then before changes of files."""
-    base, rows, faults = make_base(scratch / "base"), [], []
+    base = make_base(scratch / "base")
     for command in COMMANDS.values():
         for by, times in (("time", KILLS), ("change", AT_CHANGES)):
             found = kill_often(command, base, scratch / "kills", times, by=by, seed=SEED)
             row = {"command": command.name, "by": by, "seconds": found.seconds, "killed": found.killed}
             row |= {"ended before": found.late, "killed twice": found.twice, "phases": dict(found.phases.most_common())}
-            row["quarters of the duration"] = _quarters(found.moments)
-            rows.append(row | {"faults": len(found.faults)})
-            faults += found.faults
-            _say(row)
-    return rows, faults
+            yield row | {"quarters of the duration": _quarters(found.moments)}, found.faults
 
 
 def _quarters(moments: list[float]) -> list[int]:
@@ -47,48 +48,38 @@ def _quarters(moments: list[float]) -> list[int]:
     return [counts[quarter] for quarter in range(4)]
 
 
-def disks(scratch: Path) -> tuple[list[dict[str, Any]], list[str]]:
+def disks(scratch: Path) -> Rows:
     """Full disks and read-only folders."""
-    base, rows, faults = make_base(scratch / "base"), [], []
+    if reason := why_not(scratch / "may"):
+        print(f"  left out: {reason}")
+        return
+    base = make_base(scratch / "base")
     for command in COMMANDS.values():
         found = fill_disks(command, base, scratch / "disk")
-        rows.append({"command": command.name, **found.counts, "faults": len(found.faults)})
-        faults += found.faults
-        _say(rows[-1])
-    return rows, faults
+        yield {"command": command.name, "how": found.how, **found.counts}, found.faults
 
 
-def damage(scratch: Path) -> tuple[list[dict[str, Any]], list[str]]:
+def damage(scratch: Path) -> Rows:
     """Files that are cut, empty, garbage, missing, or of another run."""
-    bases, rows, faults = make_bases(scratch), [], []
+    bases = make_bases(scratch)
     for scene in SCENES.values():
         found = damage_each(scene, bases, scratch / "scene")
-        rows.append({"command": scene.name, "files": found.files, **found.by_kind(), "faults": len(found.faults)})
-        faults += found.faults
-        _say(rows[-1])
-    return rows, faults
+        yield {"command": scene.name, "files": found.files, **found.by_kind()}, found.faults
 
 
-def inputs(scratch: Path) -> tuple[list[dict[str, Any]], list[str]]:
+def inputs(scratch: Path) -> Rows:
     """Generated inputs for all readers."""
-    rows, faults = [], []
+    logging.getLogger("memsinks").setLevel(logging.ERROR)
     folder = make_places(make_base(scratch / "base"), scratch / "places")
     all_readers = readers()
     for reader, count in zip(all_readers, shares(all_readers, INPUTS), strict=True):
         found = try_inputs(reader, folder, count)
-        rows.append({"reader": reader.name, "inputs": found.counts.total(), **found.counts})
-        faults += [f"{reader.name}: {kind}, e.g. {example}" for kind, example in found.faults.items()]
-        _say(rows[-1])
-    return rows, faults
+        counts = {kind: found.counts[kind] for kind in ("read", "refused")}
+        faults = [f"{reader.name}: {kind}, e.g. {example}" for kind, example in found.faults.items()]
+        yield {"reader": reader.name, "inputs": found.counts.total(), **counts}, faults
 
 
-PARTS: dict[str, Callable[[Path], tuple[list[dict[str, Any]], list[str]]]] = {
-    part.__name__: part for part in (kills, disks, damage, inputs)
-}
-
-
-def _say(row: dict[str, Any]) -> None:
-    print("  " + ", ".join(f"{name}: {value}" for name, value in row.items()), flush=True)
+PARTS: dict[str, Callable[[Path], Rows]] = {part.__name__: part for part in (kills, disks, damage, inputs)}
 
 
 def main(names: list[str]) -> int:
@@ -97,20 +88,23 @@ def main(names: list[str]) -> int:
     wrong = 0
     for name in names or PARTS:
         print(f"{name}: {PARTS[name].__doc__}", flush=True)
-        started = time.monotonic()
+        started, rows, faults = time.monotonic(), [], []
         with tempfile.TemporaryDirectory(prefix="memsinks-faults-") as scratch:
-            rows, faults = PARTS[name](Path(scratch))
-        seconds = round(time.monotonic() - started)
-        results[name] = {
-            "seconds": seconds,
-            "seed": SEED,
-            "versions": versions(*PACKAGES),
-            "rows": rows,
-            "faults": faults,
-        }
-        write_json(RESULTS, results)
-        print(f"{name}: {seconds} s, {len(faults)} faults", *faults, sep="\n  ", flush=True)
+            for row, found in PARTS[name](Path(scratch)):
+                rows.append(row | {"faults": len(found)})
+                faults += found
+                seconds = round(time.monotonic() - started)
+                facts = {"seconds": seconds, "seed": SEED, "versions": versions(*PACKAGES)}
+                results[name] = facts | {"rows": rows, "faults": faults}
+                write_json(RESULTS, results)
+                print(
+                    "  " + ", ".join(f"{key}: {value}" for key, value in rows[-1].items()),
+                    *found,
+                    sep="\n    ",
+                    flush=True,
+                )
         wrong += len(faults)
+        print(f"{name}: {len(faults)} faults in {round(time.monotonic() - started)} s", flush=True)
     return 1 if wrong else 0
 
 

@@ -43,7 +43,7 @@ from memsinks.data.shards import (
 )
 from memsinks.data.stored import MANIFEST, SHARDS, TOKENIZER, WORK, StoredCorpus, tokenizer_hash
 from memsinks.data.token_store import load_array
-from memsinks.data.tokens import encoding_problems
+from memsinks.data.tokens import encoding_problems, save_tokenizer
 from memsinks.data.workers import Workers, cores
 from memsinks.errors import CheckpointError, DataError, MemsinksError, refuse
 from memsinks.files import file_hash, file_hashes, locked, read_json, remove_leftovers, write_json, written_beside
@@ -170,7 +170,7 @@ def _finished(folder: Path, work: Path, settings: dict[str, Any], tokenizer: Pre
     write_json(work / SETTINGS, settings)
     shutil.rmtree(folder / TOKENIZER, ignore_errors=True)
     with written_beside(folder / TOKENIZER) as part:
-        tokenizer.save_pretrained(part)
+        save_tokenizer(tokenizer, part)
     return False
 
 

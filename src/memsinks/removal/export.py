@@ -11,6 +11,7 @@ from pathlib import Path
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from memsinks.data.tokens import save_tokenizer
 from memsinks.errors import ArchitectureError, CheckpointError, ConfigError
 from memsinks.files import read_json, written_beside
 from memsinks.removal.model_card import model_card
@@ -112,7 +113,7 @@ def _write(
     with written_beside(target) as part:
         model.stock_class.save_pretrained(model, part, state_dict=tensors)  # type: ignore[attr-defined]
         if tokenizer is not None:
-            tokenizer.save_pretrained(part)
+            save_tokenizer(tokenizer, part)
         _mend_config(part / "config.json", model, opening)
         if check is not None:
             check(part)

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from memsinks.checks import is_int
 from memsinks.data.documents import Document, write_documents
+from memsinks.data.tokens import save_tokenizer
 from memsinks.errors import CheckpointError
 from memsinks.files import file_hash, read_json, remove_leftovers, write_json
 from memsinks.provenance import refuse_other_settings
@@ -154,7 +155,7 @@ class RunFolder:
         model.save_pretrained(self.model)
         if not main_process():
             return
-        tokenizer.save_pretrained(self.model)
+        save_tokenizer(tokenizer, self.model)
         self.write_facts(facts)
 
     def drop_checkpoint(self, step: int) -> None:

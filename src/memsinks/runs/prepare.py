@@ -39,7 +39,7 @@ from memsinks.data.rows import rows_of
 from memsinks.data.targets import as_bits, from_bits
 from memsinks.data.token_store import StoredTokens, write_tokens
 from memsinks.data.tokenized import TokenizedDocuments
-from memsinks.data.tokens import encode, load_tokenizer, pad_token
+from memsinks.data.tokens import encode, load_tokenizer, pad_token, save_tokenizer
 from memsinks.errors import CheckpointError, ConfigError, DataError
 from memsinks.files import file_hash, file_hashes, verify_files, written_beside
 from memsinks.provenance import refuse_other_settings
@@ -300,7 +300,7 @@ def _write(recipe: Recipe, part: Path) -> None:
     )
     for name in ("members", "controls", "unseen", "fresh"):
         write_documents(part / f"{name}.jsonl", getattr(corpus, name))
-    corpus.tokenizer.save_pretrained(part / "tokenizer")
+    save_tokenizer(corpus.tokenizer, part / "tokenizer")
     facts = {
         "files": {name: digest for name, digest in file_hashes(part).items() if name != "tokens.bin"},
         "settings": _settings(recipe),

@@ -13,6 +13,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from memsinks.errors import CheckpointError
 from memsinks.files import file_hash, file_hashes, lies_within, locked, read_json, to_disk
 
@@ -36,7 +38,9 @@ def staged(folder: Path) -> Iterator[Path]:
                 yield begun / FILES
             finally:
                 shutil.rmtree(begun, ignore_errors=True)
-    except OSError as error:
+    except CheckpointError:
+        raise
+    except (OSError, SafetensorError) as error:
         raise CheckpointError(f"cannot write into {folder}: {error}; nothing there was changed") from error
 
 

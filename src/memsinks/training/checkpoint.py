@@ -56,16 +56,21 @@ def save_checkpoint(
         CheckpointError: it could not be written (full disk, permissions); earlier checkpoints are as they were.
     """
     with written_beside(folder / f"checkpoint-{step}") as part:
-        try:
-            torch.save(dict(state), part / STATE)
-        except RuntimeError as error:  # what torch raises when the disk is full
-            raise OSError(str(error)) from error
+        save_state(dict(state), part / STATE)
         marker = {"step": step, "sha256": file_hash(part / STATE), "facts": dict(facts or {})}
         (part / MARKER).write_text(json.dumps(marker, indent=2) + "\n")
     earlier = [path for number, path in _folders(folder) if number <= step][:keep]
     for _, path in _folders(folder):
         if path not in earlier:
             shutil.rmtree(path, ignore_errors=True)
+
+
+def save_state(state: dict[str, Any], path: Path) -> None:
+    """`torch.save`; OSError if it cannot be written."""
+    try:
+        torch.save(state, path)
+    except RuntimeError as error:  # what torch raises when the disk is full
+        raise OSError(f"{path} cannot be written: {error}") from error
 
 
 def last_checkpoint(folder: Path) -> Checkpoint | None:
