@@ -352,10 +352,8 @@ def test_a_statement_stays_in_its_run(places, tmp_path) -> None:
 
 
 def test_the_page_has_the_counts_of_the_suite() -> None:
-    from faults.__main__ import BEGIN, END, INPUTS, KILLS, PAGE, RESULTS, table
+    from faults.__main__ import BEGIN, END, PAGE, RESULTS, table
 
     results = json.loads(RESULTS.read_text())
     assert table(results) == PAGE.read_text().partition(BEGIN)[2].partition(END)[0].strip()
     assert not any(part["faults"] for part in results.values())
-    assert all(x["killed"] >= KILLS for x in results["kills"]["rows"] if x["by"] == "time")
-    assert sum(x["inputs"] for x in results["inputs"]["rows"]) >= INPUTS

@@ -158,7 +158,7 @@ def _trained(folder: Path) -> str:
 
 
 def _taken_down(folder: Path) -> str:
-    if (folder / "run/.takedown.bound").is_dir():
+    if (folder / "run/.takedown.bound/plan.json").is_file():
         return "bound"
     if any(folder.glob("run/takedowns/*")):
         return "finished"

@@ -27,7 +27,7 @@ from memsinks.checks import is_int
 from memsinks.data.documents import Document, write_documents
 from memsinks.data.tokens import save_tokenizer
 from memsinks.errors import CheckpointError
-from memsinks.files import file_hash, read_json, remove_leftovers, write_json
+from memsinks.files import file_hash, remove_leftovers, write_json
 from memsinks.provenance import refuse_other_settings
 from memsinks.runs.recipe import Recipe
 from memsinks.runs.sections import load_yaml
@@ -35,10 +35,11 @@ from memsinks.training.processes import main_process
 
 logger = logging.getLogger(__name__)
 
-RECIPE, FACTS, MEMBERS, CONTROLS = "recipe.yaml", "run.json", "members.jsonl", "controls.jsonl"
+RECIPE, FACTS, METRICS = "recipe.yaml", "run.json", "metrics.jsonl"
+MEMBERS, CONTROLS = "members.jsonl", "controls.jsonl"
 RECORDS = "takedowns"
 """Where the records of take-downs lie; no other take-down touches them."""
-WRITTEN = ("data", "model", RECIPE, FACTS)
+WRITTEN = ("data", "model", RECIPE, FACTS, MEMBERS, CONTROLS, METRICS)
 """What is written beside its place and renamed."""
 
 
@@ -62,7 +63,7 @@ class RunFolder:
 
     @property
     def metrics(self) -> Path:
-        return self.path / "metrics.jsonl"
+        return self.path / METRICS
 
     @property
     def finished(self) -> bool:
@@ -117,10 +118,10 @@ class RunFolder:
         path = self.path / FACTS
         if not path.is_file():
             return {}
-        facts = read_json(path, "restore it, or start a new run")
-        if not isinstance(facts, dict):
-            raise CheckpointError(f"{path} is damaged (it holds no facts); restore it, or start a new run")
-        return facts
+        try:
+            return dict(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError, RecursionError) as error:
+            raise CheckpointError(f"{path} is damaged ({error}); restore it, or start a new run") from error
 
     def write_facts(self, facts: Mapping[str, Any]) -> None:
         write_json(self.path / FACTS, dict(facts))

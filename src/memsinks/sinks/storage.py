@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 
 from memsinks.checks import is_int, is_number
 from memsinks.errors import CheckpointError, ConfigError
-from memsinks.files import file_hash, lies_within, read_json, written_beside
+from memsinks.files import file_hash, lies_within, written_beside
 from memsinks.sinks.config import FORMAT_VERSION, LAYOUT, SinkConfig
 from memsinks.sinks.layer import Sinks
 from memsinks.sinks.quantized import quantizer_of, refuse_unsavable
@@ -250,14 +250,12 @@ def read_settings(directory: str | os.PathLike[str]) -> SavedSinks:
             "AutoModelForCausalLM.from_pretrained"
         )
     try:
-        stored = read_json(path, "restore the checkpoint")
+        stored = json.loads(path.read_text(encoding="utf-8"))
         version = stored.get("format_version", 1)
         size = "host_width" if version == 1 else "intermediate_size"
         missing = {"fingerprint", "hash_version", "config", "model_type", "layers", size, "sha256"} - set(stored)
         missing |= {"base_sha256", "start_std"} - set(stored) if stored.get("of_owners") else set()
-    except (ValueError, TypeError, AttributeError) as error:
-        if isinstance(error, CheckpointError):
-            raise
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged: {error}; restore the checkpoint") from error
     if version not in (1, FORMAT_VERSION):
         raise ConfigError(
