@@ -180,6 +180,8 @@ def test_an_export_does_not_leave_out_a_damaged_tokenizer(base, tmp_path) -> Non
         ("compare.json", b"[]"),
         ("recipe, shrunk", b"model: {config: {model_type: llama, hidden_size: null}}\noutput: o"),
         ("sinks.json", b"[" * 3000),
+        ("recipe", b"model: {config: {model_type: [llama]}}\noutput: o"),
+        ("run.json", b'{"corpus_sha256": {}}'),
     ],
 )
 def test_what_generated_inputs_have_found(places, name, content) -> None:

@@ -128,7 +128,7 @@ class RunFolder:
 
     def require_corpus(self, digest: str) -> None:
         """CheckpointError if the run was started on another corpus (SHA-256)."""
-        before = self.facts().get("corpus_sha256", "")
+        before = str(self.facts().get("corpus_sha256", ""))
         if before != digest:
             raise CheckpointError(
                 f"the corpus has changed since {self.path} was started (SHA-256 {before[:12]}..., now {digest[:12]}...); "

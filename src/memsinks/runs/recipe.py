@@ -140,7 +140,7 @@ def _config_problems(config: Mapping[str, Any]) -> list[str]:
     if "model_type" not in config:
         return ['config needs model_type, e.g. "llama"']
     kind = config["model_type"]
-    if kind not in CONFIG_MAPPING:
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         near = difflib.get_close_matches(str(kind), list(CONFIG_MAPPING), 1)
         hint = f"; did you mean {near[0]}?" if near else ""
         return [f"config.model_type {kind!r} is not known to transformers {transformers.__version__}{hint}"]
