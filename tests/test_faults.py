@@ -332,6 +332,14 @@ def test_an_index_of_weights_stays_in_its_folder(base, tmp_path, name) -> None:
         ms.load_any(tmp_path / "model")
 
 
+def test_a_manifest_without_counts_is_damaged(places, tmp_path) -> None:
+    shutil.copytree(places / "corpus", tmp_path / "corpus")
+    path = tmp_path / "corpus/manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tokens": "many"}))
+    with pytest.raises(CheckpointError, match="manifest.json is damaged"):
+        ms.open_corpus(tmp_path / "corpus")
+
+
 @pytest.mark.parametrize("name", ["../../secret", "/etc/passwd"])
 def test_a_manifest_stays_in_its_folder(places, tmp_path, name) -> None:
     shutil.copytree(places / "corpus", tmp_path / "corpus")

@@ -18,10 +18,21 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from memsinks.checks import one_of
+from memsinks.checks import is_int, one_of
 from memsinks.data.documents import Document
 from memsinks.data.identity import BY, By, document_id
-from memsinks.data.shards import ENTRY, INDEX, RECORD, TABLE, TARGETS, TOKENS, document_of_row, read_table, verify_shard
+from memsinks.data.shards import (
+    COUNTS,
+    ENTRY,
+    INDEX,
+    RECORD,
+    TABLE,
+    TARGETS,
+    TOKENS,
+    document_of_row,
+    read_table,
+    verify_shard,
+)
 from memsinks.data.targets import Targets
 from memsinks.data.token_store import StoredTokens, load_array, token_type
 from memsinks.data.tokenized import TokenizedDocuments
@@ -73,8 +84,8 @@ class StoredCorpus(Sequence[Document]):
             if outside := [x for x in records if Path(x).name != x or not lies_within(self.path / SHARDS, x)]:
                 raise ValueError(f"{outside[0]} leads out of its folder")
             self._counts = [int(record["documents"]) for record in records.values()]
-            if not records:
-                raise ValueError("no shards")
+            if not records or not all(is_int(self.manifest[name]) for name in COUNTS):
+                raise ValueError("no shards, or no counts")
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(f"{self.path / MANIFEST} is damaged ({error!r}); {REMEDY}") from error
         self._folders = [self.path / SHARDS / name for name in records]
