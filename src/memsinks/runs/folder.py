@@ -151,17 +151,17 @@ class RunFolder:
             logger.warning("%s has %d of %d lines: the others are lost", self.metrics, len(kept), step // every)
         _write(self.metrics, b"".join(kept))
 
-    def finish(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, facts: Mapping[str, Any]) -> None:
-        """Write the final model, and that the run is finished; every process of a sharded model must call this."""
+    def finish(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, facts: Mapping[str, Any], step: int
+    ) -> None:
+        """Write the final model, drop the checkpoint of the last `step`, for the model itself is there, and say that the run is
+        finished; every process of a sharded model must call this."""
         model.save_pretrained(self.model)
         if not main_process():
             return
         save_tokenizer(tokenizer, self.model)
-        self.write_facts(facts)
-
-    def drop_checkpoint(self, step: int) -> None:
-        """Remove the checkpoint of the last step: the model itself is there."""
         shutil.rmtree(self.checkpoints / f"checkpoint-{step}", ignore_errors=True)
+        self.write_facts(facts)
 
 
 def _step_of(line: bytes) -> int | None:

@@ -98,9 +98,8 @@ def train(recipe: Recipe, *, resume: bool = False, label: str = "", after: float
             facts["settled"] = _settle(model, texts, recipe)
         if repeated is not None:
             facts["sinks_last"] = train_sinks_last(model, repeated, recipe.training, _passes(recipe))
-        folder.finish(model, prepared.tokenizer, facts | {"seconds": round(time.time() - started, 1)})
-        if main_process():
-            folder.drop_checkpoint(training.total)
+        facts["seconds"] = round(time.time() - started, 1)
+        folder.finish(model, prepared.tokenizer, facts, training.total)
     return folder.model
 
 
