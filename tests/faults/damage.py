@@ -151,7 +151,7 @@ SCENES = {
         Scene("verify", (TAKEDOWN, ("verify", RECORD, "--run", "run")), (f"{RECORD}/*", "run/model/*", "run/members.jsonl")),
         Scene("export", (EXPORT,), ("run/model/**/*",), ("run/model/tokenizer*", "run/model/generation_config.json")),
         Scene("info", (("info", "run/model"),), ("run/model/**/*",)),
-        Scene("audit", (_AUDIT,), ("run/members.jsonl", "run/controls.jsonl", "run/model/**/*"), ("run/*.jsonl",)),
+        Scene("audit", (_AUDIT,), ("run/members.jsonl", "run/controls.jsonl", "run/model/**/*"), ("run/*.jsonl", "run/model/tokenizer*")),
         Scene("view", (TAKEDOWN, _view), ("run/*", "run/model/**/*"), ("run/controls.jsonl",),
               ("run/model/tokenizer*", "run/controls.jsonl", "run/model/sinks/sinks.json")),
         Scene("sinks of owners", (EXPORT, _save_owners, _load_owners),
