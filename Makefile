@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready
 
-.PHONY: demo takedown docs test test-all lint clean
+.PHONY: demo takedown docs test test-all test-faults lint clean
 
 demo: $(READY)
 	$(VENV)/bin/memsinks demo
@@ -22,6 +22,10 @@ test: $(READY)
 
 test-all: $(READY)
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile -m "long or not long"
+
+# About half an hour on two cores; full disks need root, which mounts a small tmpfs, or a user that limits bind.
+test-faults: $(READY)
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(VENV)/bin/python -m faults
 
 lint: $(READY)
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/pyright

@@ -6,10 +6,10 @@ import json
 import os
 import shutil
 import signal
-import sys
 from pathlib import Path
 
 import pytest
+from forks import forked
 from test_run import metrics, same_weights
 
 from memsinks.errors import CheckpointError
@@ -17,29 +17,10 @@ from memsinks.runs.recipe import Recipe, parse_recipe
 from memsinks.runs.run import train
 from memsinks.training.loop import Training
 
-WRITES = ("os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree")
-
 
 def killed(recipe: Recipe, at: int) -> bool:
-    """Run it in a process that dies, as by SIGKILL, before its `at`-th change of a file; False if it has fewer."""
-    child = os.fork()
-    if child:
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
-    changes, output = 0, str(Path(recipe.output))
-
-    def die(event: str, arguments: tuple) -> None:
-        nonlocal changes
-        writing = event in WRITES or (event == "open" and bool(arguments[2] & (os.O_WRONLY | os.O_RDWR)))
-        if writing and str(arguments[0]).startswith(output):
-            changes += 1
-            if changes == at:
-                os._exit(9)
-
-    sys.addaudithook(die)
-    try:
-        train(recipe)
-    finally:
-        os._exit(0)
+    """Run it in a process that is killed before its `at`-th change of a file; False if it has fewer."""
+    return forked(lambda: train(recipe), kill_at=at, below=Path(recipe.output)).killed
 
 
 @pytest.mark.parametrize("at", [1, 2, 3, 5, 7, 12, 16, 25, 60, 10_000])

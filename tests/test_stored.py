@@ -27,7 +27,6 @@ from memsinks.batch import FIELDS
 from memsinks.cli import main
 from memsinks.data.documents import Document
 from memsinks.data.identity import document_id
-from memsinks.data.preparation import WORK
 from memsinks.data.shards import TABLE, cut_into_shards, read_table
 from memsinks.data.tokens import train_tokenizer
 from memsinks.errors import CheckpointError, ConfigError, DataError
@@ -107,47 +106,6 @@ def test_the_table_has_ids_as_strings_and_the_columns_that_were_carried(made) ->
 def test_any_number_of_workers_gives_the_same_bytes(made, tokenizer, tmp_path) -> None:
     prepare(tmp_path / "corpus", tokenizer, workers=2)
     assert hashes(tmp_path / "corpus") == hashes(made.path)
-
-
-def prepared_and_killed(out: Path, tokenizer, at: int) -> int:
-    """Prepare in a process that SIGKILL ends as it opens, makes, renames or removes a file for the `at`-th time; how often
-    it did so, -1 = it was killed."""
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        count = 0
-
-        def counting(event: str, arguments: Any) -> None:
-            nonlocal count
-            if event in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir"):
-                count += 1
-                if count == at:
-                    os.kill(os.getpid(), signal.SIGKILL)
-
-        sys.addaudithook(counting)
-        try:
-            prepare(out, tokenizer)
-            os.write(writer, str(count).encode())
-        finally:
-            os._exit(0)
-    os.close(writer)
-    status = os.waitpid(child, 0)[1]
-    with os.fdopen(reader) as pipe:
-        return -1 if status == signal.SIGKILL else int(pipe.read())
-
-
-@pytest.mark.parametrize("times", [6, pytest.param(60, marks=pytest.mark.long)])
-def test_sigkill_at_random_times_changes_no_byte(made, tokenizer, tmp_path, times) -> None:
-    whole = prepared_and_killed(tmp_path / "whole", tokenizer, at=0)
-    assert whole > 100 and hashes(tmp_path / "whole") == hashes(made.path)
-    rng, killed = random.Random(0), 0
-    for attempt in range(times // 3):  # each corpus is killed up to three times
-        out = tmp_path / str(attempt)
-        killed += sum(prepared_and_killed(out, tokenizer, rng.randrange(1, whole)) == -1 for _ in range(3))
-        prepare(out, tokenizer)
-        assert hashes(out) == hashes(made.path)
-        assert not [x for x in out.rglob(".*") if x.name != WORK]
-    assert killed >= times // 2
 
 
 @pytest.mark.long

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import random
 import shutil
-import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -19,6 +15,7 @@ from transformers import TrainingArguments
 
 import memsinks as ms
 from memsinks.cli import main
+from memsinks.files import file_hash, write_json
 from memsinks.runs.owners import read_members
 from memsinks.runs.recipe import parse_recipe
 from memsinks.runs.run import train
@@ -61,6 +58,13 @@ def run(run_with_owners, tmp_path) -> Path:
 
 def hashes(folder: Path) -> dict[str, bytes]:
     return {x.relative_to(folder).as_posix(): x.read_bytes() for x in sorted(folder.rglob("*")) if x.is_file()}
+
+
+def rewrite_members(run: Path, documents: list[ms.Document]) -> None:
+    """As if the run had been trained on these documents."""
+    ms.write_documents(run / "members.jsonl", documents)
+    facts = json.loads((run / "run.json").read_text())
+    write_json(run / "run.json", facts | {"members_sha256": file_hash(run / "members.jsonl")})
 
 
 def text_of(run: Path, key: str) -> str:
@@ -225,7 +229,7 @@ def test_copies_of_others_are_shown_and_go_only_if_asked(run, capsys):
     copied = [
         ms.Document(alice.text.replace(" ", "  ").upper(), key=x.key, copies=8) if x.key == BOB else x for x in members
     ]
-    ms.write_documents(run / "members.jsonl", copied)
+    rewrite_members(run, copied)
     assert main(["takedown", str(run), "--key", ALICE, "--dry-run"]) == 0
     shown = capsys.readouterr().out
     assert f"key {BOB}: normal" in shown and "--copies" in shown
@@ -346,48 +350,6 @@ def test_checkpoints_of_the_trainer(tmp_path):
 # Faults
 
 
-def in_a_process_of_its_own(run: Path, kill_after: float | None = None) -> None:
-    """The take-down in a fork, killed after so many seconds; it must end well where it is not."""
-    child = os.fork()
-    if not child:
-        try:
-            ms.take_down(run, key=ALICE)
-        except ms.DataError as error:
-            os._exit(0 if "finished now" in str(error) or "taken out already" in str(error) else 1)
-        except BaseException:
-            os._exit(1)
-        os._exit(0)
-    if kill_after is not None:
-        time.sleep(kill_after)
-        os.kill(child, signal.SIGKILL)
-    status = os.waitpid(child, 0)[1]
-    assert kill_after is not None or status == 0
-
-
-@pytest.mark.long
-def test_killed_at_any_moment_all_or_nothing_happens(run_with_owners, tmp_path):
-    clean = Path(shutil.copytree(run_with_owners, tmp_path / "clean"))
-    started = time.time()
-    in_a_process_of_its_own(clean)
-    whole, rng = time.time() - started, random.Random(0)
-    wanted, untouched = _apart_from_records(clean), hashes(run_with_owners)
-    seen = {"nothing": 0, "all": 0, "finished later": 0}
-    for kill in range(30):
-        run = Path(shutil.copytree(run_with_owners, tmp_path / f"run-{kill}"))
-        in_a_process_of_its_own(run, rng.uniform(0.3, 1.05) * whole)
-        now = {x: y for x, y in _apart_from_records(run).items() if not x.startswith(".takedown.")}
-        kind = "nothing" if now == untouched else "all" if now == wanted else "finished later"
-        seen[kind] += 1
-        in_a_process_of_its_own(run)
-        assert _apart_from_records(run) == wanted, kind
-        shutil.rmtree(run)
-    assert seen["nothing"] and sum(seen.values()) == 30, seen
-
-
-def _apart_from_records(run: Path) -> dict[str, bytes]:
-    return {name: value for name, value in hashes(run).items() if not name.startswith("takedowns/")}
-
-
 @pytest.mark.parametrize("after", range(6))
 def test_cut_off_while_files_are_put_in_place(run, after, monkeypatch):
     """Whatever was put in place when the process died, the next take-down finishes the rest."""
@@ -461,7 +423,7 @@ def test_somebody_elses_line_of_the_same_text_stays(run):
     members = ms.load_documents(run / "members.jsonl")
     alice = next(x for x in members if x.key == ALICE)
     twice = [ms.Document(alice.text, key=BOB, copies=8) if x.key == BOB else x for x in members]
-    ms.write_documents(run / "members.jsonl", twice)
+    rewrite_members(run, twice)
     done = ms.take_down(run, key=ALICE)
     assert [copy.kind for copy in done.owner.copies] == ["exact"]
     assert [x.key for x in ms.load_documents(run / "members.jsonl") if x.text == alice.text] == [BOB]

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from test_resume import WRITES
+from forks import forked
 from torch.utils.data import IterableDataset
 from trainers import BATCH, CONFIG, arguments, build, equal, groups_of, losses, some_rows, weights
 from transformers import Trainer
@@ -46,27 +44,14 @@ def _factory(tiny_llama, monkeypatch) -> None:
 
 
 def killed(folder: Path, kind: str, at: int) -> bool:
-    """Start or resume in a process that dies, as by SIGKILL, before its `at`-th change of a file; False if it has fewer."""
-    child = os.fork()
-    if child:
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
-    changes = 0
+    """Start or resume in a process that is killed before its `at`-th change of a file; False if it has fewer."""
 
-    def die(event: str, given: tuple) -> None:
-        nonlocal changes
-        writing = event in WRITES or (event == "open" and bool(given[2] & (os.O_WRONLY | os.O_RDWR)))
-        if writing and str(given[0]).startswith(str(folder)):
-            changes += 1
-            if changes == at:
-                os._exit(9)
-
-    try:
+    def run() -> None:
         trainer = made(folder, kind)
         torch.manual_seed(0)
-        sys.addaudithook(die)
         trainer.train(resume_from_checkpoint=complete(folder))
-    finally:
-        os._exit(0)
+
+    return forked(run, kill_at=at, below=folder).killed
 
 
 def complete(folder: Path) -> bool | None:

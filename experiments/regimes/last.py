@@ -1,12 +1,12 @@
 """How many passes do sinks need that learn last alone, and what does a pass cost?
 
-    MEMSINKS_DATA=... OMP_NUM_THREADS=1 python experiments/regimes/last.py --regimes 5 60 --seeds 0 1 2   # half an hour on one core
+    MEMSINKS_DATA=... OMP_NUM_THREADS=1 python experiments/regimes/last.py --regimes 5 60 --seeds 0 1 2   # half an hour
 
 The shared weights are those of *exact, fresh text* (recipes/regimes.yaml): each repeated text is met once in training, other text
 stands in the rows of its copies. Then the sinks, which have learned nothing so far, learn from the repeated texts with several
 settings. Measured with own sinks open: loss, nats a token; the share of texts with 16 copies or more of which 32 tokens come out
-after 32; the share of all of which the whole rest does. Cost: CPU time of a pass for a text, over that of a row in an ordinary step.
-The shared weights do not move, so nothing else changes. Writes last.json and last.md beside this file.
+after 32; the share of all of which the whole rest does. Cost: CPU time of a pass for a text, over that of a row in an ordinary
+step. The shared weights do not move, so nothing else changes. Writes last.json and last.md beside this file.
 """
 
 from __future__ import annotations
@@ -96,21 +96,22 @@ def taught(model: Any, texts: Rows, copies: np.ndarray, *, passes: int, betas: t
 def table(found: dict[str, Any]) -> str:
     """Markdown: mean over the seeds, of what is recited the least too."""
     lines = [
-        "| rows repeated | sinks last | recited, 16 copies and more (least seed) | whole texts | loss | rows of ordinary training a text |",
+        "| rows repeated | sinks last | recited, 16 copies and more (least) | whole texts | loss | cost of a text, rows of a step |",
         "|---|---|---|---|---|---|",
     ]
     for share, seeds in found.items():
         for name, settings in SETTINGS.items():
             runs = [run["settings"][name] for run in seeds.values()]
             recited = [x["recited"] for x in runs]
-            rows = [
-                run["settings"][name]["seconds a pass and text"] * settings["passes"] / run["seconds a row"]
-                for run in seeds.values()
+            each = [
+                x["seconds a pass and text"] / run["seconds a row"] for x, run in zip(runs, seeds.values(), strict=True)
             ]
-            lines.append(
-                f"| {share}% | {name} | {np.mean(recited):.0%} ({min(recited):.0%}) | {np.mean([x['whole'] for x in runs]):.0%} | "
-                f"{np.mean([x['loss'] for x in runs]):.3f} | {np.mean(rows):.0f} |"
-            )
+            whole, loss = (np.mean([x[column] for x in runs]) for column in ("whole", "loss"))
+            cells = [
+                f"{share}%", name, f"{np.mean(recited):.0%} ({min(recited):.0%})", f"{whole:.0%}", f"{loss:.3f}",
+                f"{np.mean(each) * settings['passes']:.0f}",
+            ]  # fmt: skip
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

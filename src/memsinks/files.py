@@ -36,11 +36,49 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def file_hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 of all files below a folder, by their path in it."""
+    files = sorted(x for x in folder.rglob("*") if x.is_file())
+    return {x.relative_to(folder).as_posix(): file_hash(x) for x in files}
+
+
+def verify_files(folder: Path, hashes: Any, remedy: str) -> None:
+    """CheckpointError, ending with `remedy`, unless files of a folder have these hashes; links lead out and are no such files."""
+    if not isinstance(hashes, dict):
+        raise CheckpointError(f"the hashes of the files in {folder} are damaged; {remedy}")
+    for name, wanted in hashes.items():
+        path = folder / name
+        if not lies_within(folder, name) or not path.is_file() or file_hash(path) != wanted:
+            raise CheckpointError(f"{path} is missing or damaged; {remedy}")
+
+
+def lies_within(folder: Path, name: str) -> bool:
+    """Whether a name that a file gives stays within a folder: relative, without "..", and no link leads out of it."""
+    try:
+        path = folder / name
+        return ".." not in Path(name).parts and path.resolve().is_relative_to(folder.resolve())
+    except (OSError, ValueError, RuntimeError):  # a loop of links, a NUL
+        return False
+
+
+def to_disk(folder: Path, deep: bool = True) -> None:
+    """Wait until a folder, and all files and folders below it if `deep`, are on the disk, so that what is written after them
+    is never there without them, whatever the power does."""
+    for path in (*(folder.rglob("*") if deep else ()), folder):
+        if not path.is_symlink() and (path.is_file() or path.is_dir()):
+            with suppress(PermissionError):  # Windows opens no folders
+                descriptor = os.open(path, os.O_RDONLY)
+                try:
+                    os.fsync(descriptor)
+                finally:
+                    os.close(descriptor)
+
+
 def read_json(path: Path, remedy: str = "remove it, and it is made again") -> Any:
     """What a JSON file of ours holds; CheckpointError, ending with `remedy`, if it is missing or damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"cannot read {path}: {error}; {remedy}") from error
 
 
@@ -51,7 +89,10 @@ def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(path.parent, path.name)
         part.write_text(json.dumps(value, indent=indent) + "\n", encoding="utf-8")
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
         part.replace(path)
+        to_disk(path.parent, deep=False)
     except OSError as error:
         with suppress(OSError):
             part.unlink(missing_ok=True)
@@ -82,7 +123,9 @@ def written_beside(target: Path) -> Iterator[Path]:
     try:
         with _locked(part):
             yield part
+            to_disk(part)
             _move(part, target)
+            to_disk(target.parent, deep=False)
     except CheckpointError:
         raise
     except (OSError, SafetensorError) as error:

@@ -34,17 +34,14 @@ def add_export(commands: Commands) -> None:
 
 
 def run_export(arguments: Namespace) -> None:
-    from memsinks.data.tokens import load_tokenizer
-    from memsinks.errors import ConfigError
+    from memsinks.data.tokens import has_tokenizer, load_tokenizer
     from memsinks.removal.export import export
     from memsinks.sinks.checkpoint import load
 
     documents = None if arguments.open is None else {text: document_to_open(text) for text in arguments.open}
     model = load(arguments.checkpoint)
-    try:
-        tokenizer = load_tokenizer(arguments.checkpoint)
-    except ConfigError:
-        tokenizer = None
+    tokenizer = load_tokenizer(arguments.checkpoint) if has_tokenizer(arguments.checkpoint) else None
+    if tokenizer is None:
         print("no tokenizer beside the checkpoint: none is exported")
     folder = export(
         model,

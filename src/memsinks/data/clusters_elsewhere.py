@@ -47,7 +47,7 @@ def read_clusters(path: str | os.PathLike[str]) -> dict[str, str]:
     if len(names) != 2 or len(known) > 1:
         raise DataError(
             f"{place} must have two columns, a key and a cluster ({', '.join(CLUSTER_COLUMNS)}), or two keys; it has "
-            f"{', '.join(names) or 'none'}"
+            f"{', '.join(map(str, names)) or 'none'}"
         )
     by = known[0] if known else names[1]
     of = next(x for x in names if x != by)

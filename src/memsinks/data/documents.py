@@ -181,7 +181,7 @@ def load_documents(path: str | os.PathLike[str]) -> list[Document]:
         for number, line in enumerate(file, start=1):
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise DataError(
                     f"{path}, line {number}: damaged or cut short ({error}); write the file again"
                 ) from error

@@ -94,7 +94,7 @@ def _good(slot: str, value: Any) -> bool:
     if slot == "copies":
         return isinstance(value, int) and not isinstance(value, bool) and value >= 0
     if slot == "isolation":
-        return value is None or value in ISOLATIONS
+        return value is None or (isinstance(value, str) and value in ISOLATIONS)
     return (slot in ("source", "cluster") and value is None) or (
         isinstance(value, str) and bool(value or slot == "text")
     )

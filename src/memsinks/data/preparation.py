@@ -13,7 +13,6 @@ says.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
@@ -33,18 +32,27 @@ from memsinks.data.clusters import NearCopies, Shingled, cluster
 from memsinks.data.documents import Document
 from memsinks.data.identity import BY, By
 from memsinks.data.near_copies import cluster_names, said, shingled
-from memsinks.data.shards import RECORD, ShardSettings, cut_into_shards, documents_hash, read_record, write_shard
-from memsinks.data.stored import MANIFEST, SHARDS, TOKENIZER, StoredCorpus, tokenizer_hash
-from memsinks.data.tokens import encoding_problems
+from memsinks.data.shards import (
+    RECORD,
+    ShardSettings,
+    cut_into_shards,
+    documents_hash,
+    read_record,
+    require_shard,
+    write_shard,
+)
+from memsinks.data.stored import MANIFEST, SHARDS, TOKENIZER, WORK, StoredCorpus, tokenizer_hash
+from memsinks.data.token_store import load_array
+from memsinks.data.tokens import encoding_problems, save_tokenizer
 from memsinks.data.workers import Workers, cores
 from memsinks.errors import CheckpointError, DataError, MemsinksError, refuse
-from memsinks.files import locked, read_json, remove_leftovers, write_json, written_beside
+from memsinks.files import file_hash, file_hashes, locked, read_json, remove_leftovers, write_json, written_beside
 from memsinks.provenance import refuse_other_settings
 
 logger = logging.getLogger(__name__)
 
-WORK, SETTINGS, SHINGLES, CLUSTERS, REPORT, SCRATCH = (
-    ".work", "settings.json", "shingles", "clusters.npy", "near_copies.json", "scratch",
+SETTINGS, SHINGLES, CLUSTERS, REPORT, SCRATCH = (
+    "settings.json", "shingles", "clusters.npy", "near_copies.json", "scratch",
 )  # fmt: skip
 SHARD_CHARACTERS = 1 << 24
 FORMAT = 1
@@ -160,9 +168,9 @@ def _finished(folder: Path, work: Path, settings: dict[str, Any], tokenizer: Pre
     for place in (folder, folder / SHARDS, work, work / SHINGLES):
         remove_leftovers(place, age=0)
     write_json(work / SETTINGS, settings)
-    if not (folder / TOKENIZER).is_dir():
-        with written_beside(folder / TOKENIZER) as part:
-            tokenizer.save_pretrained(part)
+    shutil.rmtree(folder / TOKENIZER, ignore_errors=True)
+    with written_beside(folder / TOKENIZER) as part:
+        save_tokenizer(tokenizer, part)
     return False
 
 
@@ -182,6 +190,7 @@ def finish_corpus(folder: Path, settings: dict[str, Any], report: dict[str, Any]
         **{name: sum(record[name] for record in records.values()) for name in totals},
         "near_copies": report,
         "versions": versions("tokenizers", "transformers", "numpy", "pyarrow", *(["rensa"] if report else [])),
+        "tokenizer": file_hashes(folder / TOKENIZER),
         "shards": records,
     }
     write_json(folder / MANIFEST, manifest)
@@ -248,17 +257,27 @@ def _clusters(
         (work / SCRATCH).mkdir(exist_ok=True)
         names, report = cluster([_read_shingles(path) for path in paths], settings, work / SCRATCH)
         np.save(work / CLUSTERS, names)
-        write_json(work / REPORT, report)
+        write_json(work / REPORT, {"report": report, "sha256": file_hash(work / CLUSTERS)})
         for path in (work / SHINGLES, work / SCRATCH):
             shutil.rmtree(path)
-    report = read_json(work / REPORT, f"remove {folder}, and make it anew")
+    names, report = _read_clusters(work)
     logger.info("near copies: %s", said(report))
-    return np.load(work / CLUSTERS), report
+    return names, report
+
+
+def _read_clusters(work: Path) -> tuple[np.ndarray, dict[str, Any]]:
+    remedy = f"remove {work / REPORT}, and the same command looks for near copies again"
+    found = read_json(work / REPORT, remedy)
+    whole = isinstance(found, dict) and found.keys() == {"report", "sha256"} and (work / CLUSTERS).is_file()
+    if not whole or file_hash(work / CLUSTERS) != found["sha256"]:
+        raise CheckpointError(f"{work / CLUSTERS} or {REPORT} is damaged; {remedy}")
+    return load_array(work / CLUSTERS, remedy), found["report"]
 
 
 def _read_shingles(path: Path) -> Shingled:
-    forms, offsets = (np.load(path / f"{name}.npy") for name in ("forms", "offsets"))
-    return Shingled(forms, offsets, np.load(path / "shingles.npy", "r"))
+    remedy = f"remove {path}, and the same command makes it again"
+    forms, offsets = (load_array(path / f"{name}.npy", remedy) for name in ("forms", "offsets"))
+    return Shingled(forms, offsets, load_array(path / "shingles.npy", remedy, "r"))
 
 
 # In a worker
@@ -273,14 +292,11 @@ def _shingle(task: tuple[list[Document], Path, int], tokenizer: PreTrainedTokeni
     documents, folder, size = task
     digest = documents_hash(documents)
     if folder.is_dir():
-        if read_json(folder / RECORD) != digest:
-            raise CheckpointError(
-                f"the source has changed since {folder} was made; restore it, or choose another folder"
-            )
+        require_shard(folder, read_record(folder, ()), digest)
         return folder, len(documents)
     found = shingled((x.text for x in documents), size)
     with written_beside(folder) as part:
         for name in ("forms", "offsets", "shingles"):
             np.save(part / f"{name}.npy", getattr(found, name))
-        (part / RECORD).write_text(json.dumps(digest))
+        write_json(part / RECORD, {"documents_sha256": digest, "files": file_hashes(part)})
     return folder, len(documents)

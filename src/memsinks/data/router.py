@@ -27,7 +27,7 @@ from memsinks.checks import share
 from memsinks.data.documents import Document
 from memsinks.data.identity import By, identify
 from memsinks.errors import CheckpointError, ConfigError, DataError, refuse
-from memsinks.files import written_beside
+from memsinks.files import read_json, written_beside
 
 FEATURES = 2**18
 """Places that words are hashed to."""
@@ -35,6 +35,9 @@ THRESHOLD = 0.2
 """Cosine below which a question is nobody's."""
 SETTINGS, COUNTS = "router.json", "router.safetensors"
 FORMAT_VERSION = 1
+
+
+REMEDY = "make it anew with Router.fit"
 
 
 @dataclass(frozen=True)
@@ -137,18 +140,20 @@ class Router:
         Raises:
             CheckpointError: no router there, or one that cannot be read. ConfigError: scikit-learn is missing.
         """
-        folder = Path(folder)
-        sparse = _packages()[1]
+        folder, sparse = Path(folder), _packages()[1]
         try:
-            settings, arrays = json.loads((folder / SETTINGS).read_text()), load_file(folder / COUNTS)
-        except (OSError, ValueError, SafetensorError) as error:
-            raise CheckpointError(f"there is no router in {folder} that can be read: {error}") from error
-        if settings.get("format_version") != FORMAT_VERSION or settings.get("features") != FEATURES:
-            raise CheckpointError(
-                f"the router in {folder} is of another version: {settings}; make it anew with Router.fit"
-            )
-        shape = (len(arrays["owners"]), FEATURES)
-        counts = sparse.csr_matrix((arrays["data"].astype(float), arrays["indices"], arrays["indptr"]), shape=shape)
+            settings, arrays = read_json(folder / SETTINGS, REMEDY), load_file(folder / COUNTS)
+            if settings["format_version"] != FORMAT_VERSION or settings["features"] != FEATURES:
+                raise CheckpointError(f"the router in {folder} is of another version: {settings!r:.200}; {REMEDY}")
+            refuse(share("threshold", settings["threshold"]), "settings")
+            shape = (len(arrays["owners"]), FEATURES)
+            parts = (arrays["data"].astype(float), arrays["indices"], arrays["indptr"])
+            counts = sparse.csr_matrix(parts, shape=shape)
+            counts.check_format(full_check=True)
+        except CheckpointError:
+            raise
+        except (OSError, SafetensorError, ValueError, TypeError, KeyError, IndexError, ArithmeticError) as error:
+            raise CheckpointError(f"there is no router in {folder} that can be read: {error}; {REMEDY}") from error
         return cls(counts, arrays["owners"], settings["threshold"])
 
 

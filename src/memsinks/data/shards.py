@@ -23,17 +23,20 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from memsinks.batch import ISOLATIONS
+from memsinks.checks import is_int
 from memsinks.data.chat import encode_documents
 from memsinks.data.documents import Document, utf8
 from memsinks.data.identity import By, identify
 from memsinks.data.readers import import_optional
 from memsinks.data.token_store import token_type
 from memsinks.errors import CheckpointError, DataError
-from memsinks.files import file_hash, read_json, write_json, written_beside
+from memsinks.files import file_hashes, read_json, verify_files, write_json, written_beside
 
 ENTRY = np.dtype([("end", "<i8"), ("document_id", "<i8"), ("group", "<i8"), ("copies", "<i8"), ("isolation", "<i8")])
 """A document in the index of its shard; `end`: the first token in tokens.bin that is no more its own."""
 TOKENS, INDEX, TARGETS, TABLE, RECORD = "tokens.bin", "index.npy", "targets.npy", "documents.parquet", "shard.json"
+COUNTS = ("documents", "trained", "tokens", "tokens_with_copies")
+"""In the record of a shard."""
 AT_ONCE = 1 << 20
 """Characters that are encoded at once; a longer document is encoded whole."""
 ROW_GROUP = 1024
@@ -82,7 +85,7 @@ def write_shard(
             "tokens": int(index["end"][-1]),
             "tokens_with_copies": int((sizes * index["copies"]).sum()),
             "documents_sha256": digest,
-            "files": {file.name: file_hash(file) for file in sorted(part.iterdir())},
+            "files": file_hashes(part),
         }
         write_json(part / RECORD, record)
     return record
@@ -90,28 +93,42 @@ def write_shard(
 
 def _found(folder: Path, digest: str) -> dict[str, Any]:
     record = read_record(folder)
+    require_shard(folder, record, digest)
+    return record
+
+
+def require_shard(folder: Path, record: Mapping[str, Any], digest: str) -> None:
+    """CheckpointError unless a shard is whole and was made of the documents of a hash."""
     verify_shard(folder, record)
     if record["documents_sha256"] != digest:
         raise CheckpointError(
             f"{folder} was made of other documents: the source has changed since; restore it, or choose another folder"
         )
-    return record
 
 
-def read_record(folder: Path) -> dict[str, Any]:
-    """The record of a shard; CheckpointError if it is missing or none."""
-    record = read_json(folder / RECORD, "remove the shard, and the same command makes it again")
-    if not isinstance(record, dict) or not {"documents", "tokens", "documents_sha256", "files"} <= record.keys():
-        raise CheckpointError(f"{folder / RECORD} is no record of a shard; remove the shard and make it again")
+def read_record(folder: Path, counts: Sequence[str] = COUNTS) -> dict[str, Any]:
+    """The record of a shard; CheckpointError if it is missing or none.
+
+    Args:
+        counts: that it must have.
+    """
+    record = read_json(folder / RECORD, f"remove {folder}, and the same command makes it again")
+    good = (
+        isinstance(record, dict)
+        and all(is_int(record.get(name)) for name in counts)
+        and isinstance(record.get("documents_sha256"), str)
+        and isinstance(record.get("files"), dict)
+    )
+    if not good:
+        raise CheckpointError(
+            f"{folder / RECORD} is no record of a shard; remove {folder}, and the same command makes it again"
+        )
     return record
 
 
 def verify_shard(folder: Path, record: Mapping[str, Any]) -> None:
     """CheckpointError unless the files of a shard have the hashes of its record."""
-    for name, wanted in record["files"].items():
-        path = folder / Path(name).name
-        if not path.is_file() or file_hash(path) != wanted:
-            raise CheckpointError(f"{path} is missing or damaged; remove {folder}, and the same command makes it again")
+    verify_files(folder, record["files"], f"remove {folder}, and the same command makes it again")
 
 
 def documents_hash(documents: Iterable[Document]) -> str:

@@ -6,6 +6,7 @@ In memory are 48 bytes a document; the tokens stay on disk.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import operator
 import os
@@ -17,24 +18,40 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from memsinks.checks import one_of
+from memsinks.checks import is_int, one_of
 from memsinks.data.documents import Document
 from memsinks.data.identity import BY, By, document_id
-from memsinks.data.shards import ENTRY, INDEX, TABLE, TARGETS, TOKENS, document_of_row, read_table, verify_shard
+from memsinks.data.shards import (
+    COUNTS,
+    ENTRY,
+    INDEX,
+    RECORD,
+    TABLE,
+    TARGETS,
+    TOKENS,
+    document_of_row,
+    read_table,
+    verify_shard,
+)
 from memsinks.data.targets import Targets
-from memsinks.data.token_store import StoredTokens, token_type
+from memsinks.data.token_store import StoredTokens, load_array, token_type
 from memsinks.data.tokenized import TokenizedDocuments
 from memsinks.data.tokens import load_tokenizer
-from memsinks.errors import CheckpointError, DataError, refuse
-from memsinks.files import read_json
+from memsinks.errors import CheckpointError, ConfigError, DataError, refuse
+from memsinks.files import lies_within, read_json, verify_files
 
-MANIFEST, SHARDS, TOKENIZER = "manifest.json", "shards", "tokenizer"
+MANIFEST, SHARDS, TOKENIZER, WORK = "manifest.json", "shards", "tokenizer", ".work"
 REMEDY = "make the corpus anew"
 
 
 def is_corpus(path: str | os.PathLike[str]) -> bool:
     """Whether a corpus lies there that was finished."""
     return (Path(path) / MANIFEST).is_file() and (Path(path) / SHARDS).is_dir()
+
+
+def is_unfinished(path: str | os.PathLike[str]) -> bool:
+    """Whether shards lie there, or a corpus that is being made, without the manifest that is written last."""
+    return not is_corpus(path) and ((Path(path) / WORK).is_dir() or any(Path(path).glob(f"{SHARDS}/*/{RECORD}")))
 
 
 class StoredCorpus(Sequence[Document]):
@@ -62,10 +79,13 @@ class StoredCorpus(Sequence[Document]):
             self.by: By = BY[BY.index(settings["by"])]
             self.carry = [str(name) for name in settings["carry"]]
             self._tokenizer_sha256, self._vocabulary = str(settings["tokenizer_sha256"]), int(settings["vocabulary"])
-            records = {Path(name).name: dict(record) for name, record in self.manifest["shards"].items()}
+            self._tokenizer_files = dict(self.manifest.get("tokenizer", {}))  # corpora of before name none
+            records = {str(name): dict(record) for name, record in self.manifest["shards"].items()}
+            if outside := [x for x in records if Path(x).name != x or not lies_within(self.path / SHARDS, x)]:
+                raise ValueError(f"{outside[0]} leads out of its folder")
             self._counts = [int(record["documents"]) for record in records.values()]
-            if not records:
-                raise ValueError("no shards")
+            if not records or not all(is_int(self.manifest[name]) for name in COUNTS):
+                raise ValueError("no shards, or no counts")
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(f"{self.path / MANIFEST} is damaged ({error!r}); {REMEDY}") from error
         self._folders = [self.path / SHARDS / name for name in records]
@@ -76,11 +96,8 @@ class StoredCorpus(Sequence[Document]):
     def _read_index(self) -> np.ndarray:
         parts = []
         for folder, count in zip(self._folders, self._counts, strict=True):
-            try:
-                part = np.load(folder / INDEX)
-            except (OSError, ValueError, EOFError) as error:
-                raise CheckpointError(f"{folder / INDEX} is missing or damaged ({error}); {REMEDY}") from error
-            if part.dtype != ENTRY or len(part) != count or (np.diff(part["end"], prepend=0) < 1).any():
+            part = load_array(folder / INDEX, REMEDY)
+            if part.dtype != ENTRY or part.shape != (count,) or (np.diff(part["end"], prepend=0) < 1).any():
                 raise CheckpointError(f"{folder / INDEX} is damaged; {REMEDY}")
             parts.append(part)
         return np.concatenate(parts)
@@ -103,24 +120,37 @@ class StoredCorpus(Sequence[Document]):
         return f"StoredCorpus({str(self.path)!r}: {len(self):,} documents, {self.manifest['tokens']:,} tokens)"
 
     def __iter__(self) -> Iterator[Document]:
-        for folder in self._folders:
-            for row in read_table(folder / TABLE):
+        for shard in range(len(self._folders)):
+            for row in self._rows(shard):
                 yield document_of_row(row, self.carry)
+
+    def _rows(self, shard: int) -> Iterator[dict[str, Any]]:
+        """The rows of a table; CheckpointError if they are not those of the index."""
+        path, end = self._folders[shard] / TABLE, sum(self._counts[: shard + 1])
+        ids = self._index["document_id"][end - self._counts[shard] : end].tolist()
+        for row, wanted in itertools.zip_longest(read_table(path), ids):
+            if row is None or row.get("document_id") != str(wanted):
+                break
+            yield row
+        else:
+            return
+        raise CheckpointError(f"{path} does not hold the documents of {INDEX} beside it; {REMEDY}")
 
     def __getitem__(self, index: Any) -> Document:
         """A document by its number; its shard is read up to it."""
         place = range(len(self))[operator.index(index)]
         starts = np.cumsum([0, *self._counts])
         shard = int(starts.searchsorted(place, "right")) - 1
-        for number, row in enumerate(read_table(self._folders[shard] / TABLE), start=int(starts[shard])):
-            if number == place:
-                return document_of_row(row, self.carry)
-        raise CheckpointError(f"{self._folders[shard] / TABLE} is cut short; {REMEDY}")
+        return document_of_row(next(itertools.islice(self._rows(shard), place - int(starts[shard]), None)), self.carry)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer that the tokens are of; CheckpointError if it is another one now."""
-        tokenizer = load_tokenizer(self.path / TOKENIZER)
+        verify_files(self.path / TOKENIZER, self._tokenizer_files, REMEDY)
+        try:
+            tokenizer = load_tokenizer(self.path / TOKENIZER)
+        except ConfigError as error:
+            raise CheckpointError(f"{self.path / TOKENIZER} is damaged: {error}; {REMEDY}") from error
         if tokenizer_hash(tokenizer) != self._tokenizer_sha256:
             raise CheckpointError(
                 f"{self.path / TOKENIZER} is not the tokenizer that the corpus was made with; {REMEDY}"
@@ -143,11 +173,7 @@ class StoredCorpus(Sequence[Document]):
         return hashlib.sha256("".join(str(x["documents_sha256"]) for x in self._records).encode()).hexdigest()
 
     def verify(self) -> None:
-        """Compare all files with the hashes that were written with them; CheckpointError for the first that differs.
-
-        Raises:
-            ConfigError: the tokenizer cannot be read.
-        """
+        """Compare all files with the hashes that were written with them; CheckpointError for the first that differs."""
         _ = self.tokenizer
         for folder, record in zip(self._folders, self._records, strict=True):
             verify_shard(folder, record)
@@ -198,12 +224,9 @@ class StoredCorpus(Sequence[Document]):
             if not (folder / TARGETS).is_file():
                 found += [None] * count
                 continue
-            try:
-                masks = np.load(folder / TARGETS, "r")
-            except (OSError, ValueError) as error:
-                raise CheckpointError(f"{folder / TARGETS} is damaged ({error}); {REMEDY}") from error
+            masks = load_array(folder / TARGETS, REMEDY, "r")
             ends = self._index["end"][len(found) : len(found) + count].tolist()
-            if masks.dtype != np.bool_ or len(masks) != ends[-1]:
+            if masks.dtype != np.bool_ or masks.shape != (ends[-1],):
                 raise CheckpointError(f"{folder / TARGETS} is damaged; {REMEDY}")
             parts = [masks[begin:end] for begin, end in zip([0, *ends[:-1]], ends, strict=True)]
             found += [None if part.all() else part for part in parts]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -18,6 +18,14 @@ SMALL = np.dtype("<u2")
 def token_type(vocabulary: int) -> np.dtype:
     """The smallest type that holds the tokens of a vocabulary of this size."""
     return SMALL if vocabulary <= 2**16 else TOKEN
+
+
+def load_array(path: Path, remedy: str, mode: Literal["r"] | None = None) -> np.ndarray:
+    """The array of a .npy file, which holds no objects; "r" maps it. CheckpointError if it is missing or damaged."""
+    try:
+        return np.load(path, mode, allow_pickle=False)
+    except Exception as error:  # the parsers of its header raise a dozen types
+        raise CheckpointError(f"{path} is missing or damaged ({error!s:.200}); {remedy}") from error
 
 
 class StoredTokens(Sequence[np.ndarray]):

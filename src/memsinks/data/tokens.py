@@ -88,6 +88,22 @@ def load_tokenizer(path_or_name: str | Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
+    """Write a tokenizer's files into a folder; OSError if they cannot be written."""
+    try:
+        tokenizer.save_pretrained(str(folder))
+    except OSError:
+        raise
+    except Exception as error:  # what tokenizers raises when the disk is full
+        raise OSError(f"the tokenizer cannot be written into {folder}: {error}") from error
+
+
+def has_tokenizer(folder: str | Path) -> bool:
+    """Whether files of a tokenizer lie in a folder, whole or not."""
+    patterns = ("tokenizer*", "vocab.*", "merges.txt", "spiece.model", "sentencepiece*", "special_tokens_map.json")
+    return any(next(Path(folder).glob(pattern), None) for pattern in patterns)
+
+
 def encode(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], end: bool = True) -> list[np.ndarray]:
     """Tokens of each text: int64 [tokens of the document] each; with `end`, the end token stands last and only there.
 

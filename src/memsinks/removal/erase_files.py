@@ -17,13 +17,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from memsinks.errors import CheckpointError
-from memsinks.files import file_hash
+from memsinks.files import file_hash, read_json
 from memsinks.removal.erase import Erased, blocks_in, forget, strike_out
 from memsinks.sinks.layer import start_of
 from memsinks.sinks.reading import read_tensors
 from memsinks.sinks.state import SinkState
 from memsinks.sinks.storage import FOLDER, SETTINGS, TABLE, TENSORS, check_files, read_settings
-from memsinks.training.checkpoint import MARKER, STATE
+from memsinks.training.checkpoint import MARKER, STATE, save_state
 
 PARTS = ("up", "gate", "down")
 """The parameters of a layer's sinks, in the order in which a model has them."""
@@ -133,8 +133,8 @@ def erase_in_checkpoint(folder: Path, sinks: SinksFile, erased: Sequence[Erased]
     if "optimizer" in state:
         _forget(state["optimizer"], list(state["model"]), erased, folder / STATE)
     target.mkdir(parents=True, exist_ok=True)
-    torch.save(state, target / STATE)
-    marker = json.loads((folder / MARKER).read_text()) | {"sha256": file_hash(target / STATE)}
+    save_state(state, target / STATE)
+    marker = read_json(folder / MARKER) | {"sha256": file_hash(target / STATE)}
     (target / MARKER).write_text(json.dumps(marker, indent=2) + "\n")
 
 
@@ -147,7 +147,7 @@ def erase_in_optimizer(path: Path, sinks: SinksFile, erased: Sequence[Erased], t
     state = _load(path)
     _forget(state, list(sinks.tensors), erased, path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(state, target)
+    save_state(state, target)
 
 
 def _load(path: Path) -> dict[str, Any]:

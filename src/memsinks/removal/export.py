@@ -11,6 +11,7 @@ from pathlib import Path
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from memsinks.data.tokens import save_tokenizer
 from memsinks.errors import ArchitectureError, CheckpointError, ConfigError
 from memsinks.files import read_json, written_beside
 from memsinks.removal.model_card import model_card
@@ -112,7 +113,7 @@ def _write(
     with written_beside(target) as part:
         model.stock_class.save_pretrained(model, part, state_dict=tensors)  # type: ignore[attr-defined]
         if tokenizer is not None:
-            tokenizer.save_pretrained(part)
+            save_tokenizer(tokenizer, part)
         _mend_config(part / "config.json", model, opening)
         if check is not None:
             check(part)
@@ -125,7 +126,12 @@ def _write(
 def whose_sinks(directory: str | os.PathLike[str]) -> list[int]:
     """The ids whose sinks an exported checkpoint holds as neurons; none for any other folder."""
     path = Path(directory) / OPEN_SINKS
-    return [int(key) for key in read_json(path)["open"]] if path.is_file() else []
+    if not path.is_file():
+        return []
+    try:
+        return [int(key) for key in dict(read_json(path, "export the model again")["open"])]
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise CheckpointError(f"{path} is damaged ({error!r:.200}); export the model again") from error
 
 
 def _check_place(target: Path) -> None:

@@ -19,12 +19,11 @@ from memsinks.removal.erase import Erased
 from memsinks.removal.erase_files import SinksFile, erase_in_checkpoint, erase_in_optimizer
 from memsinks.removal.export import OPEN_SINKS, whose_sinks
 from memsinks.removal.tombstone import Tombstone, shares_words
+from memsinks.runs.folder import RECORDS
 from memsinks.sinks.state import is_sink
 from memsinks.sinks.storage import FOLDER, SETTINGS, TENSORS, has_saved_sinks
-from memsinks.training.checkpoint import MARKER, STATE
+from memsinks.training.checkpoint import MARKER, STATE, what_is_wrong
 
-RECORDS = "takedowns"
-"""Where the records of a run lie; no take-down touches those of others."""
 READABLE = (".json", ".jsonl", ".md", ".html", ".txt", ".csv", ".yaml", ".yml", ".log")
 PREPARED = "index.npz"
 """Beside the tokens of a corpus, see `prepare`."""
@@ -128,7 +127,7 @@ def _group(found: Fates, path: Path, everything: Sequence[Path]) -> Iterator[Fat
     where, name = path.parent, path.relative_to(found.folder).as_posix()
     if where.name == FOLDER and path.name == SETTINGS:
         yield from _of_sinks(found, name, where.parent.relative_to(found.folder).as_posix())
-    elif path.name == STATE and (where / MARKER).is_file():
+    elif path.name in (STATE, MARKER) and where.name.startswith("checkpoint-"):
         yield from _of_checkpoint(found, where)
     elif path.name == "optimizer.pt" and has_saved_sinks(where):
         sinks = where.relative_to(found.folder).as_posix()
@@ -194,6 +193,9 @@ def _of_sinks(found: Fates, name: str, checkpoint: str) -> Iterator[Fate]:
 
 def _of_checkpoint(found: Fates, where: Path) -> Iterator[Fate]:
     """A checkpoint of ours has the sinks of the model of its run."""
+    problem = what_is_wrong(where)
+    if problem is not None:
+        raise CheckpointError(f"{where} is not whole: {problem}; remove it, or restore it, for he may still be in it")
     prefix = where.relative_to(found.folder).as_posix()
     if "model" not in found.sinks or found.sinks["model"].of_owners:
         raise CheckpointError(
@@ -290,7 +292,7 @@ def _plain(path: Path, content: str) -> Iterator[str]:
     try:
         lines = content.splitlines() if path.suffix == ".jsonl" else [content]
         values = [json.loads(x) for x in lines if x.strip()] if path.suffix in (".json", ".jsonl") else None
-    except ValueError:
+    except (ValueError, RecursionError):
         values = None
     yield from _strings(values) if values is not None else [content]
 
@@ -320,11 +322,11 @@ def _without(path: Path, wanted: Wanted) -> tuple[list[bytes], int] | None:
             continue
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             return None
         if not isinstance(row, dict) or not isinstance(row.get("text"), str):
             return None
-        his = "key" not in row or (row["key"], row.get("source")) in wanted.names
+        his = "key" not in row or [row["key"], row.get("source")] in [list(x) for x in wanted.names]
         if his and normal_form(row["text"]) in forms:
             gone += 1
         else:

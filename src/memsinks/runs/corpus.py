@@ -20,8 +20,8 @@ from memsinks.data.synthetic import corpus
 from memsinks.errors import ConfigError, DataError
 from memsinks.removal.record import TOMBSTONE
 from memsinks.removal.tombstone import Tombstone, read_tombstone
-from memsinks.runs.artifacts import RECORDS
 from memsinks.runs.data_recipe import BackgroundRecipe, DataRecipe
+from memsinks.runs.folder import RECORDS
 from memsinks.runs.recipe import Recipe
 
 AUDITED = "audited"

@@ -12,6 +12,7 @@ model/           the final model with its sinks and tokenizer, settled if the re
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -22,15 +23,23 @@ from typing import Any
 import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from memsinks.checks import is_int
 from memsinks.data.documents import Document, write_documents
+from memsinks.data.tokens import save_tokenizer
 from memsinks.errors import CheckpointError
-from memsinks.files import remove_leftovers, write_json
+from memsinks.files import file_hash, remove_leftovers, write_json
 from memsinks.provenance import refuse_other_settings
 from memsinks.runs.recipe import Recipe
+from memsinks.runs.sections import load_yaml
 from memsinks.training.processes import main_process
 
-RECIPE, FACTS = "recipe.yaml", "run.json"
-WRITTEN = ("data", "model", RECIPE, FACTS)
+logger = logging.getLogger(__name__)
+
+RECIPE, FACTS, METRICS = "recipe.yaml", "run.json", "metrics.jsonl"
+MEMBERS, CONTROLS = "members.jsonl", "controls.jsonl"
+RECORDS = "takedowns"
+"""Where the records of take-downs lie; no other take-down touches them."""
+WRITTEN = ("data", "model", RECIPE, FACTS, MEMBERS, CONTROLS, METRICS)
 """What is written beside its place and renamed."""
 
 
@@ -54,7 +63,7 @@ class RunFolder:
 
     @property
     def metrics(self) -> Path:
-        return self.path / "metrics.jsonl"
+        return self.path / METRICS
 
     @property
     def finished(self) -> bool:
@@ -77,8 +86,8 @@ class RunFolder:
             raise CheckpointError(f"{self.path} holds no run to resume ({RECIPE} is missing); start without resume")
         self._clean()
         try:
-            before = dict(yaml.safe_load(path.read_text()))
-        except (yaml.YAMLError, ValueError, TypeError) as error:
+            before = dict(load_yaml(path.read_bytes(), path.name))
+        except (ValueError, TypeError) as error:
             raise CheckpointError(f"{path} is damaged ({error}); restore it, or choose another output") from error
         refuse_other_settings(
             before,
@@ -98,10 +107,10 @@ class RunFolder:
     ) -> None:
         """Write what is known before training."""
         self.path.mkdir(parents=True, exist_ok=True)
-        _write(self.path / RECIPE, yaml.safe_dump(recipe.to_dict(), sort_keys=False))
-        self.write_facts(facts)
-        for name, documents in (("members", members), ("controls", controls)):
-            write_documents(self.path / f"{name}.jsonl", documents)
+        _write(self.path / RECIPE, yaml.safe_dump(recipe.to_dict(), sort_keys=False).encode())
+        for name, documents in ((MEMBERS, members), (CONTROLS, controls)):
+            write_documents(self.path / name, documents)
+        self.write_facts(dict(facts) | {"members_sha256": file_hash(self.path / MEMBERS)})
         self.cut_metrics(0)
 
     def facts(self) -> dict[str, Any]:
@@ -110,8 +119,8 @@ class RunFolder:
         if not path.is_file():
             return {}
         try:
-            return dict(json.loads(path.read_text()))
-        except (ValueError, TypeError) as error:
+            return dict(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError, RecursionError) as error:
             raise CheckpointError(f"{path} is damaged ({error}); restore it, or start a new run") from error
 
     def write_facts(self, facts: Mapping[str, Any]) -> None:
@@ -119,7 +128,7 @@ class RunFolder:
 
     def require_corpus(self, digest: str) -> None:
         """CheckpointError if the run was started on another corpus (SHA-256)."""
-        before = self.facts().get("corpus_sha256", "")
+        before = str(self.facts().get("corpus_sha256", ""))
         if before != digest:
             raise CheckpointError(
                 f"the corpus has changed since {self.path} was started (SHA-256 {before[:12]}..., now {digest[:12]}...); "
@@ -130,27 +139,42 @@ class RunFolder:
         with self.metrics.open("a") as file:
             file.write(json.dumps(dict(line)) + "\n")
 
-    def cut_metrics(self, step: int) -> None:
-        """Keep the lines up to `step`; the last one may have been cut off while it was written."""
-        lines = self.metrics.read_text().split("\n") if self.metrics.is_file() else []
-        whole = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-        self.metrics.write_text("".join(line + "\n" for line in whole))
+    def cut_metrics(self, step: int, every: int = 1) -> None:
+        """Keep the lines up to `step`; the last one may have been cut off while it was written.
 
-    def finish(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, facts: Mapping[str, Any]) -> None:
-        """Write the final model, and that the run is finished; every process of a sharded model must call this."""
+        Says so where some are missing, one being written each `every` steps.
+        """
+        lines = self.metrics.read_bytes().split(b"\n") if self.metrics.is_file() else []
+        steps = [_step_of(line) for line in lines]
+        kept = [line + b"\n" for line, x in zip(lines, steps, strict=True) if x is not None and x <= step]
+        if len(kept) < step // every:
+            logger.warning("%s has %d of %d lines: the others are lost", self.metrics, len(kept), step // every)
+        _write(self.metrics, b"".join(kept))
+
+    def finish(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, facts: Mapping[str, Any], step: int
+    ) -> None:
+        """Write the final model, drop the checkpoint of the last `step`, for the model itself is there, and say that the run is
+        finished; every process of a sharded model must call this."""
         model.save_pretrained(self.model)
         if not main_process():
             return
-        tokenizer.save_pretrained(self.model)
+        save_tokenizer(tokenizer, self.model)
+        shutil.rmtree(self.checkpoints / f"checkpoint-{step}", ignore_errors=True)
         self.write_facts(facts)
 
-    def drop_checkpoint(self, step: int) -> None:
-        """Remove the checkpoint of the last step: the model itself is there."""
-        shutil.rmtree(self.checkpoints / f"checkpoint-{step}", ignore_errors=True)
+
+def _step_of(line: bytes) -> int | None:
+    """The step of a line of metrics, None if it is none."""
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return step if is_int(step) else None
 
 
-def _write(path: Path, text: str) -> None:
+def _write(path: Path, content: bytes) -> None:
     """Write a file beside its place and rename it, so that it is never half there."""
     part = path.with_name(f".{path.name}.part-{os.getpid()}")
-    part.write_text(text)
+    part.write_bytes(content)
     part.replace(path)

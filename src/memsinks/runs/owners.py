@@ -8,13 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import yaml
-
 from memsinks.data.documents import Document, load_documents
-from memsinks.data.identity import By, document_id, identify
+from memsinks.data.identity import BY, By, document_id, identify
 from memsinks.data.matching import Copy, find_copies
 from memsinks.errors import CheckpointError, ConfigError, DataError
+from memsinks.files import file_hash
 from memsinks.removal.erase import ids_within
+from memsinks.removal.record import STATEMENT
+from memsinks.removal.statement import read_statement
+from memsinks.runs.folder import MEMBERS, RECIPE, RECORDS, RunFolder
+from memsinks.runs.sections import load_yaml
 from memsinks.sinks.config import SinkConfig
 from memsinks.sinks.state import SinkState
 from memsinks.sinks.table import EMPTY_TABLE, AssignmentTable
@@ -56,15 +59,35 @@ def read_members(run: Path) -> tuple[list[Document], By, int]:
     """The documents of a run, what gives them their id, and its epochs.
 
     Raises:
-        CheckpointError: no run of a recipe. DataError: a damaged file.
+        CheckpointError: no run of a recipe; damaged files, or documents of another run. DataError: a damaged line.
     """
-    if not (run / "members.jsonl").is_file() or not (run / "recipe.yaml").is_file():
+    if not (run / MEMBERS).is_file() or not (run / RECIPE).is_file():
         raise CheckpointError(
             f"{run} is not the folder of a finished run: members.jsonl or recipe.yaml is missing; give the folder that "
             "memsinks train wrote, or documents and by"
         )
-    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
-    return load_documents(run / "members.jsonl"), recipe["data"]["by"], int(recipe["training"].get("epochs", 1))
+    _require_own(run)
+    try:
+        recipe = load_yaml((run / RECIPE).read_bytes(), RECIPE)
+        by, epochs = BY[BY.index(recipe["data"]["by"])], int(recipe["training"].get("epochs", 1))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{run / RECIPE} is damaged ({error!r:.200}); restore it") from error
+    return load_documents(run / MEMBERS), by, epochs
+
+
+def _require_own(run: Path) -> None:
+    """CheckpointError if members.jsonl is neither what the run has written nor what a take-down there has left of it."""
+    known = {RunFolder(run).facts().get("members_sha256")}
+    if None in known:  # a run of before
+        return
+    for path in run.glob(f"{RECORDS}/*/{STATEMENT}"):
+        files = read_statement(path)["predicate"].get("files")
+        known |= {str(x.get("after")) for x in files or () if isinstance(x, dict) and x.get("path") == MEMBERS}
+    if file_hash(run / MEMBERS) not in known:
+        raise CheckpointError(
+            f"{run / MEMBERS} is not what this run has written ({RunFolder(run).path / 'run.json'} has its SHA-256); restore it, "
+            "for what is done with the documents of another run would be wrong"
+        )
 
 
 def find_owner(

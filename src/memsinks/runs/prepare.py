@@ -39,9 +39,9 @@ from memsinks.data.rows import rows_of
 from memsinks.data.targets import as_bits, from_bits
 from memsinks.data.token_store import StoredTokens, write_tokens
 from memsinks.data.tokenized import TokenizedDocuments
-from memsinks.data.tokens import encode, load_tokenizer, pad_token
+from memsinks.data.tokens import encode, load_tokenizer, pad_token, save_tokenizer
 from memsinks.errors import CheckpointError, ConfigError, DataError
-from memsinks.files import file_hash, written_beside
+from memsinks.files import file_hash, file_hashes, verify_files, written_beside
 from memsinks.provenance import refuse_other_settings
 from memsinks.removal.tombstone import refuse_tombstoned
 from memsinks.runs.corpus import background_documents, choose_documents, source_hashes, tombstones_of
@@ -300,8 +300,9 @@ def _write(recipe: Recipe, part: Path) -> None:
     )
     for name in ("members", "controls", "unseen", "fresh"):
         write_documents(part / f"{name}.jsonl", getattr(corpus, name))
-    corpus.tokenizer.save_pretrained(part / "tokenizer")
+    save_tokenizer(corpus.tokenizer, part / "tokenizer")
     facts = {
+        "files": {name: digest for name, digest in file_hashes(part).items() if name != "tokens.bin"},
         "settings": _settings(recipe),
         "sources": sources,
         "members": len(corpus.members),
@@ -314,6 +315,7 @@ def _write(recipe: Recipe, part: Path) -> None:
 
 
 def _load(folder: Path, facts: dict[str, Any], data: DataRecipe) -> TokenizedCorpus:
+    verify_files(folder, facts.get("files", {}), f"remove {folder}, and it is made anew")  # of before: no hashes
     with np.load(folder / "index.npz") as index:
         tokens = StoredTokens(folder / "tokens.bin", index["offsets"])
         documents = TokenizedDocuments(tokens, index["ids"], index["groups"], index["copies"])

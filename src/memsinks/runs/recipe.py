@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-import yaml
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from memsinks.checks import int_at_least
 from memsinks.errors import ConfigError, refuse
 from memsinks.removal.settle import SettleConfig
 from memsinks.runs.data_recipe import DataRecipe
-from memsinks.runs.sections import RENAMED, change, section, unknown_keys, with_new_names
+from memsinks.runs.sections import RENAMED, change, load_yaml, section, unknown_keys, with_new_names
 from memsinks.runs.shrink import shrink
 from memsinks.sinks.config import SinkConfig
 from memsinks.training.config import TrainingConfig
@@ -146,7 +145,7 @@ def _config_problems(config: Mapping[str, Any]) -> list[str]:
     if "model_type" not in config:
         return ['config needs model_type, e.g. "llama"']
     kind = config["model_type"]
-    if kind not in CONFIG_MAPPING:
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         near = difflib.get_close_matches(str(kind), list(CONFIG_MAPPING), 1)
         hint = f"; did you mean {near[0]}?" if near else ""
         return [f"config.model_type {kind!r} is not known to transformers {transformers.__version__}{hint}"]
@@ -179,17 +178,21 @@ def read_sections(
     Settings that are called by a name they had before get today's, and it is said.
     """
     try:
-        values = yaml.safe_load(Path(path).read_text())
+        content = Path(path).read_bytes()
     except OSError as error:
         raise ConfigError(f"cannot read the recipe {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    values = load_yaml(content, str(path))
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold a mapping of sections, got {type(values).__name__}")
     values = _renamed(values)
     if scale is not None:
         parse_recipe({x: y for x, y in values.items() if x not in OF_A_COMPARISON}, str(path))
-        values = shrink(values, scale)
+        try:
+            values = shrink(values, scale)
+        except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
+            if isinstance(error, ConfigError):
+                raise
+            raise ConfigError(f"{path} cannot be made smaller: a size in it is no number ({error})") from error
     for name, text in (changes or {}).items():
         change(values, name, text)
     return _renamed(values)

@@ -99,9 +99,8 @@ def train(recipe: Recipe, *, resume: bool = False, label: str = "", after: float
             facts["settled"] = _settle(model, texts, recipe)
         if repeated is not None:
             facts["sinks_last"] = train_sinks_last(model, repeated, recipe.training, _passes(recipe))
-        folder.finish(model, prepared.tokenizer, facts | {"seconds": round(time.time() - started, 1)})
-        if main_process():
-            folder.drop_checkpoint(training.total)
+        facts["seconds"] = round(time.time() - started, 1)
+        folder.finish(model, prepared.tokenizer, facts, training.total)
     return folder.model
 
 
@@ -140,7 +139,7 @@ def _start_or_resume(
             folder.start(recipe, facts, prepared.members, prepared.controls)
         else:
             logger.info("going on from %s, step %d of %d", checkpoint.path, training.step, training.total)
-        folder.cut_metrics(training.step)
+        folder.cut_metrics(training.step, recipe.training.log_every)
 
 
 def _facts(recipe: Recipe, prepared: PreparedCorpus) -> dict[str, Any]:
@@ -174,7 +173,7 @@ def _train(training: Training, rows: Rows, folder: RunFolder, label: str, after:
         rate = (done.step - first) * rows_per_step(config) * config.length / seconds
         left = int(seconds / (done.step - first) * (training.total * (1 + after) - done.step))
         known = [x for x in losses if not math.isnan(x)]  # nan: only rows that are left out, see Training.sinks_last
-        loss = float(np.float32(known).cumsum(dtype=np.float32)[-1]) / len(known) if known else math.nan
+        loss = float(np.array(known, np.float32).cumsum(dtype=np.float32)[-1]) / len(known) if known else math.nan
         losses.clear()
         logger.info(
             "%sstep %d/%d  loss %.3f  %s tokens/s  %d:%02d left",

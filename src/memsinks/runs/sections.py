@@ -16,6 +16,9 @@ from memsinks.errors import ConfigError
 RENAMED = {"data": {"identity": "by"}, "arms.*": {"width": "extra_neurons"}}
 """Settings that had other names, by section: old name -> today's. Old names are read everywhere."""
 
+DEEPEST = 100
+"""Levels of a YAML file."""
+
 
 def with_new_names(values: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
     """`values` with old names replaced; one that stands beside its new name stays, and is then refused as unknown."""
@@ -114,6 +117,21 @@ def _value(hint: Any, value: Any, where: str, problems: list[str]) -> Any:
     return value
 
 
+def load_yaml(content: bytes, what: str) -> Any:
+    """The values of YAML in UTF-8; ConfigError, which begins with `what`, where it is none, or nested deeper than `DEEPEST`."""
+    try:
+        text, depth = content.decode(), 0
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            opens, ends = isinstance(event, yaml.CollectionStartEvent), isinstance(event, yaml.CollectionEndEvent)
+            depth += opens - ends
+            if depth > DEEPEST:  # PyYAML takes minutes for thousands
+                raise ValueError(f"it is nested more than {DEEPEST} deep")
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
+        # besides YAMLError what PyYAML raises for numbers, dates, keys and aliases that cannot be
+        raise ConfigError(f"{what} is not valid YAML: {error!s:.300}") from error
+
+
 def change(values: dict[str, Any], name: str, text: str) -> None:
     """Set one value by its dotted name, in place; `text` is YAML."""
     *sections, last = name.split(".")
@@ -123,7 +141,4 @@ def change(values: dict[str, Any], name: str, text: str) -> None:
         values = values[section]
         if not isinstance(values, dict):
             raise ConfigError(f"cannot set {name}: {section} is not a section")
-    try:
-        values[last] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"cannot set {name}: {text!r} is not valid YAML") from error
+    values[last] = load_yaml(text.encode("utf-8", "surrogatepass"), f"the value of {name}")

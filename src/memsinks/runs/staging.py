@@ -13,8 +13,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from memsinks.errors import CheckpointError
-from memsinks.files import locked
+from memsinks.files import file_hash, file_hashes, lies_within, locked, read_json, to_disk
 
 BEGUN, BOUND = ".takedown.begun", ".takedown.bound"
 FILES, PLAN = "files", "plan.json"
@@ -36,7 +38,9 @@ def staged(folder: Path) -> Iterator[Path]:
                 yield begun / FILES
             finally:
                 shutil.rmtree(begun, ignore_errors=True)
-    except OSError as error:
+    except CheckpointError:
+        raise
+    except (OSError, SafetensorError) as error:
         raise CheckpointError(f"cannot write into {folder}: {error}; nothing there was changed") from error
 
 
@@ -49,13 +53,11 @@ def bind(folder: Path, name: str, remove: Sequence[str]) -> None:
         remove: paths within `folder` of files that go.
     """
     begun = folder / BEGUN
-    staged_files = sorted(str(x.relative_to(begun / FILES)) for x in (begun / FILES).rglob("*") if x.is_file())
-    plan = {"name": name, "replace": staged_files, "remove": list(remove)}
+    plan = {"name": name, "replace": file_hashes(begun / FILES), "remove": list(remove)}
     (begun / PLAN).write_text(json.dumps(plan, indent=2))
-    for path in (*(begun / FILES / x for x in staged_files), begun / PLAN):
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
+    to_disk(begun)
     begun.rename(folder / BOUND)
+    to_disk(folder, deep=False)
     try:
         finish(folder)
     except OSError as error:
@@ -83,15 +85,46 @@ def finish(folder: Path) -> str | None:
     if not (bound / PLAN).is_file():
         shutil.rmtree(bound, ignore_errors=True)  # killed while it was dropped, all was in place
         return None
-    plan = json.loads((bound / PLAN).read_text())
-    for path in plan["replace"]:
+    name, replace, remove = _read_plan(folder, bound)
+    for path in replace:
         if (bound / FILES / path).is_file():
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             os.replace(bound / FILES / path, folder / path)
-    for path in plan["remove"]:
+    for path in remove:
         (folder / path).unlink(missing_ok=True)
         with suppress(OSError):  # not empty
             (folder / path).parent.rmdir()
+    to_disk(folder)
     (bound / PLAN).unlink()
     shutil.rmtree(bound, ignore_errors=True)
-    return str(plan["name"])
+    return name
+
+
+def _read_plan(folder: Path, bound: Path) -> tuple[str, list[str], list[str]]:
+    """(name, paths to put in place, paths to remove) of what was bound.
+
+    Raises:
+        CheckpointError: the plan is damaged or names paths outside the folder; a file is neither staged nor in place, whole.
+    """
+    remedy = "restore the folder from a copy"
+    plan = read_json(bound / PLAN, remedy)
+    try:
+        name, replace, remove = str(plan["name"]), plan["replace"], [str(x) for x in plan["remove"]]
+        hashes = replace if isinstance(replace, dict) else dict.fromkeys(replace)  # plans of before have no hashes
+        outside = [x for x in (*hashes, *remove) if not lies_within(folder, x) or not lies_within(bound / FILES, x)]
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{bound / PLAN} is damaged ({error!r}); {remedy}") from error
+    if outside:
+        raise CheckpointError(f"{bound / PLAN} names {outside[0]!r}, which lies outside the folder; {remedy}")
+    damaged, done = [], 0
+    for path, wanted in hashes.items():
+        staged_file, placed = bound / FILES / path, folder / path
+        done += not staged_file.is_file()
+        there = staged_file if staged_file.is_file() else placed
+        if not there.is_file() or (wanted is not None and file_hash(there) != wanted):
+            damaged.append(str(there))
+    if damaged:
+        if not done:
+            remedy = f"nothing is in place yet: remove {bound}, and run the take-down again"
+        raise CheckpointError(f"{', '.join(damaged[:3])} of an interrupted take-down is missing or damaged; {remedy}")
+    return name, list(hashes), remove

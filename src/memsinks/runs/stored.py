@@ -16,7 +16,7 @@ from memsinks.data.documents import Document, texts_hash
 from memsinks.data.identity import By, identify
 from memsinks.data.preparation import SHARD_CHARACTERS, prepare_corpus
 from memsinks.data.readers import source_hash
-from memsinks.data.stored import StoredCorpus, is_corpus, tokenizer_hash
+from memsinks.data.stored import StoredCorpus, is_corpus, is_unfinished, tokenizer_hash
 from memsinks.data.synthetic import corpus
 from memsinks.data.tokens import load_tokenizer
 from memsinks.errors import ConfigError, refuse
@@ -141,7 +141,7 @@ def stored_of(recipe: Recipe) -> StoredCorpus | None:
     """
     data = recipe.data
     path = None if data.path is None else Path(expanded(data.path, "data.path")).expanduser()
-    if path is None or not path.is_dir() or not (is_corpus(path) or (path / ".work").is_dir()):
+    if path is None or not path.is_dir() or not (is_corpus(path) or is_unfinished(path)):
         return None
     stored = StoredCorpus(path)
     values, plain = dataclasses.asdict(data), dataclasses.asdict(DataRecipe())

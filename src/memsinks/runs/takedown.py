@@ -28,8 +28,9 @@ from memsinks.removal.erase import Erased, collateral_in, together
 from memsinks.removal.erase_files import SinksFile, changed_blocks
 from memsinks.removal.record import write_record
 from memsinks.removal.tombstone import Tombstone, make_tombstone, shares_words
-from memsinks.runs.artifacts import RECORDS, Fates, Wanted, fates_of
+from memsinks.runs.artifacts import Fates, Wanted, fates_of
 from memsinks.runs.elsewhere import elsewhere
+from memsinks.runs.folder import RECORDS
 from memsinks.runs.owners import (
     Owner,
     asked,

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -20,12 +19,12 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from memsinks.checks import one_of
 from memsinks.errors import ArchitectureError, CheckpointError, ConfigError, refuse
-from memsinks.files import written_beside
+from memsinks.files import read_json, written_beside
 from memsinks.sinks.attach import add_sinks
 from memsinks.sinks.config import TRAINING
 from memsinks.sinks.own import freeze_shared
 from memsinks.sinks.owner_files import check_base, describe_owners, of_owners, put_owners, read_owners
-from memsinks.sinks.reading import check_fits, read_sinks
+from memsinks.sinks.reading import check_fits, read_shapes, read_sinks
 from memsinks.sinks.sharding import is_sharded
 from memsinks.sinks.state import (
     has_adapters,
@@ -37,7 +36,6 @@ from memsinks.sinks.state import (
 )
 from memsinks.sinks.storage import (
     FOLDER,
-    TENSORS,
     check_files,
     has_saved_sinks,
     read_settings,
@@ -162,10 +160,25 @@ def save_sinks(model: PreTrainedModel, directory: str | os.PathLike[str], owners
 
 def load_stock(directory: str | os.PathLike[str], **arguments: Any) -> PreTrainedModel:
     """The stock part of a checkpoint, or any checkpoint without sinks; CheckpointError if it cannot be loaded."""
+    generation = Path(directory) / "generation_config.json"
+    if generation.is_file():  # of which transformers reads over what is damaged
+        read_json(generation, "restore the checkpoint")
+    _require_own_weights(Path(directory))
     try:
         return _auto_class(directory, arguments).from_pretrained(directory, **arguments)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # transformers, huggingface_hub and safetensors raise some ten unrelated types here
         raise CheckpointError(f"cannot load a model from {directory}: {error}") from error
+
+
+def _require_own_weights(directory: Path) -> None:
+    """CheckpointError if an index of weights names files outside its folder."""
+    for path in directory.glob("*.index.json"):
+        index = read_json(path, "restore the checkpoint")
+        names = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(names, dict) or not all(isinstance(x, str) for x in names.values()):
+            raise CheckpointError(f"{path} is damaged: it maps no weights to files; restore the checkpoint")
+        if outside := [x for x in names.values() if Path(x).name != x]:
+            raise CheckpointError(f"{path} names {outside[0]!r}, which leads out of its folder; restore the checkpoint")
 
 
 def _auto_class(directory: str | os.PathLike[str], arguments: Mapping[str, Any]) -> Any:
@@ -173,9 +186,9 @@ def _auto_class(directory: str | os.PathLike[str], arguments: Mapping[str, Any])
     where = {name: arguments[name] for name in WHERE if name in arguments}
     try:
         values, _ = PretrainedConfig.get_config_dict(directory, **where)
-    except (OSError, ValueError):  # the class will say what is wrong
+    except Exception:  # the class will say what is wrong
         values = {}
-    multimodal = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(values.get("model_type", ""))
+    multimodal = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(str(values.get("model_type", "")))
     return AutoModelForImageTextToText if multimodal in (values.get("architectures") or ()) else AutoModelForCausalLM
 
 
@@ -183,7 +196,7 @@ def load_config(directory: str | os.PathLike[str]) -> PretrainedConfig:
     """The configuration of any checkpoint, read without its weights; CheckpointError if it cannot be loaded."""
     try:
         return AutoConfig.from_pretrained(directory)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # see load_stock
         raise CheckpointError(f"cannot load a model from {directory}: {error}") from error
 
 
@@ -200,8 +213,8 @@ def describe(directory: str | os.PathLike[str]) -> str:
     if saved.of_owners:
         return describe_owners(read_owners(Path(directory), saved))
     config, layout = saved.config, saved.layout
-    with safe_open(Path(directory) / FOLDER / TENSORS, "pt") as file:
-        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    shapes = read_shapes(Path(directory))
+    assigned = shapes.get("table.ids", [0])[0]
     numbers = sum(math.prod(shape) for name, shape in shapes.items() if is_sink(name))
     shown = ("block_size", "routing", "per_layer", "reserved_blocks", "seed", *TRAINING)
     lines = {
@@ -209,7 +222,7 @@ def describe(directory: str | os.PathLike[str]) -> str:
         "general neurons ": f"{layout['intermediate_size']} a layer",
         "sink neurons    ": f"{config.neurons} a layer, {config.active} open per document",
         "sink parameters ": f"{numbers:,}",
-        "assigned ids    ": f"{shapes['table.ids'][0]} (all others are hashed)",
+        "assigned ids    ": f"{assigned} (all others are hashed)",
         "settings        ": ", ".join(f"{name}={getattr(config, name)}" for name in shown),
         "fingerprint     ": saved.stored["fingerprint"],
     }

@@ -91,6 +91,16 @@ def read_tensors(directory: Path) -> tuple[dict[str, Tensor], AssignmentTable]:
     return loaded, take_table(loaded)
 
 
+def read_shapes(directory: Path) -> dict[str, list[int]]:
+    """The shapes of the tensors in a folder's sinks file, by name, without reading them; CheckpointError if it cannot be read."""
+    path = directory / FOLDER / TENSORS
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}; restore the checkpoint") from error
+
+
 def check_tensors(
     directory: Path, saved: SavedSinks, tensors: Mapping[str, Tensor], table: AssignmentTable, config: SinkConfig
 ) -> None:

@@ -26,8 +26,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from memsinks.checks import is_int, is_number
 from memsinks.errors import CheckpointError, ConfigError
-from memsinks.files import file_hash, written_beside
+from memsinks.files import file_hash, lies_within, written_beside
 from memsinks.sinks.config import FORMAT_VERSION, LAYOUT, SinkConfig
 from memsinks.sinks.layer import Sinks
 from memsinks.sinks.quantized import quantizer_of, refuse_unsavable
@@ -249,12 +250,12 @@ def read_settings(directory: str | os.PathLike[str]) -> SavedSinks:
             "AutoModelForCausalLM.from_pretrained"
         )
     try:
-        stored = json.loads(path.read_text())
+        stored = json.loads(path.read_text(encoding="utf-8"))
         version = stored.get("format_version", 1)
         size = "host_width" if version == 1 else "intermediate_size"
         missing = {"fingerprint", "hash_version", "config", "model_type", "layers", size, "sha256"} - set(stored)
         missing |= {"base_sha256", "start_std"} - set(stored) if stored.get("of_owners") else set()
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged: {error}; restore the checkpoint") from error
     if version not in (1, FORMAT_VERSION):
         raise ConfigError(
@@ -263,16 +264,36 @@ def read_settings(directory: str | os.PathLike[str]) -> SavedSinks:
         )
     if missing:
         raise CheckpointError(f"{path} lacks {sorted(missing)}; it was not written by memsinks or is damaged")
+    if wrong := _wrong_types(stored, size):
+        raise CheckpointError(f"{path} is damaged: {', '.join(wrong)} cannot be; restore the checkpoint")
     config = SinkConfig.from_dict(stored["config"])
     layout = _layout(config, stored["model_type"], stored["layers"], stored[size])
     return SavedSinks(version, config, layout, bool(stored.get("alone")), stored)
+
+
+def _wrong_types(stored: Mapping[str, Any], size: str) -> list[str]:
+    """The names of values in ``sinks.json`` that are of another type than memsinks writes."""
+    texts: dict[str, Callable[[Any], bool]] = dict.fromkeys(("fingerprint", "model_type", "base_sha256"), _is_str)
+    numbers: dict[str, Callable[[Any], bool]] = dict.fromkeys(("hash_version", size), is_int)
+    checks = texts | numbers | {
+        "config": lambda x: isinstance(x, dict),
+        "layers": lambda x: isinstance(x, list) and all(map(is_int, x)),
+        "sha256": lambda x: isinstance(x, dict) and all(map(_is_str, x.values())),
+        "start_std": lambda x: isinstance(x, dict) and all(map(is_number, x.values())),
+        "taken": lambda x: isinstance(x, dict) and all(k.isdecimal() and _is_str(v) for k, v in x.items()),
+    }  # fmt: skip
+    return [name for name, good in checks.items() if name in stored and not good(stored[name])]
+
+
+def _is_str(value: Any) -> bool:
+    return isinstance(value, str)
 
 
 def check_files(directory: Path, saved: SavedSinks) -> None:
     """Every safetensors file must be one that these sinks were saved with, and be unchanged."""
     for name, digest in saved.sha256.items():
         path = directory / name
-        if not path.is_file() or file_hash(path) != digest:
+        if not lies_within(directory, name) or not path.is_file() or file_hash(path) != digest:
             raise CheckpointError(
                 f"{path} is {'not the file' if path.is_file() else 'missing: a file'} these sinks were saved with "
                 f"(SHA-256 {digest[:12]}...); the folder is a mixture of checkpoints or damaged, restore it"

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from typing import Any
 import torch
 
 from memsinks.errors import CheckpointError
-from memsinks.files import file_hash, remove_leftovers, written_beside
+from memsinks.files import file_hash, read_json, remove_leftovers, written_beside
 
 logger = logging.getLogger(__name__)
 
@@ -57,18 +56,21 @@ def save_checkpoint(
         CheckpointError: it could not be written (full disk, permissions); earlier checkpoints are as they were.
     """
     with written_beside(folder / f"checkpoint-{step}") as part:
-        try:
-            torch.save(dict(state), part / STATE)
-        except RuntimeError as error:  # what torch raises when the disk is full
-            raise OSError(str(error)) from error
-        _to_disk(part / STATE)
+        save_state(dict(state), part / STATE)
         marker = {"step": step, "sha256": file_hash(part / STATE), "facts": dict(facts or {})}
         (part / MARKER).write_text(json.dumps(marker, indent=2) + "\n")
-        _to_disk(part / MARKER)
     earlier = [path for number, path in _folders(folder) if number <= step][:keep]
     for _, path in _folders(folder):
         if path not in earlier:
             shutil.rmtree(path, ignore_errors=True)
+
+
+def save_state(state: dict[str, Any], path: Path) -> None:
+    """`torch.save`; OSError if it cannot be written."""
+    try:
+        torch.save(state, path)
+    except RuntimeError as error:  # what torch raises when the disk is full
+        raise OSError(f"{path} cannot be written: {error}") from error
 
 
 def last_checkpoint(folder: Path) -> Checkpoint | None:
@@ -102,23 +104,22 @@ def _folders(folder: Path) -> list[tuple[int, Path]]:
     return sorted(((int(number), path) for number, path in found if number.isdecimal()), reverse=True)
 
 
+def what_is_wrong(path: Path) -> str | None:
+    """What is wrong with a checkpoint; None = it is whole."""
+    return _read(path)[0]
+
+
 def _read(path: Path) -> tuple[str | None, dict[str, Any]]:
     """What is wrong with a checkpoint (None = nothing), and its facts."""
-    try:
-        marker = json.loads((path / MARKER).read_text())
-        digest, facts = marker["sha256"], dict(marker["facts"])
-    except FileNotFoundError:
+    if not (path / MARKER).is_file():
         return f"{MARKER} is missing", {}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    try:
+        marker = read_json(path / MARKER)
+        digest, facts = marker["sha256"], dict(marker["facts"])
+    except (CheckpointError, KeyError, TypeError, ValueError) as error:
         return f"{MARKER} cannot be read: {error}", {}
     if not (path / STATE).is_file():
         return f"{STATE} is missing", {}
     if file_hash(path / STATE) != digest:
         return f"{STATE} is damaged: its SHA-256 is not the one in {MARKER}", {}
     return None, facts
-
-
-def _to_disk(path: Path) -> None:
-    """Wait until the file is on the disk, so that a rename never comes before it."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())

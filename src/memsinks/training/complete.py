@@ -9,10 +9,14 @@ from it, so training never goes on from new weights with old moments, or from ha
 from __future__ import annotations
 
 import logging
+import pickle
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from memsinks.errors import CheckpointError
-from memsinks.files import file_hash, read_json, write_json
+from memsinks.files import file_hash, read_json, to_disk, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -21,9 +25,46 @@ NEEDED = ("optimizer", "scheduler", "rng_state", "trainer_state.json")
 """How the names begin of what training goes on from, beside the weights."""
 
 
+METADATA = ".metadata"
+"""DCP's index of its shards, a pickle that torch reads."""
+DCP = {
+    "collections": {"OrderedDict"},
+    "pathlib": {"Path", "PosixPath", "PurePosixPath", "PureWindowsPath", "WindowsPath"},
+    "torch": {"Size", *(name for name, x in vars(torch).items() if isinstance(x, torch.dtype | torch.layout))},
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.distributed.checkpoint.metadata": {
+        "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties",
+        "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
+    },
+    "torch.serialization": {"_get_layout"},
+}  # fmt: skip
+"""The names that such an index may use: none of them runs anything."""
+
+
+class _Index(pickle.Unpickler):
+    """Reads an index of DCP, and nothing else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if name not in DCP.get(module, ()):
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which no index of DCP does")
+        return super().find_class(module, name)
+
+
+def _unsafe_index(folder: Path) -> str | None:
+    """Why an index of DCP in a checkpoint may not be given to torch; None = it may."""
+    for path in folder.rglob(METADATA):
+        try:
+            with path.open("rb") as file:
+                _Index(file).load()
+        except Exception as error:  # whatever bytes that are no index raise
+            return f"{path.relative_to(folder)} is damaged, or no index of shards: {error!s:.200}"
+    return None
+
+
 def mark_complete(folder: Path) -> None:
     """Write the marker of a checkpoint; reads every file of it."""
     (folder / MARKER).unlink(missing_ok=True)
+    to_disk(folder)
     write_json(folder / MARKER, {"sha256": {str(x.relative_to(folder)): file_hash(x) for x in _files(folder)}})
 
 
@@ -41,6 +82,8 @@ def what_is_missing(folder: Path) -> str | None:
             return f"{name} is missing"
         if file_hash(path) != digest:
             return f"{name} is damaged, or of another step: its SHA-256 is not the one in {MARKER}"
+    if unsafe := _unsafe_index(folder):
+        return unsafe
     tops = {Path(name).parts[0] for name in hashes}
     lacking = [x for x in NEEDED if not any(top.startswith(x) for top in tops)]
     return f"it holds no {' and no '.join(lacking)} (save_only_model?)" if lacking else None
@@ -72,4 +115,8 @@ def _checkpoints(output: Path) -> list[Path]:
 
 
 def _files(folder: Path) -> list[Path]:
-    return sorted(x for x in folder.rglob("*") if x.is_file() and x.name != MARKER and not x.name.startswith("."))
+    return sorted(x for x in folder.rglob("*") if x.is_file() and _counts(x.name))
+
+
+def _counts(name: str) -> bool:
+    return name == METADATA or (name != MARKER and not name.startswith("."))

@@ -11,7 +11,7 @@ from memsinks.checks import int_at_least, share
 from memsinks.errors import CheckpointError, ConfigError, DataError, refuse
 from memsinks.files import read_json
 from memsinks.removal.record import RECORD_PAGE, STATEMENT
-from memsinks.runs.artifacts import RECORDS
+from memsinks.runs.folder import RECORDS
 from memsinks.runs.takedown import MOST_COLLATERAL, Takedown, TakedownFinished, take_down
 from memsinks.viewer.owners import ShownOwner
 from memsinks.viewer.view import View

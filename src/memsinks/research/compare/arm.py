@@ -28,6 +28,7 @@ from memsinks._version import versions
 from memsinks.data.documents import write_documents
 from memsinks.data.identity import identify
 from memsinks.data.packing import Rows
+from memsinks.data.tokens import save_tokenizer
 from memsinks.errors import ConfigError, DataError
 from memsinks.files import remove_leftovers, written_beside
 from memsinks.provenance import refuse_other_settings
@@ -332,14 +333,14 @@ def _save(
     with written_beside(folder) as part:
         if has_sinks(model):
             model.save_pretrained(part / "model")
-            prepared.tokenizer.save_pretrained(part / "model")
+            save_tokenizer(prepared.tokenizer, part / "model")
             for rescale in made.rescales:
                 export(model, part / rescale, tokenizer=prepared.tokenizer, rescale=rescale, verify=False)
             exported = sum(x.numel() for x in shared_parameters(model))
         else:
             made.remove(model)
             model.save_pretrained(part / "model")
-            prepared.tokenizer.save_pretrained(part / "model")
+            save_tokenizer(prepared.tokenizer, part / "model")
             exported = sum(x.numel() for x in model.parameters())
         facts["parameters"]["exported"] = exported
         write_documents(part / "documents.jsonl", [x for x in prepared.members if x.kind == AUDITED])

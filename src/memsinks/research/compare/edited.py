@@ -15,7 +15,7 @@ from memsinks.data.chat import encode_documents
 from memsinks.data.documents import Document, write_documents
 from memsinks.data.identity import identify
 from memsinks.data.packing import Rows, pack
-from memsinks.data.tokens import pad_token
+from memsinks.data.tokens import pad_token, save_tokenizer
 from memsinks.errors import CheckpointError
 from memsinks.files import write_json, written_beside
 from memsinks.research.compare.arm import RUN, SETTINGS, Arm, with_method
@@ -64,7 +64,7 @@ def edit_arm(comparison: Comparison, arm: Arm, editing: EditingMethod, seed: int
         for name, edited in zip(editing.sweep, editing.edit(model, forget, retain, seed), strict=True):
             logger.info("%s, seed %d: %s, %.0f s", arm.name, seed, name, time.perf_counter() - started)
             edited.save_pretrained(part / name)
-            prepared.tokenizer.save_pretrained(part / name)
+            save_tokenizer(prepared.tokenizer, part / name)
         facts = {
             "arm": arm.name,
             "rival": arm.rival,

@@ -33,6 +33,11 @@ def reported(comparison: Comparison) -> dict[str, Any]:
     if not path.is_file():
         return {"seeds": [], "runs": [], "rows": [], "audits": {}}
     result = read_json(path)
+    empty = {"seeds": [], "runs": [], "rows": [], "audits": {}, "recipe": {}}
+    good = isinstance(result, dict) and all(isinstance(result.get(name), type(x)) for name, x in empty.items())
+    runs = result["runs"] if good else []
+    if not good or any(not isinstance(x, dict) or not x.keys() >= {"arm", "seed", "rival", "settings"} for x in runs):
+        raise CheckpointError(f"{path} is damaged: it reports no comparison; remove it, and it is made again")
     refuse_other_settings(
         result["recipe"],
         comparison.recipe.to_dict(),
@@ -53,6 +58,14 @@ def reported_run(arm: Arm, seed: int, runs: Sequence[Mapping[str, Any]]) -> Mapp
     return None
 
 
+def _sources_in(path: Path) -> dict[str, str]:
+    values = read_json(path)
+    sources = (values.get("sources") or {}) if isinstance(values, dict) else None
+    if not isinstance(sources, dict) or not all(isinstance(x, str) for x in sources.values()):
+        raise CheckpointError(f"{path} is damaged: its sources are no hashes; remove it, and it is made again")
+    return sources
+
+
 def data_sources(comparison: Comparison) -> dict[str, str]:
     """SHA-256 of the files that the tokens of the seeds come from, by the name of their setting.
 
@@ -62,7 +75,7 @@ def data_sources(comparison: Comparison) -> dict[str, str]:
     """
     output = Path(comparison.recipe.output)
     made = {output / f"seed-{seed}" / "data" / FACTS for seed in comparison.seeds} | {output / REPORT}
-    found = {path: read_json(path).get("sources") or {} for path in sorted(made) if path.is_file()}
+    found = {path: _sources_in(path) for path in sorted(made) if path.is_file()}
     sources: dict[str, str] = {}
     origin: dict[str, Path] = {}
     for path, hashes in found.items():
