@@ -6,8 +6,8 @@
 Two sizes: a Llama of hidden size 512 with 4,096 tokens a step, and of 128 as in the demo. A step is forward, backward, clipping
 and AdamW. Costs of a step with so many repeated rows, of a pass of sinks last and of a pass of settling are medians over rounds
 in which all ways take turns in one process. From them follows a run: its steps hold 5% or 60% repeated rows (texts of 4, 16
-and 64 copies, as many of each), and its sinks meet their texts `PASSES` times at the end. Tokens are random: only time is
-measured.
+and 64 copies, as many of each), and its sinks meet their texts `PASSES` times at the end. *exact* leaves rows that would train
+their sinks alone out of the steps, *exact, along* does not. Tokens are random: only time is measured.
 
 On a machine that others use take ``--clock thread``, CPU time of the one thread; on an idle one ``--clock wall``. Memory: the
 peak of three steps of each way in a process of its own, above what the interpreter holds. Disk: what `save_pretrained` writes.
@@ -78,7 +78,8 @@ SIZES = {
 EXACT, DECAY = {"shared": "none"}, {"shared": "decay"}
 WAYS: Mapping[str, dict[str, Any]] = {
     "ordinary": {},
-    "exact": {"sinks": EXACT},
+    "exact": {"sinks": EXACT, "sinks_last": PASSES},
+    "exact, along": {"sinks": EXACT, "sinks_last": 0},
     "decay": {"sinks": DECAY, "sinks_first": 0},
     "decay, sinks first": {"sinks": DECAY, "sinks_first": 1},
 }
@@ -95,7 +96,7 @@ def training_of(size: Size, way: str, pool: int | None = None) -> Training:
     if sinks is not None:
         ms.add_sinks(model, ms.SinkConfig(neurons=pool or size.pool, active=OPEN, **sinks))
     config = TrainingConfig(length=size.length, batch_rows=size.rows, **settings)
-    return Training(model, config, 1_000_000)
+    return Training(model, config, 1_000_000, sinks_last=bool(config.sinks_last))
 
 
 def documents(size: Size, number: int, exposure: int, first: int, one_document_per_row: bool = False) -> Rows:
@@ -173,7 +174,8 @@ def costs(size: Size, seconds: Mapping[tuple[str, str | int], float]) -> dict[st
         lines = {way: steps(way, share) for way in WAYS if way != "ordinary"}
         lines["sinks last"] = phase("exact", "last", PASSES, share)
         lines["settling"] = phase("decay, sinks first", "settle", SettleConfig().passes, share)
-        lines["exact, sinks last"] = lines["exact"] + lines["sinks last"]
+        for name in ("exact", "exact, along"):
+            lines[f"{name}, sinks last"] = lines[name] + lines["sinks last"]
         lines["decay, sinks first, settled"] = lines["decay, sinks first"] + lines["settling"]
         found[f"{share:.0%}"] = {name: round(value, 3) for name, value in lines.items()}
     return found
@@ -183,7 +185,7 @@ def overhead(rounds: int, clock: Callable[[], float]) -> dict[str, int]:
     """What sinks add to a step of hardly any numbers: time of calls alone, microseconds a layer."""
     size = Size(128, 512, 4, 1024, 6, 8, 1, 2048)
     runs: dict[Any, Callable[[], object]] = {}
-    for way, repeated in (("ordinary", 0), ("exact", 0), ("exact", 3), ("exact", 6), ("decay", 6)):
+    for way, repeated in (("ordinary", 0), ("exact", 0), ("exact, along", 3), ("exact, along", 6), ("decay", 6)):
         training, batch = training_of(size, way), batch_of(size, repeated)
         runs[way, repeated] = lambda training=training, batch=batch: training.update([batch])
     found = medians(runs, 10 * rounds, clock)
@@ -201,7 +203,7 @@ def pool_growth(rounds: int, clock: Callable[[], float]) -> dict[str, float]:
     batch = batch_of(size, size.rows // 2)
     runs = {}
     for times in (4, 64):
-        training = training_of(size, "exact", times * OPEN)
+        training = training_of(size, "exact, along", times * OPEN)
         runs[times] = lambda training=training: training.update([batch])
     found = medians(runs, rounds, clock)
     return {f"{times} times the open width": round(value / found[4], 3) for times, value in found.items()}
@@ -292,7 +294,7 @@ def main(argv: list[str] | None = None) -> None:
         sizes[name] = {
             "costs": costs(size, seconds), "settings": vars(size),
             "milliseconds": {f"{way}, {what}": round(1e3 * x, 1) for (way, what), x in seconds.items()},
-            "memory": {way: in_its_own_process(name, way) for way in WAYS if way != "decay"},
+            "memory": {way: in_its_own_process(name, way) for way in WAYS if way not in ("decay", "exact, along")},
         }  # fmt: skip
         print(json.dumps(sizes[name], indent=1), flush=True)
     result = {

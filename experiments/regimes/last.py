@@ -96,7 +96,7 @@ def taught(model: Any, texts: Rows, copies: np.ndarray, *, passes: int, betas: t
 def table(found: dict[str, Any]) -> str:
     """Markdown: mean over the seeds, of what is recited the least too."""
     lines = [
-        "| rows repeated | sinks last | recited, 16 copies and more (least) | whole texts | loss | cost of a text, rows of a step |",
+        "| rows repeated | sinks last | recited, 16 copies and more (least) | whole texts | loss | cost of a text in rows |",
         "|---|---|---|---|---|---|",
     ]
     for share, seeds in found.items():
