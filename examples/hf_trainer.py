@@ -25,7 +25,7 @@ args = TrainingArguments(
     logging_steps=10, report_to=[],
 )  # fmt: skip
 evaluated = rows.select(slice(0, 16))  # with sinks closed: the model that will be shipped
-trainer = ms.SinkTrainer(model, args, train_dataset=rows, eval_dataset=evaluated)
+trainer = ms.SinkTrainer(model, args, train_dataset=rows, eval_dataset=evaluated, sinks_last=True)
 trainer.train()
 print(ms.sinks_last(model, ms.repeated_and_once(rows)[0], lr=3 * args.learning_rate))
 print(trainer.evaluate())

@@ -45,7 +45,7 @@ def run_with_owners(tmp_path_factory) -> Path:
         "sinks": {"neurons": 256, "active": 16, "block_size": 8, "reserved_blocks": 16},
         "own": {"from_copies": 8},
         "training": {"length": 256, "batch_rows": 8, "lr": 3e-3, "save_every": 2, "log_every": 1, "keep": 9,
-                     "sinks_last": 3},
+                     "sinks_last": 0},
     }  # fmt: skip
     train(parse_recipe(recipe))
     return output

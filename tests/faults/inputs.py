@@ -48,6 +48,7 @@ from memsinks.removal.tombstone import find_tombstoned, read_tombstone
 from memsinks.research.compare.comparison import read_comparison
 from memsinks.research.compare.results import data_sources, reported, reported_run
 from memsinks.runs.artifacts import Wanted, fates_of
+from memsinks.runs.corpus import source_hashes
 from memsinks.runs.folder import RunFolder
 from memsinks.runs.owners import read_members
 from memsinks.runs.recipe import read_recipe
@@ -462,7 +463,7 @@ def make_places(base: Path, folder: Path) -> Path:
         "runs": runs,
         "rows": [],
         "audits": {},
-        "sources": {"data.path": "0"},
+        "sources": source_hashes(recipe) or {"data.path": "0"},  # of files that are there
     }
     (folder / "compare/compare.json").write_text(json.dumps(values))
     return folder

@@ -141,6 +141,8 @@ class Router:
             CheckpointError: no router there, or one that cannot be read. ConfigError: scikit-learn is missing.
         """
         folder, sparse = Path(folder), _packages()[1]
+        if not (folder / SETTINGS).is_file():
+            raise CheckpointError(f"no router in {folder} ({SETTINGS} is not there); {REMEDY}")
         try:
             settings, arrays = read_json(folder / SETTINGS, REMEDY), load_file(folder / COUNTS)
             if settings["format_version"] != FORMAT_VERSION or settings["features"] != FEATURES:

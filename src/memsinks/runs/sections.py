@@ -141,4 +141,4 @@ def change(values: dict[str, Any], name: str, text: str) -> None:
         values = values[section]
         if not isinstance(values, dict):
             raise ConfigError(f"cannot set {name}: {section} is not a section")
-    values[last] = load_yaml(text.encode("utf-8", "surrogatepass"), f"the value of {name}")
+    values[last] = load_yaml(text.encode("utf-8", "surrogatepass"), f"cannot set {name}: its value")

@@ -102,10 +102,8 @@ def run_apart(
 def without_rows_alone(model: Any, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A batch without the rows that would train their sinks alone, for training whose sinks learn after it, see `sinks_last`.
 
-        targets = ms.target_count(batch["labels"])
-        loss = model(**ms.without_rows_alone(model, batch), num_items_in_batch=targets).loss
-
-    With the targets of the whole batch as divisor the shared weights get the gradient, to the bit, that they get with them.
+    With the targets of the whole batch as divisor (``num_items_in_batch=target_count(batch["labels"])``, counted before) the
+    shared weights get the gradient that they get with these rows, to the bit.
 
     Args:
         model: with sinks.
