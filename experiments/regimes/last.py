@@ -6,7 +6,8 @@ The shared weights are those of *exact, fresh text* (recipes/regimes.yaml): each
 stands in the rows of its copies. Then the sinks, which have learned nothing so far, learn from the repeated texts with several
 settings. Measured with own sinks open: loss, nats a token; the share of texts with 16 copies or more of which 32 tokens come out
 after 32; the share of all of which the whole rest does. Cost: CPU time of a pass for a text, over that of a row in an ordinary
-step. The shared weights do not move, so nothing else changes. Writes last.json and last.md beside this file.
+step. The shared weights do not move, so nothing else changes. Writes last.json and last.md beside this file; what stands there is
+not made again.
 """
 
 from __future__ import annotations
@@ -121,9 +122,12 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    found: dict[str, Any] = {}
+    results = HERE / "last.json"
+    found: dict[str, Any] = json.loads(results.read_text())["regimes"] if results.exists() else {}
     for seed in arguments.seeds:
         for share in arguments.regimes:
+            if str(seed) in found.get(str(share), {}):
+                continue
             model, texts, copies, seconds = trained(share, seed)
             run = {name: taught(model, texts, copies, **settings) for name, settings in SETTINGS.items()}
             of_seed = {
@@ -134,7 +138,7 @@ def main() -> None:
             found.setdefault(str(share), {})[str(seed)] = of_seed | {"settings": run}
             print(json.dumps(found[str(share)][str(seed)]), flush=True)
             facts = {"learning rate": LR, "pool": POOL, "open": OPEN, "versions": versions("torch", "transformers")}
-            (HERE / "last.json").write_text(json.dumps(facts | {"regimes": found}, indent=1) + "\n")
+            results.write_text(json.dumps(facts | {"regimes": found}, indent=1) + "\n")
             (HERE / "last.md").write_text(table(found))
 
 
