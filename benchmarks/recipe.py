@@ -1,6 +1,7 @@
 """What the whole recipe costs, as it is used, against ordinary training of the stock model on the same rows.
 
     python benchmarks/recipe.py                # writes recipe.json and recipe.png beside this file; half an hour
+    python benchmarks/recipe.py --sizes "d = 128"   # that size anew, the other stays as it stands there
     python benchmarks/recipe.py --draw         # recipe.png from recipe.json
 
 Two sizes: a Llama of hidden size 512 with 4,096 tokens a step, and of 128 as in the demo. A step is forward, backward, clipping
@@ -287,25 +288,28 @@ def main(argv: list[str] | None = None) -> None:
         print(json.dumps(memory_and_disk(SIZES[given.memory[0]], given.memory[1])))
         return
     clock = CLOCKS[given.clock]
-    sizes = {}
+    stands = given.out / "recipe.json"
+    before = json.loads(stands.read_text()) if stands.exists() and len(given.sizes) < len(SIZES) else {}
+    sizes = dict(before.get("sizes", {}))
     for name in given.sizes:
         size = SIZES[name]
         seconds = medians(runs_of(size), given.rounds, clock)
         sizes[name] = {
             "costs": costs(size, seconds), "settings": vars(size),
             "milliseconds": {f"{way}, {what}": round(1e3 * x, 1) for (way, what), x in seconds.items()},
+            "rounds": given.rounds, "clock": given.clock,
             "memory": {way: in_its_own_process(name, way) for way in WAYS if way not in ("decay", "exact, along")},
         }  # fmt: skip
         print(json.dumps(sizes[name], indent=1), flush=True)
     result = {
-        "clock": {"wall": "wall time", "thread": "CPU time of one thread, on a machine that others use"}[given.clock],
-        "threads": given.threads, "rounds": given.rounds, "open": OPEN, "layers": LAYERS, "copies": COPIES, "passes": PASSES,
+        "clocks": {"wall": "wall time", "thread": "CPU time of one thread, on a machine that others use"},
+        "threads": given.threads, "open": OPEN, "layers": LAYERS, "copies": COPIES, "passes": PASSES,
         "targets of a step": {name: target_count(batch_of(SIZES[name], 0)["labels"]) for name in sizes},
         "sizes": sizes, "microseconds a layer and step": overhead(given.rounds, clock),
-        "pool": pool_growth(given.rounds, clock) if "d = 512" in sizes else None,
+        "pool": pool_growth(given.rounds, clock) if "d = 512" in given.sizes else before.get("pool"),
         "processor": platform.processor() or platform.machine(), "versions": versions("torch", "transformers"),
     }  # fmt: skip
-    (given.out / "recipe.json").write_text(json.dumps(result, indent=1) + "\n")
+    stands.write_text(json.dumps(result, indent=1) + "\n")
     draw(result, given.out / "recipe.png")
 
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from memsinks.data.tokens import END, encode, load_tokenizer, pad_token, train_tokenizer
+from memsinks.data.tokens import END, encode, load_tokenizer, pad_token, save_tokenizer, train_tokenizer
 from memsinks.errors import ConfigError, DataError
 
 STRANGE = ["  x , y .\n\n\t", "u\u0308 ü 😀 \x00", "I 'm not , n't", "\r\n", "3.14159 1999", f"a {END} b"]
@@ -84,6 +84,14 @@ def test_saved_tokenizer_loads_alike(tokenizer, tmp_path, part):
     assert loaded.eos_token_id == loaded.pad_token_id == tokenizer.eos_token_id
     for old, new in zip(encode(tokenizer, STRANGE), encode(loaded, STRANGE), strict=True):
         assert old.tolist() == new.tolist()
+
+
+def test_what_is_saved_does_not_depend_on_where_it_was_loaded(tokenizer, tmp_path):
+    save_tokenizer(tokenizer, tmp_path / "a")
+    again = load_tokenizer(tmp_path / "a")
+    save_tokenizer(again, tmp_path / "b")
+    files = [{x.name: x.read_bytes() for x in (tmp_path / name).iterdir()} for name in "ab"]
+    assert files[0] == files[1] and again.init_kwargs["is_local"]
 
 
 def test_padding_defaults_to_the_end_token(tokenizer, tmp_path):

@@ -17,6 +17,8 @@ from memsinks.errors import ConfigError, DataError, refuse
 
 END = "<|endoftext|>"
 _BATCH = 1000
+OF_LOADING = ("is_local", "local_files_only")
+"""What transformers notes in a tokenizer of how it was loaded, and would write."""
 LONG = 20_000
 """Texts from which encoding shows a progress bar."""
 
@@ -89,13 +91,16 @@ def load_tokenizer(path_or_name: str | Path) -> PreTrainedTokenizerBase:
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
-    """Write a tokenizer's files into a folder; OSError if they cannot be written."""
+    """Write a tokenizer's files into a folder, the same bytes wherever it was loaded from; OSError if they cannot be written."""
+    held = {name: tokenizer.init_kwargs.pop(name) for name in OF_LOADING if name in tokenizer.init_kwargs}
     try:
         tokenizer.save_pretrained(str(folder))
     except OSError:
         raise
     except Exception as error:  # what tokenizers raises when the disk is full
         raise OSError(f"the tokenizer cannot be written into {folder}: {error}") from error
+    finally:
+        tokenizer.init_kwargs.update(held)
 
 
 def has_tokenizer(folder: str | Path) -> bool:
