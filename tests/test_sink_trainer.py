@@ -76,6 +76,19 @@ def test_rows_that_train_their_sinks_alone_can_be_left_out(tiny_llama, tmp_path,
     assert equal(*made)
 
 
+@pytest.mark.parametrize(
+    ("config", "changes", "part"),
+    [
+        ({"open_from": 1}, {}, "all rows would be left out"),
+        ({}, {"label_smoothing_factor": 0.1}, "label smoothing takes the mean"),
+    ],
+)
+def test_where_rows_cannot_be_left_out_it_is_said(tiny_llama, rows, tmp_path, config, changes, part) -> None:
+    model = build(tiny_llama, dataclasses.replace(CONFIG, shared="none", **config))
+    with pytest.raises(ConfigError, match=part):
+        SinkTrainer(model, shuffled(tmp_path, **changes), train_dataset=rows, sinks_last=True)
+
+
 def test_what_is_given_wins(tiny_llama, rows, tmp_path) -> None:
     callback, model = SinkCallback(), build(tiny_llama)
     optimizer, seen = groups_of(model), []

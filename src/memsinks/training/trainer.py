@@ -25,7 +25,7 @@ from transformers.training_args import OptimizerNames
 
 from memsinks.batch import FIELDS, ISOLATION, PLACES, collate, target_count
 from memsinks.data.packing import Rows
-from memsinks.errors import ArchitectureError, CheckpointError, ConfigError
+from memsinks.errors import ArchitectureError, CheckpointError, ConfigError, refuse
 from memsinks.sinks.exact import without_rows_alone
 from memsinks.sinks.owners import require_owners_and_texts
 from memsinks.sinks.quantized import quantizer_of, refuse_unsavable, taken_as_trainable
@@ -64,7 +64,7 @@ class SinkTrainer(Trainer):
     Raises:
         ArchitectureError: a model without sinks; fp16, DeepSpeed or FSDP1; FSDP on CPUs, which Accelerate
             would leave out; checkpoints of a quantized model that cannot be saved.
-        ConfigError: a `max_grad_norm` or an `optim` that cannot be; settings of TRL for another loss.
+        ConfigError: a `max_grad_norm`, an `optim` or a `sinks_last` that cannot be; settings of TRL for another loss.
         DataError: rows of an id without blocks, or owners without rows, in a model to which nothing is hashed; in `train`, rows
             in another order than that of their exposures, or met twice, see `SinkCallback`.
     """
@@ -95,6 +95,8 @@ class SinkTrainer(Trainer):
         if isinstance(self.train_dataset, Rows):
             require_owners_and_texts(unwrap(self.model), np.unique(self.train_dataset.segments["document_id"]).tolist())
         refuse_norm(self.args)
+        if sinks_last:
+            self._check_sinks_last()
         check_settings_of_trl(self.args)
         if self.args.save_strategy != "no":
             refuse_unsavable(unwrap(self.model))
@@ -109,6 +111,14 @@ class SinkTrainer(Trainer):
                 "SinkTrainer takes neither fp16, whose scaled gradients it would step past, nor DeepSpeed or FSDP1; use bf16 "
                 'with DDP or FSDP2 (fsdp_config={"version": 2})'
             )
+
+    def _check_sinks_last(self) -> None:
+        config, problems = sink_state(self.model).config, []
+        if config.shared == "none" and config.open_from == 1:
+            problems.append("every text opens its sinks (open_from=1), so all rows would be left out of the steps")
+        if self.args.label_smoothing_factor:
+            problems.append("label smoothing takes the mean over the targets at hand, which are fewer then")
+        refuse(problems, "sinks_last=True cannot be; leave it out")
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *arguments: Any, **settings: Any) -> Any:
         """As `Trainer.train`; ``resume_from_checkpoint=True`` goes on from the newest complete checkpoint, see `complete`."""
@@ -196,6 +206,11 @@ class SinkTrainer(Trainer):
                 loss=lambda model, rows, batch: self._loss_of(model, rows, batch, num_items_in_batch),
             )
         if self.sinks_last:
+            if num_items_in_batch is None:
+                raise ConfigError(
+                    "sinks_last=True needs the targets of the step as divisor, which the Trainer does not count for this model; "
+                    "leave it out"
+                )
             inputs = without_rows_alone(unwrap(self.model), inputs)
         return super().training_step(model, inputs, num_items_in_batch)
 
