@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint
+import yaml
 from faults.commands import COMMANDS, make_base, run
 from faults.damage import SCENES, damage_each
 from faults.disks import fill_disks, why_not
@@ -22,15 +23,19 @@ from faults.inputs import make_places, readers, try_inputs
 from faults.kills import kill_often
 
 import memsinks as ms
+from memsinks.data.stored import StoredCorpus
 from memsinks.errors import CheckpointError, ConfigError, DataError
-from memsinks.files import lies_within, verify_files
+from memsinks.files import lies_within, verify_files, write_json
+from memsinks.removal.erase_files import SinksFile
+from memsinks.research.compare.comparison import read_comparison
 from memsinks.runs.folder import RunFolder
 from memsinks.runs.owners import read_members
-from memsinks.runs.recipe import read_recipe
+from memsinks.runs.recipe import read_recipe, read_sections
 from memsinks.runs.staging import finish_what_was_bound
 from memsinks.training.checkpoint import Checkpoint
-from memsinks.training.complete import mark_complete, what_is_missing
+from memsinks.training.complete import MARKER, mark_complete, what_is_missing
 
+RECIPES = Path(__file__).parents[1] / "recipes"
 SOURCES = Path(__file__).parents[1] / "src" / "memsinks"
 
 
@@ -84,6 +89,40 @@ def test_generated_inputs_are_read_or_refused(places, part) -> None:
 
 
 # What it has found
+
+
+def test_settings_without_bounds_and_names_that_are_lists_are_refused(tmp_path) -> None:
+    recipe = yaml.safe_load((RECIPES / "compare-tinystories.yaml").read_text())
+    recipe["roles"]["twin"] = ["twin"]
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump(recipe))
+    with pytest.raises(ConfigError, match="roles.twin names no arm"):
+        read_comparison(tmp_path / "a.yaml")
+    recipe["model"]["config"]["hidden_size"] = 2**63
+    (tmp_path / "b.yaml").write_text(yaml.safe_dump(recipe))
+    with pytest.raises(ConfigError, match="below 16,777,216"):
+        read_sections(tmp_path / "b.yaml", scale=0.01)
+
+
+def test_a_marker_with_a_name_that_cannot_be_a_file_is_damaged(tmp_path) -> None:
+    write_json(tmp_path / MARKER, {"sha256": {"s(" * 999: "0"}})
+    assert "is missing" in str(what_is_missing(tmp_path))
+
+
+def test_manifests_without_the_hash_of_a_shard_and_sinks_without_their_start_are_damaged(
+    base, places, tmp_path
+) -> None:
+    shutil.copytree(places / "corpus", tmp_path / "corpus")
+    manifest = json.loads((tmp_path / "corpus/manifest.json").read_text())
+    next(iter(manifest["shards"].values())).pop("documents_sha256")
+    write_json(tmp_path / "corpus/manifest.json", manifest)
+    with pytest.raises(CheckpointError):
+        StoredCorpus(tmp_path / "corpus")
+    shutil.copytree(base / "run/model", tmp_path / "model")
+    stored = json.loads((tmp_path / "model/sinks/sinks.json").read_text())
+    stored["start_std"].pop("0")
+    write_json(tmp_path / "model/sinks/sinks.json", stored)
+    with pytest.raises(CheckpointError, match="how the sinks of each layer started"):
+        SinksFile(tmp_path / "model")
 
 
 def test_shingles_and_clusters_of_a_killed_preparation_are_checked(base, tmp_path) -> None:

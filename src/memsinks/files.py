@@ -56,8 +56,9 @@ def lies_within(folder: Path, name: str) -> bool:
     """Whether a name that a file gives stays within a folder: relative, without "..", and no link leads out of it."""
     try:
         path = folder / name
+        path.is_file()  # OSError for a name that is too long
         return ".." not in Path(name).parts and path.resolve().is_relative_to(folder.resolve())
-    except (OSError, ValueError, RuntimeError):  # a loop of links, a NUL
+    except (OSError, ValueError, RuntimeError):  # that name, a loop of links, a NUL
         return False
 
 

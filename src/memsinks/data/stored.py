@@ -84,6 +84,8 @@ class StoredCorpus(Sequence[Document]):
             if outside := [x for x in records if Path(x).name != x or not lies_within(self.path / SHARDS, x)]:
                 raise ValueError(f"{outside[0]} leads out of its folder")
             self._counts = [int(record["documents"]) for record in records.values()]
+            if not all(isinstance(record.get("documents_sha256"), str) for record in records.values()):
+                raise ValueError("a shard without the hash of its documents")
             if not records or not all(is_int(self.manifest[name]) for name in COUNTS):
                 raise ValueError("no shards, or no counts")
         except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -52,9 +52,9 @@ class SinksFile:
             saved.config, tuple(layout["layers"]), layout["intermediate_size"], (), table=table, taken=saved.taken
         )
         self.before = replace(self.state, taken=dict(self.state.taken))
-        if "start_std" not in self.stored:
+        if {str(layer) for layer in layout["layers"]} - set(self.stored.get("start_std", ())):
             raise CheckpointError(
-                f"{folder} was saved by an earlier memsinks and does not say how its sinks started; load it with "
+                f"{folder} does not say how the sinks of each layer started (an earlier memsinks, or damaged); load it with "
                 "memsinks.load and save it again"
             )
 

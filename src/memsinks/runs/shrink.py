@@ -103,7 +103,10 @@ def _hidden_size(config: Mapping[str, Any]) -> int:
     name = _name(config, "hidden_size")
     if name not in config:
         raise ConfigError(f"model.config.{name} is missing, so the model cannot be made smaller")
-    return int(config[name])
+    size = int(config[name])
+    if not 0 < size < 2**24:
+        raise ConfigError(f"model.config.{name} must be above 0 and below {2**24:,}, got {size}")
+    return size
 
 
 def _smaller_model(config: Mapping[str, Any], root: float) -> dict[str, Any]:

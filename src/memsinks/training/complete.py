@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from memsinks.errors import CheckpointError
-from memsinks.files import file_hash, read_json, to_disk, write_json
+from memsinks.files import file_hash, lies_within, read_json, to_disk, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ def what_is_missing(folder: Path) -> str | None:
         return f"{MARKER} cannot be read: {error}"
     for name, digest in hashes.items():
         path = folder / name
-        if not path.is_file():
+        if not lies_within(folder, name) or not path.is_file():
             return f"{name} is missing"
         if file_hash(path) != digest:
             return f"{name} is damaged, or of another step: its SHA-256 is not the one in {MARKER}"

@@ -108,7 +108,7 @@ def _seed_problems(seeds: Any) -> list[str]:
 
 def _role_problems(roles: Mapping[str, Any], arms: Mapping[str, Any]) -> list[str]:
     problems = unknown_keys(roles, "roles", ROLES)
-    problems += [f"roles.{role} names no arm: {arm!r}" for role, arm in roles.items() if arm not in arms]
+    problems += [f"roles.{role} names no arm: {arm!r}" for role, arm in roles.items() if arm not in list(arms)]
     return problems + [f"roles.{role} is missing" for role in ("audited", "against") if role not in roles]
 
 
