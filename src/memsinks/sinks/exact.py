@@ -15,11 +15,10 @@ from torch import Tensor
 
 from memsinks.batch import IGNORED, ISOLATION, NO_SINKS, blank_batch, take_rows
 from memsinks.errors import ConfigError, DataError
-from memsinks.sinks.config import SinkConfig
-from memsinks.sinks.gradient import JoinRows, ZeroGradient, frozen, isolated_weight, opened_ids, weight_of
+from memsinks.sinks.gradient import JoinRows, ZeroGradient, frozen, isolated_weight, opened_ids
 from memsinks.sinks.run import run_weighted
 from memsinks.sinks.sharding import is_sharded, most_of_ranks
-from memsinks.sinks.state import require_sinks, shared_parameters
+from memsinks.sinks.state import SinkState, require_sinks, shared_parameters
 
 
 def run_apart(
@@ -112,27 +111,42 @@ def without_rows_alone(model: Any, batch: Mapping[str, Tensor]) -> dict[str, Ten
     Returns:
         The rows that are left; if that is none, one row from which nothing learns (`blank_batch`).
     """
-    alone = _trains_alone(require_sinks(model).config, batch)
+    alone = _trains_alone(require_sinks(model), batch)
     if not bool(alone.all()):
         return {name: values[~alone] for name, values in batch.items()}
     first = {name: values[:1] for name, values in batch.items()}
     return first | blank_batch(first) | ({ISOLATION: torch.zeros_like(first[ISOLATION])} if ISOLATION in first else {})
 
 
-def _trains_alone(config: SinkConfig, batch: Mapping[str, Tensor]) -> Tensor:
+def _trains_alone(state: SinkState, batch: Mapping[str, Tensor]) -> Tensor:
     """Which rows teach the shared weights nothing because their sinks are open, bool [rows]."""
     ids, exposures, flags = (
         None if batch.get(name) is None else batch[name].reshape(len(batch[name]), -1)
         for name in ("document_ids", "exposures", ISOLATION)
     )
     assert ids is not None and exposures is not None
-    opened = opened_ids(config, ids, exposures, flags)
-    weight = weight_of(config, exposures, opened)
-    if flags is not None:
-        weight = isolated_weight(config, weight, exposures, opened, flags)
+    opened, weight = opened_and_weight(state, ids, exposures, flags)
     if weight is None:
         return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
     return ((weight == 0) & (opened != NO_SINKS)).any(1)
+
+
+def opened_and_weight(
+    state: SinkState, ids: Tensor, exposures: Tensor, flags: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Whose sinks each token opens in training, and what its gradient in the shared weights is multiplied by.
+
+    Args:
+        ids, exposures, flags: int64 [B, T] each; flags: `ISOLATION`, None = 0 for all.
+
+    Returns:
+        int64 [B, T], see `opened_ids`, and float64 [B, T] or None = 1, see `SinkState.weight_rule` and `isolated_weight`.
+    """
+    opened = opened_ids(state.config, ids, exposures, flags)
+    weight = state.weight_rule(state.config, exposures, opened)
+    if flags is not None:
+        weight = isolated_weight(state.config, weight, exposures, opened, flags)
+    return opened, weight
 
 
 def _router_loss_weight(model: Any) -> float:

@@ -11,9 +11,8 @@ from torch import Tensor
 from memsinks.batch import BLANK, IGNORED, ISOLATIONS, NO_SINKS, check_ids
 from memsinks.errors import ArchitectureError, ConfigError, DataError
 from memsinks.sinks.caches import cache_of, check_cache, mark_cache
-from memsinks.sinks.exact import run_apart
+from memsinks.sinks.exact import opened_and_weight, run_apart
 from memsinks.sinks.families import ISOLATES_PACKED
-from memsinks.sinks.gradient import isolated_weight, opened_ids
 from memsinks.sinks.run import run, run_weighted
 from memsinks.sinks.sharding import is_sharded
 from memsinks.sinks.state import SinkState, refuse_taken, require_sinks
@@ -102,15 +101,13 @@ def _train(
     if "use_cache" in state.arguments:
         arguments["use_cache"] = False
     flags = None if isolation is None else _aligned(isolation, "isolation", shape, 0)
-    opened = opened_ids(config, ids, counts, flags)
+    if flags is not None and exposures is None:
+        raise DataError("isolation needs exposures beside it, but none were given")
+    opened, weight = opened_and_weight(state, ids, counts, flags)
     if state.taken and not torch.compiler.is_compiling():
         refuse_taken(state, ids)
     _refuse_unassigned(state, opened)
-    weight = state.weight_rule(config, counts, opened)
     if flags is not None:
-        if exposures is None:
-            raise DataError("isolation needs exposures beside it, but none were given")
-        weight = isolated_weight(config, weight, counts, opened, flags)
         _check_isolated(state, opened, flags)
         _blank(arguments, flags)
     if config.shared == "none" or flags is not None:
