@@ -71,14 +71,32 @@ def test_start_values_come_from_the_seed_and_the_layer():
         model = tiny_llama()
         add_sinks(model, SinkConfig(neurons=64, active=16, block_size=8, seed=seed))
         hosts = [layer.mlp for layer in model.model.layers]
-        scaled = [mlp.sinks.up.detach() / mlp.up_proj.weight.detach().std() for mlp in hosts]
-        assert all(0.9 < float(up.std()) < 1.1 for up in scaled)
-        return scaled
+        return [mlp.sinks.up.detach() / mlp.up_proj.weight.detach().std() for mlp in hosts]
 
     first, again, other = ups(0), ups(0), ups(1)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     for one in (first[1], other[0]):
         assert (first[0] - one).abs().max() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("given", "scale"),
+    [
+        ({}, 3),
+        ({"open_from": 1}, 1),
+        ({"shared_decay": 0.5}, 1),
+        ({"start_scale": 0.5}, 0.5),
+        ({"reserved_blocks": 8}, 3),
+    ],
+)
+def test_the_spread_of_the_start_values(given, scale):
+    model = tiny_llama()
+    add_sinks(model, SinkConfig(neurons=64, active=16, block_size=8, **given))
+    for layer in model.model.layers:
+        for part in (layer.mlp.sinks.up, layer.mlp.sinks.gate):
+            spread = float(part.detach().std() / layer.mlp.up_proj.weight.detach().std())
+            assert 0.9 * scale < spread < 1.1 * scale
+        assert not layer.mlp.sinks.down.any()
 
 
 def test_parameter_names():

@@ -187,6 +187,7 @@ def test_format_1_is_read_for_ever(name) -> None:
     folder = Path(__file__).parent / "format-1" / name
     loaded = load(folder)
     want = load_file(folder.with_name(f"{name}.logits.safetensors"))
+    assert loaded.sink_state.config.start_scale == 1
     rows = torch.arange(12).reshape(2, 6)
     for state, expected in want.items():
         with torch.no_grad(), sinks_open(loaded, int(state[5:])) if state != "closed" else nullcontext():

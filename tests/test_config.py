@@ -45,6 +45,8 @@ BAD = {
     "decay nan": ({"shared_decay": float("nan")}, ["got nan"]),
     "decay text": ({"shared_decay": "1"}, ["shared_decay must be a finite number of at least 0, got '1'"]),
     "decay bool": ({"shared_decay": True}, ["shared_decay must be a finite number of at least 0, got True"]),
+    "start zero": ({"start_scale": 0}, ["start_scale must be positive and finite, got 0"]),
+    "start text": ({"start_scale": "3"}, ["start_scale must be positive and finite, got '3'"]),
     "layers empty": ({"layers": []}, ["layers is empty; give None for all layers"]),
     "layers negative": ({"layers": (0, -1)}, ["layers must be non-negative ints, got (0, -1)"]),
     "layers float": ({"layers": [0.0]}, ["layers must be non-negative ints, got (0.0,)"]),
@@ -71,7 +73,7 @@ def test_all_problems_are_listed_at_once():
     with pytest.raises(ConfigError) as caught:
         SinkConfig(
             neurons=1.5, active=0, block_size="x", routing="r", per_layer=None, reserved_blocks=-2, open_from=0,
-            shared="s", shared_decay=-1, layers=(), seed=-3, intermediate_size=-4,
+            shared="s", shared_decay=-1, layers=(), start_scale=0, seed=-3, intermediate_size=-4,
         )  # fmt: skip
     message = str(caught.value)
     for field in dataclasses.fields(SinkConfig):

@@ -9,7 +9,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from memsinks.errors import CheckpointError, ConfigError
-from memsinks.runs.demo import NAMES, demo, format_record, format_table
+from memsinks.runs.demo import NAMES, demo, format_record, format_result, format_table
 
 SMALL = {
     "data": {"synthetic": {
@@ -62,6 +62,14 @@ def test_the_figures(shown) -> None:
     assert result["held_out"]["ordinary"]["loss"] != result["held_out"]["removed"]["loss"]
     losses = {name: [line["loss"] for line in lines] for name, lines in result["records"].items()}
     assert losses["open"] != losses["removed"]
+
+
+def test_the_price_is_stated_with_the_share_of_repeats(shown) -> None:
+    out, result = shown
+    members = [json.loads(line) for line in (out / "ordinary" / "members.jsonl").read_text().splitlines()]
+    met = sum(x["copies"] for x in members)
+    assert result["repeats"] == round((met - len(members)) / met, 3)
+    assert f"{result['repeats']:.0%} of the documents met in training were repeats" in format_result(result, out)
 
 
 def test_the_table_and_the_record(shown) -> None:

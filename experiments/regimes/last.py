@@ -40,10 +40,11 @@ from memsinks.training.loop import Training, steps
 
 HERE = Path(__file__).parent
 SETTINGS: dict[str, dict[str, Any]] = {
-    "60 passes, betas .9, .95 (before)": {"passes": 60, "betas": (0.9, 0.95)},
-    "40 passes, betas .9, .95": {"passes": 40, "betas": (0.9, 0.95)},
-    "40 passes, betas .8, .9 (now)": {"passes": 40, "betas": (0.8, 0.9)},
-    "30 passes, betas .8, .9": {"passes": 30, "betas": (0.8, 0.9)},
+    "60 passes, betas .9, .95 (before)": {"passes": 60, "betas": (0.9, 0.95), "start": 1.0},
+    "40 passes, betas .8, .9": {"passes": 40, "betas": (0.8, 0.9), "start": 1.0},
+    "40 passes, betas .8, .9, start x 3": {"passes": 40, "betas": (0.8, 0.9), "start": 3.0},
+    "30 passes, betas .8, .9, start x 3": {"passes": 30, "betas": (0.8, 0.9), "start": 3.0},
+    "20 passes, betas .8, .9, start x 3": {"passes": 20, "betas": (0.8, 0.9), "start": 3.0},
 }
 PREFIX = CONTINUATION = 32
 MANY = 16
@@ -71,14 +72,16 @@ def trained(share: int, seed: int) -> tuple[Any, Rows, np.ndarray, float]:
     return model, texts, copies, seconds
 
 
-def taught(model: Any, texts: Rows, copies: np.ndarray, *, passes: int, betas: tuple[float, float]) -> dict[str, float]:
-    """What the sinks of a copy of the model know after `passes` passes."""
+def taught(
+    model: Any, texts: Rows, copies: np.ndarray, of_row: float, *, passes: int, betas: tuple[float, float], start: float
+) -> dict[str, float]:
+    """What the sinks of a copy of the model know after `passes` passes; of_row: seconds of a row of its training."""
     model = copy.deepcopy(model)
-    ms.add_sinks(model, ms.SinkConfig(neurons=POOL, active=OPEN))
+    ms.add_sinks(model, ms.SinkConfig(neurons=POOL, active=OPEN, start_scale=start))
     last.BETAS = betas
-    start = time.thread_time()
+    started = time.thread_time()
     result = ms.sinks_last(model, texts, lr=LR, passes=passes)
-    seconds = time.thread_time() - start
+    seconds = time.thread_time() - started
     rows = [texts[index] for index in range(len(texts))]
     tokens = [row["input_ids"][row["document_ids"] != NO_SINKS].numpy() for row in rows]
     with tempfile.TemporaryDirectory() as scratch:
@@ -90,7 +93,7 @@ def taught(model: Any, texts: Rows, copies: np.ndarray, *, passes: int, betas: t
         "loss": float(result.after.mean()),
         "recited": float(np.mean([x for x in found if x is not None])),
         "whole": float(np.mean([x for x in whole if x is not None])),
-        "seconds a pass and text": seconds / passes / len(texts),
+        "rows a pass": seconds / passes / len(texts) / of_row,
     }
 
 
@@ -102,15 +105,14 @@ def table(found: dict[str, Any]) -> str:
     ]
     for share, seeds in found.items():
         for name, settings in SETTINGS.items():
-            runs = [run["settings"][name] for run in seeds.values()]
+            runs = [run["settings"][name] for run in seeds.values() if name in run["settings"]]
+            if not runs:
+                continue
             recited = [x["recited"] for x in runs]
-            each = [
-                x["seconds a pass and text"] / run["seconds a row"] for x, run in zip(runs, seeds.values(), strict=True)
-            ]
-            whole, loss = (np.mean([x[column] for x in runs]) for column in ("whole", "loss"))
+            whole, loss, rows = (np.mean([x[column] for x in runs]) for column in ("whole", "loss", "rows a pass"))
             cells = [
                 f"{share}%", name, f"{np.mean(recited):.0%} ({min(recited):.0%})", f"{whole:.0%}", f"{loss:.3f}",
-                f"{np.mean(each) * settings['passes']:.0f}",
+                f"{rows * settings['passes']:.0f}",
             ]  # fmt: skip
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
@@ -126,16 +128,17 @@ def main() -> None:
     found: dict[str, Any] = json.loads(results.read_text())["regimes"] if results.exists() else {}
     for seed in arguments.seeds:
         for share in arguments.regimes:
-            if str(seed) in found.get(str(share), {}):
+            known = found.get(str(share), {}).get(str(seed), {"settings": {}})
+            missing = {name: settings for name, settings in SETTINGS.items() if name not in known["settings"]}
+            if not missing:
                 continue
             model, texts, copies, seconds = trained(share, seed)
-            run = {name: taught(model, texts, copies, **settings) for name, settings in SETTINGS.items()}
+            run = {name: taught(model, texts, copies, seconds, **settings) for name, settings in missing.items()}
             of_seed = {
                 "texts": len(texts),
                 "of 16 copies and more": int((copies >= MANY).sum()),
-                "seconds a row": seconds,
             }
-            found.setdefault(str(share), {})[str(seed)] = of_seed | {"settings": run}
+            found.setdefault(str(share), {})[str(seed)] = of_seed | {"settings": known["settings"] | run}
             print(json.dumps(found[str(share)][str(seed)]), flush=True)
             facts = {"learning rate": LR, "pool": POOL, "open": OPEN, "versions": versions("torch", "transformers")}
             results.write_text(json.dumps(facts | {"regimes": found}, indent=1) + "\n")

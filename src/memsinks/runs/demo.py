@@ -28,8 +28,7 @@ from memsinks.data.tokens import encode, load_tokenizer
 from memsinks.errors import CheckpointError
 from memsinks.files import read_json, write_json
 from memsinks.removal.export import export
-from memsinks.runs.recipe import parse_recipe
-from memsinks.runs.run import train
+from memsinks.runs.side_by_side import train_side_by_side
 from memsinks.sinks.checkpoint import load
 from memsinks.training.evaluate import losses
 
@@ -62,8 +61,8 @@ RECIPE: Mapping[str, Any] = {
 }
 WITH_SINKS: Mapping[str, Any] = {"sinks": {"neurons": 2048, "active": 128}}
 """What the second model has in its recipe beside the first's."""
-AFTER = (1.8, 0.5)
-"""How long what comes after takes, in times of the training of the ordinary model, and of the one with sinks."""
+AFTER = 0.6
+"""How long what comes after training takes, in times of it."""
 MARK = "demo.json"
 NAMES = {"ordinary": "ordinary model", "open": "with sinks, open", "removed": "sinks removed"}
 
@@ -85,12 +84,14 @@ def demo(out: Path, recipe: Mapping[str, Any] = RECIPE) -> dict[str, Any]:
     require_matplotlib()
     make_room(out, MARK, ("ordinary", "sinks", "clean", "report"))
     started = time.time()
-    logger.info("1. An ordinary model, trained on stories and on records of invented people, some repeated.")
-    ordinary = train(parse_recipe({**recipe, "output": str(out / "ordinary")}), label="   ", after=AFTER[0])
-    logger.info("2. The same model with memorization sinks, same data, same order.")
-    whole = parse_recipe({**recipe, "output": str(out / "sinks"), **WITH_SINKS})
-    with_sinks = train(whole, label="   ", after=AFTER[1])
-    logger.info("3. Removal: the stock part alone is written as a plain checkpoint and loaded in a fresh process.")
+    logger.info(
+        "1. Two models, trained side by side on stories and on records of invented people, some of them repeated:"
+    )
+    logger.info("   an ordinary one, and the same with memorization sinks. Same data, same order.")
+    plain = {**recipe, "output": str(out / "ordinary")}
+    with_them = {**recipe, "output": str(out / "sinks"), **WITH_SINKS}
+    ordinary, with_sinks = train_side_by_side({"   ordinary    ": plain, "   with sinks  ": with_them}, after=AFTER)
+    logger.info("2. Removal: the stock part alone is written as a plain checkpoint and loaded in a fresh process.")
     sink_model, tokenizer = load(with_sinks), load_tokenizer(with_sinks)
     clean = export(sink_model, out / "clean", tokenizer=tokenizer, notes="Trained by `memsinks demo` on invented text.")
     models = {
@@ -98,11 +99,12 @@ def demo(out: Path, recipe: Mapping[str, Any] = RECIPE) -> dict[str, Any]:
         "open": sink_model,
         "removed": AutoModelForCausalLM.from_pretrained(clean).eval(),
     }
-    logger.info("4. What does each model remember?")
+    logger.info("3. What does each model remember?")
     members, controls = (load_documents(out / "ordinary" / f"{name}.jsonl") for name in ("members", "controls"))
     result = measure_models(models, members, controls, tokenizer, out / "report")
     result["record"] = one_record(models, members, tokenizer)
     result["with_sinks"] = dict(WITH_SINKS)
+    result["repeats"] = round(1 - len(members) / sum(x.copies for x in members), 3)
     result["runs"] = {name: read_json(out / name / "run.json") for name in ("ordinary", "sinks")}
     result["seconds"] = round(time.time() - started)
     write_json(out / MARK, result)
@@ -201,6 +203,7 @@ def format_result(result: Mapping[str, Any], out: Path) -> str:
             format_record(result["record"]),
             "",
             *result["verdict"],
+            f"{result['repeats']:.0%} of the documents met in training were repeats; the price is that of such a corpus.",
             "",
             f"{result['seconds']} s. The report: {out}/report/report.html; the picture: {out}/extraction.png",
             f"To see it: memsinks view {out}",

@@ -187,7 +187,7 @@ def _give_sinks(mlp: Any, host: Mlp | Experts, config: SinkConfig, layer: int) -
         hidden_size=host.hidden_size,
         act=host.act,
         gated=host.gated,
-        std=host.std,
+        std=config.start_scale * host.std,
         layer=layer,
         dtype=torch.promote_types(host.weight.dtype, torch.float32),
         device=host.weight.device,

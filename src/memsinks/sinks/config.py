@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from memsinks.checks import at_least, int_at_least, is_int, one_of
+from memsinks.checks import at_least, int_at_least, is_int, one_of, positive
 from memsinks.errors import ConfigError, refuse
 
 FORMAT_VERSION = 2
@@ -18,6 +18,9 @@ OLD_ROUTING = {"exact": "neurons"}
 
 SHARED_DECAY = 0.25
 """Exponent of w(c) where decay is asked for and no other is given."""
+
+START_SCALE = 3.0
+"""`SinkConfig.start_scale` of exact mode, measured in experiments/regimes/last.py."""
 
 Routing = Literal["blocks", "neurons", "bernoulli"]
 
@@ -46,6 +49,8 @@ class SinkConfig:
             `gradient`. None = ``"decay"`` if `shared_decay` is given, otherwise ``"none"``.
         shared_decay: exponent a of w(c) = (c - open_from + 2)^-a; 0 = no decay; None = 0.25. Ignored under ``shared="none"``.
         layers: indices of the layers that get sinks; None = all.
+        start_scale: spread of the start values of ``up`` and ``gate``, over that of the host's weights. None = 3 under
+            ``shared="none"`` with ``open_from`` over 1 (sinks then recite after fewer updates), otherwise 1.
         seed: changes the hash and the start values.
         intermediate_size: if given, `add_sinks` refuses a host MLP of another width.
 
@@ -63,6 +68,7 @@ class SinkConfig:
     shared: Literal["decay", "none"] = None  # type: ignore[assignment]  # set in __post_init__
     shared_decay: float = None  # type: ignore[assignment]  # set in __post_init__
     layers: tuple[int, ...] | None = None
+    start_scale: float = None  # type: ignore[assignment]  # set in __post_init__
     seed: int = 0
     intermediate_size: int | None = None
 
@@ -73,6 +79,9 @@ class SinkConfig:
             object.__setattr__(self, "shared", "none" if self.shared_decay is None else "decay")
         if self.shared_decay is None:
             object.__setattr__(self, "shared_decay", SHARED_DECAY)
+        if self.start_scale is None:
+            gated = self.shared == "none" and is_int(self.open_from) and self.open_from > 1
+            object.__setattr__(self, "start_scale", START_SCALE if gated else 1.0)
         if self.block_size is None:
             object.__setattr__(self, "block_size", 32 if self.routing == "blocks" else 1)
         if isinstance(self.layers, Iterable):
@@ -90,7 +99,7 @@ class SinkConfig:
         problems += one_of("shared", self.shared, ("decay", "none"))
         if not isinstance(self.per_layer, bool):
             problems.append(f"per_layer must be True or False, got {self.per_layer!r}")
-        problems += at_least("shared_decay", self.shared_decay, 0)
+        problems += at_least("shared_decay", self.shared_decay, 0) + positive("start_scale", self.start_scale)
         if self.layers == ():
             problems.append("layers is empty; give None for all layers")
         elif self.layers is not None:

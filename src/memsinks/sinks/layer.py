@@ -23,7 +23,7 @@ class Sinks(nn.Module):
         hidden_size: d, the model width.
         act: the host's activation, shared with it.
         gated: whether the host's MLP has a gate.
-        std: standard deviation of `up` and `gate` at the start (the host's); `down` starts at zero, so that adding
+        std: standard deviation of `up` and `gate` at the start; `down` starts at zero, so that adding
             sinks changes no output, open or closed.
         layer: index of the layer; makes the start values differ.
         dtype, device: of the parameters. On the meta device nothing is initialized.

@@ -266,7 +266,7 @@ def read_settings(directory: str | os.PathLike[str]) -> SavedSinks:
         raise CheckpointError(f"{path} lacks {sorted(missing)}; it was not written by memsinks or is damaged")
     if wrong := _wrong_types(stored, size):
         raise CheckpointError(f"{path} is damaged: {', '.join(wrong)} cannot be; restore the checkpoint")
-    config = SinkConfig.from_dict(stored["config"])
+    config = SinkConfig.from_dict({"start_scale": 1.0} | stored["config"])
     layout = _layout(config, stored["model_type"], stored["layers"], stored[size])
     return SavedSinks(version, config, layout, bool(stored.get("alone")), stored)
 
