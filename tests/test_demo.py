@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
 
 import pytest
 from transformers import AutoModelForCausalLM
 
-from memsinks.errors import CheckpointError, ConfigError
+from memsinks.errors import CheckpointError, ConfigError, DataError
 from memsinks.runs.demo import NAMES, demo, format_record, format_result, format_table
+from memsinks.runs.side_by_side import train_side_by_side
 
 SMALL = {
     "data": {"synthetic": {
@@ -119,6 +121,14 @@ def test_a_table_with_records_too_short_to_ask() -> None:
     result = {"records": dict.fromkeys(NAMES, lines), "held_out": dict.fromkeys(NAMES, lines[0])}
     assert "| 2.00, - " in format_table(result)
     assert "nan" not in format_table(result)
+
+
+def test_what_goes_wrong_in_one_of_two_processes_is_raised_and_ends_the_other(tmp_path) -> None:
+    endless = SMALL | {"training": SMALL["training"] | {"epochs": 100_000}, "output": str(tmp_path / "endless")}
+    lacks = SMALL | {"data": {"path": str(tmp_path / "none.jsonl")}, "output": str(tmp_path / "lacks")}
+    with pytest.raises(DataError, match=r"none\.jsonl"):
+        train_side_by_side({"": endless, "-": lacks})
+    assert not multiprocessing.active_children()
 
 
 @pytest.mark.long

@@ -9,7 +9,7 @@ import logging
 import multiprocessing
 from collections.abc import Mapping
 from logging.handlers import QueueHandler, QueueListener
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,10 @@ def train_side_by_side(recipes: Mapping[str, Mapping[str, Any]], after: float = 
             process.start()
             there.close()
             runs.append((process, here))
-        return [_result(here) for _, here in runs]
+        models: dict[Connection, Path] = {}
+        while waiting := [here for _, here in runs if here not in models]:
+            models |= {here: _result(here) for here in wait(waiting) if isinstance(here, Connection)}
+        return [models[here] for _, here in runs]
     except BaseException:
         for process, _ in runs:
             process.terminate()
