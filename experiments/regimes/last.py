@@ -40,9 +40,9 @@ from memsinks.training.loop import Training, steps
 
 HERE = Path(__file__).parent
 SETTINGS: dict[str, dict[str, Any]] = {
-    "60 passes, betas .9, .95 (before)": {"passes": 60, "betas": (0.9, 0.95), "start": 1.0},
+    "60 passes, betas .9, .95": {"passes": 60, "betas": (0.9, 0.95), "start": 1.0},
     "40 passes, betas .8, .9": {"passes": 40, "betas": (0.8, 0.9), "start": 1.0},
-    "40 passes, betas .8, .9, start x 3": {"passes": 40, "betas": (0.8, 0.9), "start": 3.0},
+    "40 passes, betas .8, .9, start x 3 (now)": {"passes": 40, "betas": (0.8, 0.9), "start": 3.0},
     "30 passes, betas .8, .9, start x 3": {"passes": 30, "betas": (0.8, 0.9), "start": 3.0},
     "20 passes, betas .8, .9, start x 3": {"passes": 20, "betas": (0.8, 0.9), "start": 3.0},
 }
