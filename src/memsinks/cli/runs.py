@@ -15,7 +15,7 @@ def add_demo(commands: Commands) -> None:
         run_demo,
         "train, remove and show, on the built-in corpus",
         "Train an ordinary model and the same model with sinks on invented stories and personal records, remove the sinks, "
-        "and show what each model recites. About three minutes on two cores.",
+        "and show what each model recites. Two to three minutes on two cores.",
     )
     parser.add_argument(
         "--pretrained",
