@@ -184,7 +184,9 @@ def test_what_was_taken_down_does_not_come_back_in_the_background(corpus, tmp_pa
     with pytest.raises(CheckpointError, match="prepared before some tombstones .* has other documents now; .*remove"):
         prepare(warned, folder=folder)
     corpus[1].unlink()
-    with pytest.raises(CheckpointError, match="compared with them anew: .*web.jsonl does not exist; restore it"):
+    with pytest.raises(
+        CheckpointError, match="compared with them anew: .*web.jsonl does not exist; .*restore the text"
+    ):
         prepare(warned, folder=folder)
 
 

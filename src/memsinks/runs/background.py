@@ -87,7 +87,7 @@ def refuse_tombstoned_background(
         DataError: one of them was taken down. CheckpointError: the source cannot be read, or has other documents now.
     """
     why = f"{folder} was prepared before some tombstones were made, so {background.path} is compared with them anew"
-    remedy = f"restore it, or remove {folder}, and it is made anew"
+    remedy = f"restore the text it was made from, or remove {folder}, and it is made anew"
     documents = background_documents(background)
     for first in range(0, len(ids), BATCH):
         wanted = ids[first : first + BATCH].tolist()
