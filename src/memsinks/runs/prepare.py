@@ -249,7 +249,7 @@ def _from_folder(recipe: Recipe, folder: Path, tombstones: Sequence[Tombstone]) 
         raise
     except (EOFError, OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
         raise CheckpointError(f"{folder} is damaged ({error}); remove it, and it is made anew") from error
-    later = [x for x in tombstones if x.sha256 not in facts.get("tombstones", ())]
+    later = [x for x in tombstones if x.sha256 not in facts["tombstones"]]
     refuse_tombstoned([*corpus.members, *corpus.unseen, *corpus.fresh], later)
     if recipe.data.background is not None and later:
         refuse_tombstoned_background(recipe.data.background, corpus.documents.ids[len(corpus.members) :], later, folder)
@@ -306,7 +306,8 @@ def _load(folder: Path, facts: dict[str, Any], data: DataRecipe) -> TokenizedCor
 def _facts(folder: Path) -> dict[str, Any]:
     try:
         facts = json.loads((folder / FACTS).read_text())
-        return facts | {"settings": dict(facts["settings"])}
+        # folders from before there was a comparison have no tombstones
+        return facts | {"settings": dict(facts["settings"]), "tombstones": list(facts.get("tombstones", ()))}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder / FACTS} is damaged ({error}); remove {folder}, and it is made anew") from error
 

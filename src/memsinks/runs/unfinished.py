@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+from memsinks.checks import is_int
 from memsinks.errors import CheckpointError
 from memsinks.files import read_json
 from memsinks.runs.folder import FACTS, RECIPE, RunFolder
@@ -35,7 +36,7 @@ def require_finished(folder: Path) -> None:
         return
     state = read_json(last, "restore it, or remove that checkpoint")
     step, total = (state.get(name, 0) if isinstance(state, dict) else 0 for name in ("global_step", "max_steps"))
-    if step < total:
+    if is_int(step) and is_int(total) and step < total:
         logger.warning(
             "%s is of step %d of %d: if that training goes on, stop it and take the owner out again, for what it writes later "
             "holds the owner",
