@@ -19,8 +19,10 @@ from memsinks.data.identity import document_id
 from memsinks.data.token_store import StoredTokens, write_tokens
 from memsinks.data.tokens import encode, train_tokenizer
 from memsinks.errors import CheckpointError, ConfigError, DataError
+from memsinks.removal.tombstone import make_tombstone, write_tombstone
 from memsinks.research.compare.compare import train_arm
 from memsinks.research.compare.comparison import read_comparison
+from memsinks.runs import background as background_module
 from memsinks.runs import prepare as module
 from memsinks.runs.corpus import AUDITED
 from memsinks.runs.prepare import prepare
@@ -160,6 +162,46 @@ def test_wrong_data_is_one_clear_error_and_leaves_nothing(corpus, tmp_path, chan
     assert not list(tmp_path.glob("data*")) and not list(tmp_path.glob(".data*"))
 
 
+def test_what_was_taken_down_does_not_come_back_in_the_background(corpus, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(background_module, "BATCH", 20)
+    taken = "Käthe Müller, born in 1987 in Bergen, keeps the ledger of the harbor"
+    write_tombstone(tmp_path / "tombs/tombstone.json", make_tombstone([taken], record="r-1"))
+    recipe, folder = recipe_of(corpus, tmp_path), tmp_path / "data"
+    warned = recipe_of(corpus, tmp_path, data={"tombstones": [str(tmp_path / "tombs")]})
+    lines = corpus[1].read_text().splitlines()
+    lines[33] = json.dumps({"text": taken})
+    lines[38] = json.dumps({"text": f"They say: {taken.upper()}"})
+    corpus[1].write_text("\n".join(lines))
+    named = "background document 33 is the text taken down under 'r-1'; background document 38 is a near copy"
+    prepare(recipe, folder=folder)
+    for where in (None, tmp_path / "new", folder):  # in memory, while it is made, made before there was the tombstone
+        with pytest.raises(DataError, match=named):
+            prepare(warned, folder=where)
+    assert not (tmp_path / "new").exists()
+    lines[0] = json.dumps({"text": "another text"})
+    monkeypatch.setattr(module, "source_hashes", lambda _: {})  # as of a data set that has a name alone
+    corpus[1].write_text("\n".join(lines))
+    with pytest.raises(CheckpointError, match="prepared before some tombstones .* has other documents now; .*remove"):
+        prepare(warned, folder=folder)
+    corpus[1].unlink()
+    with pytest.raises(
+        CheckpointError, match="compared with them anew: .*web.jsonl does not exist; .*restore the text"
+    ):
+        prepare(warned, folder=folder)
+
+
+def test_only_background_documents_that_are_trained_on_are_compared_and_once(corpus, tmp_path) -> None:
+    last = "Käthe Müller, born in 1987 in Bergen, keeps the ledger of the harbor"
+    with corpus[1].open("a") as file:
+        file.write(json.dumps({"text": last}) + "\n")
+    write_tombstone(tmp_path / "tombstone.json", make_tombstone([last], record="r-1"))
+    warned = recipe_of(corpus, tmp_path, data={"tombstones": [str(tmp_path / "tombstone.json")]})
+    rows = prepare(warned, folder=tmp_path / "data").rows
+    assert document_id(last) not in rows.document_ids
+    corpus[1].unlink()
+    assert same(prepare(warned, folder=tmp_path / "data").rows, rows)
+
+
 def test_an_empty_background(corpus, tmp_path) -> None:
     corpus[1].write_text("\n\n")
     with pytest.raises(DataError, match="holds no documents"):
@@ -275,8 +317,8 @@ def test_what_a_killed_preparation_leaves_is_not_taken_for_whole(corpus, tmp_pat
 
 
 def test_progress_is_said_by_the_log_alone(corpus, tmp_path, monkeypatch, caplog, capfd) -> None:
-    monkeypatch.setattr(module, "SAID", 1000)
-    monkeypatch.setattr(module, "BATCH", 20)
+    monkeypatch.setattr(background_module, "SAID", 1000)
+    monkeypatch.setattr(background_module, "BATCH", 20)
     with caplog.at_level("INFO", "memsinks"):
         prepare(recipe_of(corpus, tmp_path))
     said = [record.message for record in caplog.records]

@@ -30,6 +30,8 @@ from memsinks.data.identity import document_id
 from memsinks.data.shards import TABLE, cut_into_shards, read_table
 from memsinks.data.tokens import train_tokenizer
 from memsinks.errors import CheckpointError, ConfigError, DataError
+from memsinks.removal.tombstone import make_tombstone, write_tombstone
+from memsinks.runs import stored as runs_stored
 from memsinks.runs.prepare import prepare as runs_prepare
 
 WORDS = [a + b for a in ("ka", "lo", "mi", "ne", "pu") for b in ("ra", "so", "ti", "ve", "xu", "zan", "dor")]
@@ -438,6 +440,16 @@ def test_a_run_on_a_corpus_on_disk_is_the_run_on_its_documents(made, tmp_path) -
     assert facts["documents"] == 45 and facts["corpus_sha256"] == made.digest
     table = ms.take_down(tmp_path / "stored", key="k18", dry_run=True)
     assert table.owner.documents == [next(n for n, x in enumerate(members) if x.key == "k18")]
+
+
+def test_a_document_that_was_taken_down_is_named_by_its_place_in_the_corpus(made, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(runs_stored, "CHECKED", 7)
+    place = next(n for n, x in enumerate(made) if x.key == "k18")
+    write_tombstone(tmp_path / "tombstone.json", make_tombstone([made[place].text], record="r-1"))
+    recipe = run_recipe(made, tmp_path / "run", {"tombstones": [str(tmp_path / "tombstone.json")]})
+    assert place > 7
+    with pytest.raises(DataError, match=f"document {place} is the text taken down under 'r-1'"):
+        runs_prepare(recipe)
 
 
 def test_settings_of_other_data_are_refused_with_a_corpus(made, tokenizer, tmp_path) -> None:

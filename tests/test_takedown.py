@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from test_isolation import EXACT, MIXED, OTHER, PRIVATE, flagged_rows, own_hash, owned_llama, trained
 from tiny import sink_llama
@@ -21,6 +22,7 @@ from memsinks.runs.recipe import parse_recipe
 from memsinks.runs.run import train
 from memsinks.runs.takedown_table import format_takedown
 from memsinks.sinks.state import named_sinks
+from memsinks.training.loop import Training
 from memsinks.training.optim import AdamW
 
 ALICE, BOB = "record-8-001", "record-8-002"
@@ -238,6 +240,40 @@ def test_copies_of_others_are_shown_and_go_only_if_asked(run, capsys):
     assert ms.load(run / "model").sink_state.taken.keys() == set(done.owner.ids)
 
 
+@pytest.mark.parametrize("left", ["checkpoints alone", "the model, killed before run.json"])
+def test_a_run_that_is_not_finished_is_refused_until_it_is(run, left, monkeypatch):
+    values = yaml.safe_load((run / "recipe.yaml").read_text()) | {"output": str(run)}
+    (run / "recipe.yaml").write_text(yaml.safe_dump(values))
+    facts = json.loads((run / "run.json").read_text())
+    write_json(run / "run.json", {name: value for name, value in facts.items() if name != "seconds"})
+    if left == "checkpoints alone":
+        shutil.rmtree(run / "model")
+    before, update, tried = hashes(run), Training.update, []
+
+    def refused(**asked) -> None:
+        with pytest.raises(
+            ms.CheckpointError, match="is not finished .* being trained; .*memsinks train RECIPE --resume"
+        ):
+            ms.take_down(run, **asked)
+
+    def update_and_try(self, parts):
+        tried.append(refused(key=ALICE))
+        return update(self, parts)
+
+    refused(key=ALICE)
+    refused(key=ALICE, dry_run=True)
+    refused(key=ALICE, documents=ms.load_documents(run / "members.jsonl"), by="key")
+    assert hashes(run) == before
+    monkeypatch.setattr(Training, "update", update_and_try)
+    train(parse_recipe(values), resume=True)
+    assert tried, "no step was left to try a take-down in"
+    done = ms.take_down(run, key=ALICE)
+    assert done.erased["model"] and any("checkpoints/" in x.path and x.fate == "rewritten" for x in done.fates.files)
+    after = hashes(run)
+    train(parse_recipe(values), resume=True)
+    assert hashes(run) == after, "a finished run gets no new checkpoints"
+
+
 def test_who_cannot_be_taken_out(run, tmp_path):
     for asked, message in (
         ({"key": "record-8-0001"}, "no document of the run has the key 'record-8-0001'; did you mean 'record-8-001'"),
@@ -312,7 +348,41 @@ def test_folders_elsewhere_are_looked_through(run, tmp_path):
     assert set(names) == {"opened", "sinks-alone"} and "delete it" in names["opened"]
 
 
-def test_checkpoints_of_the_trainer(tmp_path):
+def test_copies_from_before_and_after_blocks_were_added(tmp_path):
+    documents = [ms.Document(f"{name} lives in the {name} house by the sea", key=name, copies=6) for name in "ab"]
+    known = {"documents": documents, "by": "key"}
+    a, b = (ms.document_id(x.key, "key") for x in documents)
+    model = sink_llama(torch.float32, neurons=96, reserved_blocks=4, shared="none")
+    ms.assign(model, [a])
+    model.save_pretrained(tmp_path / "older/model")
+    sink_llama(torch.float32, neurons=96, reserved_blocks=4, shared="none", seed=1).save_pretrained(
+        tmp_path / "older/another"
+    )
+    ms.grow(model, 2)
+    ms.assign(model, [b])
+    model.save_pretrained(tmp_path / "run/model")
+    ms.grow(model, 1)
+    model.save_pretrained(tmp_path / "newer")
+    also = [tmp_path / "older", tmp_path / "newer"]
+
+    def found(key: str) -> dict[str, str]:
+        plan = ms.take_down(tmp_path / "run", key=key, dry_run=True, also=also, **known)
+        return {Path(folder).relative_to(tmp_path).as_posix(): what for folder, what in plan.elsewhere.items()}
+
+    assert found("a") == {
+        "older/model": "the sinks of the same model, with 12 blocks instead of 14: take the owner out there too",
+        "newer": "the sinks of the same model, with 15 blocks instead of 14: take the owner out there too",
+    }
+    assert "from before the owner had blocks of his own" in found("b")["older/model"]
+    [block] = model.sink_state.table.own_blocks(a)
+    done = ms.take_down(tmp_path / "older", key="a", **known)
+    assert done.erased["model"][0].blocks == {0: [block], 1: [block]}
+    older = ms.load(tmp_path / "older/model")
+    assert all(not x[block].any() for name, x in named_sinks(older).items() if name.endswith("down"))
+    assert set(found("a")) == {"newer"}
+
+
+def test_checkpoints_of_the_trainer(tmp_path, caplog):
     """A folder of one's own training: the documents are given, the optimizer of each checkpoint is rewritten."""
     documents = [
         ms.Document(f"{name} lives in the {name} house by the sea and sings", key=name, copies=6) for name in "abcd"
@@ -335,7 +405,9 @@ def test_checkpoints_of_the_trainer(tmp_path):
     ms.SinkTrainer(model, arguments, train_dataset=rows).train()
     checkpoints = sorted((tmp_path / "out").glob("checkpoint-*"))
     assert checkpoints
-    done = ms.take_down(tmp_path / "out", key="b", documents=documents, by="key")
+    with caplog.at_level("WARNING", "memsinks"):
+        done = ms.take_down(tmp_path / "out", key="b", documents=documents, by="key")
+    assert not caplog.records
     assert set(done.erased) == {x.name for x in checkpoints}
     for checkpoint in checkpoints:
         again = ms.load(checkpoint)
@@ -345,6 +417,11 @@ def test_checkpoints_of_the_trainer(tmp_path):
         state = torch.load(checkpoint / "optimizer.pt", weights_only=True)
         group = next(x for x in state["param_groups"] if x["name"] == "sinks")
         assert all(not state["state"][n]["exp_avg"][block].any() for n in group["params"])
+    state = max(checkpoints, key=lambda x: int(x.name.split("-")[1])) / "trainer_state.json"
+    steps = json.loads(state.read_text())["max_steps"]
+    write_json(state, json.loads(state.read_text()) | {"max_steps": steps + 1})
+    ms.take_down(tmp_path / "out", key="c", documents=documents, by="key", dry_run=True)
+    assert f"is of step {steps} of {steps + 1}: if that training goes on, stop it" in caplog.text
 
 
 # Faults

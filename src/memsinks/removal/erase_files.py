@@ -34,7 +34,7 @@ class SinksFile:
 
     Attributes:
         folder: of the checkpoint. state: what the model would have as its sink state. tensors: by name, on the CPU.
-        before: the state as it was read.
+        before: the state as it was read. layout: see `storage.layout_of`.
         of_owners: whether it holds the sinks of some owners alone, see `sinks.owner_files`; to erase another is to do nothing.
 
     Raises:
@@ -47,7 +47,7 @@ class SinksFile:
         self.folder, self.stored = folder, saved.stored
         self.of_owners = saved.of_owners
         self.tensors, table = read_tensors(folder)
-        layout = saved.layout
+        self.layout = layout = saved.layout
         self.state = SinkState(
             saved.config, tuple(layout["layers"]), layout["intermediate_size"], (), table=table, taken=saved.taken
         )

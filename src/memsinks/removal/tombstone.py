@@ -15,6 +15,7 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
+import json
 import math
 import os
 import secrets
@@ -74,6 +75,11 @@ class Tombstone:
         ]
         head = {"format": FORMAT, "version": VERSION, "record": self.record, "date": self.date}
         return head | {"size": SIZE, "salt": self.salt.hex(), "texts": texts}
+
+    @cached_property
+    def sha256(self) -> str:
+        """By which it is known what was compared with it; says nothing about the texts."""
+        return hashlib.sha256(json.dumps(self.as_json(), sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,9 +264,18 @@ def _known(index: int, tombstone: Tombstone, own: set[int], threshold: float) ->
 
 
 def refuse_tombstoned(
-    documents: Iterable[Document | str], tombstones: Tombstone | Sequence[Tombstone], threshold: float = 0.8
+    documents: Iterable[Document | str],
+    tombstones: Tombstone | Sequence[Tombstone],
+    threshold: float = 0.8,
+    *,
+    first: int = 0,
+    name: str = "document",
 ) -> None:
     """Raise where a document was taken down before; see `find_tombstoned`, which gives the list instead.
+
+    Args:
+        documents, tombstones, threshold: see there.
+        first: index of the first of the documents, where they are a part of a corpus. name: what the error calls them.
 
     Raises:
         DataError: naming the index of each such document, the record it was taken down under, and how it matches; five of them
@@ -275,7 +290,7 @@ def refuse_tombstoned(
             "within": "is a part of the text",
         }
         named = [
-            f"document {x.index} {says[x.kind]} taken down under {x.record!r}"
+            f"{name} {first + x.index} {says[x.kind]} taken down under {x.record!r}"
             + ("" if x.kind == "normal" else f" ({x.containment:.0%} of the shingles)")
             for x in found[:5]
         ]

@@ -6,8 +6,8 @@ folder/index.npz        offsets, document ids, groups and copies, int64; where n
 folder/members.jsonl    the documents of data.path that are trained on; folder/controls.jsonl the held-out ones;
                         folder/unseen.jsonl those set aside for settling, folder/fresh.jsonl those that stand in for copies
 folder/tokenizer/       the tokenizer
-folder/data.json        the settings and files it was made from, counts, SHA-256 of tokens.bin; written with the rest or not
-                        at all, so a folder that has it is whole
+folder/data.json        the settings and files it was made from, the tombstones it was compared with, counts, SHA-256 of
+                        tokens.bin; written with the rest or not at all, so a folder that has it is whole
 
 Rows are cut from these tokens when they are asked for, so memory follows the number of documents (about 100 bytes each),
 not their length; of members of which not all tokens are targets, a byte for each token more.
@@ -21,31 +21,31 @@ import logging
 import warnings
 import zipfile
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from memsinks.data.chat import encode_documents
 from memsinks.data.documents import Document, load_documents, write_documents
-from memsinks.data.identity import document_id, equal_repetition, identify
+from memsinks.data.identity import equal_repetition, identify
 from memsinks.data.isolation import isolation_of
 from memsinks.data.packing import Rows, pack
 from memsinks.data.rows import rows_of
 from memsinks.data.targets import as_bits, from_bits
 from memsinks.data.token_store import StoredTokens, write_tokens
 from memsinks.data.tokenized import TokenizedDocuments
-from memsinks.data.tokens import encode, load_tokenizer, pad_token, save_tokenizer
+from memsinks.data.tokens import load_tokenizer, pad_token, save_tokenizer
 from memsinks.errors import CheckpointError, ConfigError, DataError
 from memsinks.files import file_hash, file_hashes, verify_files, written_beside
 from memsinks.provenance import refuse_other_settings
-from memsinks.removal.tombstone import refuse_tombstoned
-from memsinks.runs.corpus import background_documents, choose_documents, source_hashes, tombstones_of
-from memsinks.runs.data_recipe import BackgroundRecipe, DataRecipe
+from memsinks.removal.tombstone import Tombstone, refuse_tombstoned
+from memsinks.runs.background import background_tokens, refuse_tombstoned_background
+from memsinks.runs.corpus import choose_documents, source_hashes, tombstones_of
+from memsinks.runs.data_recipe import DataRecipe
 from memsinks.runs.recipe import Recipe
 from memsinks.runs.stored import Members, stored_of
 from memsinks.runs.tokenizer import load_tokenizer_of
@@ -57,10 +57,6 @@ from memsinks.training.shadow import shadow_rows
 logger = logging.getLogger(__name__)
 
 FACTS = "data.json"
-BATCH = 1000
-"""Background documents that are read and encoded at a time."""
-SAID = 20_000_000
-"""Background tokens from one line of progress to the next."""
 OF_ROWS = ("long", "one_document_per_row", "shadow", "tombstones")
 """Settings of the section `data` on which the tokens do not depend."""
 
@@ -121,8 +117,8 @@ def prepare(recipe: Recipe, one_document_per_row: bool = False, folder: Path | N
             )
         corpus = TokenizedCorpus(stored.tokenized(data.by), Members(stored), stored.controls, [], [], stored.tokenizer)
     else:
-        corpus = _tokenize(recipe) if folder is None else _from_folder(recipe, folder)
-        refuse_tombstoned([*corpus.members, *corpus.unseen, *corpus.fresh], tombstones_of(recipe))
+        tombstones = tombstones_of(recipe)
+        corpus = _tokenize(recipe, tombstones) if folder is None else _from_folder(recipe, folder, tombstones)
     _warn_of_equal_repetition(recipe, corpus.documents)
     rows = rows_of(
         corpus.documents,
@@ -190,12 +186,13 @@ def _model_type(recipe: Recipe) -> str:
 # Documents -> tokens
 
 
-def _tokenize(recipe: Recipe, file: Path | None = None) -> TokenizedCorpus:
+def _tokenize(recipe: Recipe, tombstones: Sequence[Tombstone], file: Path | None = None) -> TokenizedCorpus:
     """The corpus from its sources; its tokens are written to `file` as they come, or kept in memory."""
     data = recipe.data
     documents, unseen, fresh = choose_documents(data, recipe.training.seed)
     members = [document for document in documents if document.copies > 0]
     controls = [document for document in documents if document.copies == 0]
+    refuse_tombstoned([*members, *unseen, *fresh], tombstones)
     tokenizer = load_tokenizer_of(recipe, members)
     ids, groups = identify(members, data.by)
     copies = np.array([document.copies for document in members], np.int64)
@@ -203,7 +200,7 @@ def _tokenize(recipe: Recipe, file: Path | None = None) -> TokenizedCorpus:
     everything: Iterable[np.ndarray] = tokens
     if data.background is not None:
         taken = sum(len(x) * number for x, number in zip(tokens, copies.tolist(), strict=True))
-        everything = itertools.chain(tokens, _background(data.background, taken, tokenizer, more_ids))
+        everything = itertools.chain(tokens, background_tokens(data.background, taken, tokenizer, tombstones, more_ids))
     kept = list(everything) if file is None else StoredTokens(file, write_tokens(file, everything))
     background = np.array(more_ids, np.int64)
     found = TokenizedDocuments(
@@ -223,37 +220,6 @@ def _isolation(members: Sequence[Document], background: int) -> np.ndarray | Non
     return None if found is None else np.r_[found, np.zeros(background, np.int64)]
 
 
-def _background(
-    background: BackgroundRecipe, taken: int, tokenizer: PreTrainedTokenizerBase, ids: array[int]
-) -> Iterator[np.ndarray]:
-    """The tokens of background documents until all is full; their ids are appended to `ids`."""
-    if taken >= background.tokens:
-        raise ConfigError(
-            f"the documents of data.path, copies included, have {taken:,} tokens and leave nothing of data.background.tokens "
-            f"({background.tokens:,}) to the background; ask for more, or repeat fewer documents"
-        )
-    documents, said = background_documents(background), taken
-    with tqdm(
-        total=background.tokens, initial=taken, desc="background", unit="tokens", unit_scale=True, disable=None
-    ) as bar:
-        while batch := list(itertools.islice(documents, BATCH)):
-            for document, tokens in zip(batch, encode(tokenizer, [x.text for x in batch]), strict=True):
-                ids.append(document_id(document.text))
-                yield tokens
-                taken += len(tokens)
-                if taken >= background.tokens:
-                    logger.info("background: %s tokens, documents included", f"{taken:,}")
-                    return
-            bar.update(taken - bar.n)
-            if taken - said >= SAID:
-                said = taken
-                logger.info("background: %s of %s tokens", f"{taken:,}", f"{background.tokens:,}")
-    raise DataError(
-        f"the background {background.path} ends after {taken:,} tokens, documents included, of the {background.tokens:,} that "
-        "data.background.tokens asks for; lower it, or give more text"
-    )
-
-
 # On disk
 
 
@@ -263,11 +229,11 @@ def _settings(recipe: Recipe) -> dict[str, Any]:
     return {"seed": recipe.training.seed, "tokenizer": values["tokenizer"], "data": values["data"]}
 
 
-def _from_folder(recipe: Recipe, folder: Path) -> TokenizedCorpus:
-    """The corpus in `folder`, made there first if it is not."""
+def _from_folder(recipe: Recipe, folder: Path, tombstones: Sequence[Tombstone]) -> TokenizedCorpus:
+    """The corpus in `folder`, made there first if it is not; it is compared with tombstones of after it was made."""
     if not (folder / FACTS).is_file():
         with written_beside(folder) as part:
-            _write(recipe, part)
+            _write(recipe, tombstones, part)
     facts = _facts(folder)
     refuse_other_settings(
         facts["settings"],
@@ -278,16 +244,21 @@ def _from_folder(recipe: Recipe, folder: Path) -> TokenizedCorpus:
     )
     _refuse_changed(facts, source_hashes(recipe), folder)
     try:
-        return _load(folder, facts, recipe.data)
+        corpus = _load(folder, facts, recipe.data)
     except CheckpointError:
         raise
     except (EOFError, OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
         raise CheckpointError(f"{folder} is damaged ({error}); remove it, and it is made anew") from error
+    later = [x for x in tombstones if x.sha256 not in facts["tombstones"]]
+    refuse_tombstoned([*corpus.members, *corpus.unseen, *corpus.fresh], later)
+    if recipe.data.background is not None and later:
+        refuse_tombstoned_background(recipe.data.background, corpus.documents.ids[len(corpus.members) :], later, folder)
+    return corpus
 
 
-def _write(recipe: Recipe, part: Path) -> None:
+def _write(recipe: Recipe, tombstones: Sequence[Tombstone], part: Path) -> None:
     sources = source_hashes(recipe)
-    corpus = _tokenize(recipe, part / "tokens.bin")
+    corpus = _tokenize(recipe, tombstones, part / "tokens.bin")
     documents = corpus.documents
     assert isinstance(documents.tokens, StoredTokens)
     np.savez(
@@ -305,6 +276,7 @@ def _write(recipe: Recipe, part: Path) -> None:
         "files": {name: digest for name, digest in file_hashes(part).items() if name != "tokens.bin"},
         "settings": _settings(recipe),
         "sources": sources,
+        "tombstones": [x.sha256 for x in tombstones],
         "members": len(corpus.members),
         "controls": len(corpus.controls),
         "background": len(documents.copies) - len(corpus.members),
@@ -334,7 +306,8 @@ def _load(folder: Path, facts: dict[str, Any], data: DataRecipe) -> TokenizedCor
 def _facts(folder: Path) -> dict[str, Any]:
     try:
         facts = json.loads((folder / FACTS).read_text())
-        return facts | {"settings": dict(facts["settings"])}
+        # folders from before there was a comparison have no tombstones
+        return facts | {"settings": dict(facts["settings"]), "tombstones": list(facts.get("tombstones", ()))}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder / FACTS} is damaged ({error}); remove {folder}, and it is made anew") from error
 

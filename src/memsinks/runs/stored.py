@@ -106,10 +106,11 @@ def _checked(documents: Iterable[Document], tombstones: Sequence[Tombstone]) -> 
     if not tombstones:
         yield from documents
         return
-    source = iter(documents)
+    source, done = iter(documents), 0
     while batch := list(itertools.islice(source, CHECKED)):
-        refuse_tombstoned(batch, tombstones)
+        refuse_tombstoned(batch, tombstones, first=done)
         yield from batch
+        done += len(batch)
 
 
 # In a run

@@ -43,6 +43,7 @@ from memsinks.runs.owners import (
 from memsinks.runs.repair import Repair
 from memsinks.runs.staging import bind, finish_what_was_bound, pending, staged
 from memsinks.runs.takedown_audit import audit_takedown, figures_of
+from memsinks.runs.unfinished import require_finished
 from memsinks.sinks.checkpoint import load
 from memsinks.sinks.state import SinkState, named_sinks
 from memsinks.sinks.storage import has_saved_sinks
@@ -120,8 +121,8 @@ def take_down(
 
     Raises:
         ConfigError: none or several of key, id, source, text; no recipe to repair by. DataError: nobody of that name, no sinks of
-            his own, taken out already; hashed blocks that too many share. CheckpointError: a folder that is damaged, locked,
-            read-only or full; nothing was changed.
+            his own, taken out already; hashed blocks that too many share. CheckpointError: a run that is not finished; a
+            folder that is damaged, locked, read-only or full; nothing was changed.
     """
     folder = Path(run)
     name, asked_by = asked(key, id, source, text)
@@ -129,6 +130,7 @@ def take_down(
     if not folder.is_dir():
         raise CheckpointError(f"there is no folder {folder}")
     _finish_pending(folder, record, dry_run)
+    require_finished(folder)
     if documents is None:
         if (folder / RECORDS / record).is_dir():
             raise DataError(f"{asked_by} {str(name)[:60]!r} was taken out already, see {folder / RECORDS / record}")
