@@ -34,7 +34,7 @@ PACKED = {
 }
 PLAIN = {"document_ids": torch.tensor([5, 6, 7]), "exposures": torch.tensor([1, 2, 5])}
 ARCHITECTURES = {"llama": PLAIN, "gpt2": PLAIN, "gemma3": PACKED, "gpt_neox": PACKED}
-SOME_LONG = [pytest.param(x, marks=pytest.mark.long) if x in ("masked blocks", "no decay") else x for x in ROUTINGS]
+SOME_LONG = [pytest.param(x, marks=pytest.mark.long) if x != "bernoulli" else x for x in ROUTINGS]
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
 
@@ -94,7 +94,9 @@ def check_training(
         same(gradients(model, compiled, both, stock_loss), want)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+@pytest.mark.parametrize(
+    "checkpointing", [pytest.param(False, marks=pytest.mark.long), True], ids=["plain", "checkpointing"]
+)
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_training(name: str, checkpointing: bool) -> None:
     check_training(
