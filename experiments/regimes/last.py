@@ -120,7 +120,7 @@ def table(found: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--regimes", nargs="+", type=int, default=[5, 60], choices=list(REGIMES))
+    parser.add_argument("--regimes", nargs="+", type=int, default=[5, 60], choices=list(REGIMES["tinystories"]))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     arguments = parser.parse_args()
     torch.set_num_threads(1)

@@ -3,8 +3,8 @@
     MEMSINKS_DATA=... python experiments/regimes/run.py tinystories --regimes 5 20 60 --seeds 0 1 2   # train, then audit
     python experiments/regimes/table.py tinystories                                                   # table and picture
 
-Arms, data and steps: recipes/regimes.yaml, which holds the first text and regime; the others change `TEXTS` and
-`REGIMES`. Finished runs are kept in runs/regimes and not made again, nor is what their audits have scored. The arms of
+Arms, data and steps: recipes/regimes.yaml, which holds the first text and regime; what the others change is
+in `REGIMES`. Finished runs are kept in runs/regimes and not made again, nor is what their audits have scored. The arms of
 `EVERY_SEED` run with every seed, the others with the first.
 """
 
@@ -35,7 +35,7 @@ REGIMES: dict[str, dict[int, dict[str, str]]] = {
     },
 }
 """Text, share of repeats in percent -> what changes in the recipe; rows and steps of a text stay. Patents: backgrounds of US
-patents, with which that file begins; 400 steps leave a model on the plateau of the first steps, so 750."""
+patents, with which that file begins; 400 steps leave a model on the plateau of the first steps, so 786."""
 EVERY_SEED = ("standard", "twin", "dedup", "exact, fresh text", "decay", "decay 1, until 0.3")
 
 
@@ -56,13 +56,16 @@ def run(comparison: Comparison, seeds: list[int], asked: list[str] | None) -> No
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("text", choices=list(REGIMES))
-    parser.add_argument("--regimes", nargs="+", type=int, default=[5, 20, 60])
+    parser.add_argument("--regimes", nargs="+", type=int, choices=[5, 20, 60], help="default: all of the text")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", help="only these, with every seed")
     arguments = parser.parse_args()
+    regimes = arguments.regimes or list(REGIMES[arguments.text])
+    if unknown := set(regimes) - set(REGIMES[arguments.text]):
+        parser.error(f"{arguments.text} has the regimes {list(REGIMES[arguments.text])}, got {sorted(unknown)}")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     torch.set_num_threads(1)
-    for share in arguments.regimes:
+    for share in regimes:
         run(regime(arguments.text, share), arguments.seeds, arguments.arms)
 
 

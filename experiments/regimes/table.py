@@ -196,8 +196,9 @@ def draw(found: dict[int, dict[str, Line]], path: Path) -> None:
         )
         for name, (x, y) in points.items():
             axes.plot([x], [y], marker=marks[name], color=COLORS[share], ls="", ms=8)
-    for name, mark in ((name, mark) for name, mark in marks.items() if any(name in arms for arms in found.values())):
-        axes.plot([], [], marker=mark, color="#555555", ls="", ms=8, label=NAMES.get(name, name))
+    for name, mark in marks.items():
+        if any(name in arms for arms in found.values()):
+            axes.plot([], [], marker=mark, color="#555555", ls="", ms=8, label=NAMES.get(name, name))
     axes.axhline(0.5, color="#999999", lw=1, ls=":")
     axes.axvline(0, color="#999999", lw=1)
     axes.set(
