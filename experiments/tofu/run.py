@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from attacks import attacks, blimp, handed_over
 from data import FORGOTTEN, Pair, Tofu, encode, read, spread
 from evaluate import Opener, answer_loss, answers, error_zone, everything, scores
 from train import RATES, WAYS, author_id, learn, prepare
@@ -105,15 +106,39 @@ class Runs:
             model.load_state_dict(torch.load(state, mmap=True, map_location=self.device), strict=False)
             return model.eval(), tokenizer, json.loads(facts.read_text())
         found = learn(model, tokenizer, way, pairs, CHOSEN[way], self.seed)
+        found["parameters"] = self.save(model, way, arm)
+        facts.write_text(json.dumps(found))
+        return model.eval(), tokenizer, found
+
+    def save(self, model: Any, way: str, arm: str) -> int:
+        """Write what was learned; how many weights."""
         learned = {
             name: x.detach().clone()
             for name, x in model.named_parameters()
             if way == "full" or x.requires_grad or "lora" in name
         }
-        found["parameters"] = sum(x.numel() for x in learned.values())
-        torch.save(learned, state)
-        facts.write_text(json.dumps(found))
-        return model.eval(), tokenizer, found
+        torch.save(learned, self.folder / f"{arm}.pt")
+        return sum(x.numel() for x in learned.values())
+
+    def attack(self, arm: str) -> None:
+        """What the model of a finished arm gives away, see `attacks`; kept in a file of its own."""
+        way = arm.partition(", ")[0]
+        model, tokenizer = self.base()
+        base = ms.shared_hash(model)
+        found: dict[str, Any] = {}
+        if way != "base":
+            model = prepare(model, way, self.tofu.authors)
+            model.load_state_dict(torch.load(self.folder / f"{arm}.pt", map_location=self.device), strict=False)
+            if way in ("ours", "lora-author"):
+                with opener_of(model.eval(), way).opened(self.tofu.authors[0]):
+                    found["BLiMP, one author open"] = blimp(model, tokenizer)
+            model = handed_over(model.eval(), way)
+            found["is the base bit for bit"] = ms.shared_hash(model) == base
+        if found.get("is the base bit for bit"):
+            found |= json.loads((self.folder / "base.attacks.json").read_text())
+        else:
+            found |= attacks(model.eval(), tokenizer, self.tofu, self.seed)
+        (self.folder / f"{arm}.attacks.json").write_text(json.dumps(found))
 
     def run(self, arm: str) -> None:
         started = time.time()
@@ -134,6 +159,7 @@ class Runs:
         elif kind in METHODS:
             model, tokenizer, _ = self.trained(way, way, tofu.learned)
             found["facts"] = forget(model, tokenizer, kind, tofu, CHOSEN[way], self.seed)
+            self.save(model, way, arm)
             ask("as it is", model, opener_of(model, way))
         else:
             pairs = [x for x in tofu.learned if kind != "oracle" or x.author not in FORGOTTEN]
@@ -210,6 +236,7 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--search", action="store_true", help="only find the learning rates")
+    parser.add_argument("--attacks", action="store_true", help="attack the arms that have run, base first")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     tofu = read(arguments.authors, arguments.asked)
@@ -223,7 +250,11 @@ def main() -> None:
     for seed in arguments.seeds:
         runs = Runs(arguments.model, tofu, folder / str(seed), seed, arguments.device)
         for arm in arguments.arms:
-            if not runs.finished(arm):
+            if arguments.attacks:
+                if (runs.folder / f"{arm}.pt").is_file() or arm == "base":
+                    print(time.strftime("%H:%M:%S"), f"{arm}, seed {seed}, attacks", flush=True)
+                    runs.attack(arm)
+            elif not runs.finished(arm):
                 print(time.strftime("%H:%M:%S"), f"{arm}, seed {seed}", flush=True)
                 runs.run(arm)
 
