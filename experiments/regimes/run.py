@@ -37,38 +37,6 @@ REGIMES: dict[str, dict[int, dict[str, str]]] = {
 """Text, share of repeats in percent -> what changes in the recipe; rows and steps of a text stay. Mixed: pieces of Wikipedia,
 Stack Exchange, US patents, NIH abstracts and Common Crawl, in the order of that file; 400 steps leave a model on the plateau of
 the first steps, so 786."""
-EVERY_SEED` run with every seed, the others with the first.
-"""
-
-from __future__ import annotations
-
-import argparse
-import logging
-from pathlib import Path
-
-import torch
-
-from memsinks.research.compare.compare import compare
-from memsinks.research.compare.comparison import Comparison, read_comparison
-
-HERE = Path(__file__).parent
-RECIPE = HERE.parent.parent / "recipes" / "regimes.yaml"
-MIXED = {"data.path": "$MEMSINKS_DATA/background_open.jsonl.zst", "data.cut_characters": "300"}
-REGIMES: dict[str, dict[int, dict[str, str]]] = {
-    "tinystories": {
-        5: {},
-        20: {"data.limit": "5704", "data.fresh": "1320", "data.repeat": "{documents: 48, copies: [4, 16, 64]}"},
-        60: {"data.limit": "3274", "data.fresh": "3800", "data.repeat": "{documents: 138, copies: [4, 16, 64]}"},
-    },
-    "mixed": {
-        5: MIXED | {"data.limit": "12600", "data.fresh": "600", "data.repeat": "{documents: 64, copies: [4, 16]}"},
-        20: MIXED
-        | {"data.limit": "10600", "data.fresh": "2640", "data.repeat": "{documents: 96, copies: [4, 16, 64]}"},
-    },
-}
-"""Text, share of repeats in percent -> what changes in the recipe; rows and steps of a text stay. Mixed: pieces of Wikipedia, Stack
-Exchange, US patents, NIH abstracts and Common Crawl, as that file mixes them; 400 steps leave a model on the plateau of the first
-steps, so 786."""
 EVERY_SEED = ("standard", "twin", "dedup", "exact, fresh text", "decay", "decay 1, until 0.3")
 
 
