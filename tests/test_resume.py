@@ -13,6 +13,7 @@ from forks import forked
 from test_run import metrics, same_weights
 
 from memsinks.errors import CheckpointError
+from memsinks.runs.folder import RunFolder
 from memsinks.runs.recipe import Recipe, parse_recipe
 from memsinks.runs.run import train
 from memsinks.training.loop import Training
@@ -145,6 +146,20 @@ def test_a_folder_of_something_else_is_left_alone(tiny_recipe, tmp_path) -> None
         train(parse_recipe(tiny_recipe(tmp_path / "run")))
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [".mine.part-1", "notes.txt"]
     (tmp_path / "run" / "notes.txt").unlink()
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_folder_in_which_another_process_trains_is_left_alone(tiny_recipe, tmp_path, resume) -> None:
+    recipe = parse_recipe(tiny_recipe(tmp_path / "run"))
+    with RunFolder(tmp_path / "run").held(), pytest.raises(CheckpointError, match="is locked: another process trains"):
+        train(recipe, resume=resume)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_said(tiny_recipe, tmp_path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(CheckpointError, match="cannot write .*choose another output"):
+        train(parse_recipe(tiny_recipe(tmp_path / "file" / "run")))
 
 
 def test_resumed_facts_are_kept(cut) -> None:

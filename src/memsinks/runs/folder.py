@@ -15,7 +15,8 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from memsinks.checks import is_int
 from memsinks.data.documents import Document, write_documents
 from memsinks.data.tokens import save_tokenizer
 from memsinks.errors import CheckpointError
-from memsinks.files import file_hash, remove_leftovers, write_json
+from memsinks.files import file_hash, locked, remove_leftovers, write_json
 from memsinks.provenance import refuse_other_settings
 from memsinks.runs.recipe import Recipe
 from memsinks.runs.sections import load_yaml
@@ -70,6 +71,23 @@ class RunFolder:
         """Whether the run has come to its end."""
         return "seconds" in self.facts()
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Make the folder and keep other processes out; CheckpointError if one is at work there, or it cannot be made."""
+        new = not self.path.exists()
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CheckpointError(f"cannot write {self.path}: {error}; choose another output") from error
+        busy = "another process trains or takes somebody out there; wait for it, or choose another output"
+        with locked(self.path, busy):
+            try:
+                yield
+            finally:
+                if new:
+                    with suppress(OSError):  # something was written
+                        self.path.rmdir()
+
     def open_new(self) -> None:
         """Make sure that a run can start here; CheckpointError if there is one, or something else.
 
@@ -106,7 +124,6 @@ class RunFolder:
         self, recipe: Recipe, facts: Mapping[str, Any], members: Sequence[Document], controls: Sequence[Document]
     ) -> None:
         """Write what is known before training."""
-        self.path.mkdir(parents=True, exist_ok=True)
         _write(self.path / RECIPE, yaml.safe_dump(recipe.to_dict(), sort_keys=False).encode())
         for name, documents in ((MEMBERS, members), (CONTROLS, controls)):
             write_documents(self.path / name, documents)

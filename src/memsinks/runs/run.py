@@ -59,7 +59,7 @@ def train(recipe: Recipe, *, resume: bool = False, label: str = "", after: float
         KeyboardInterrupt: after the step that Ctrl-C interrupted is finished and saved; resume goes on from there.
     """
     folder = RunFolder(Path(recipe.output))
-    with joined_processes() as device:
+    with joined_processes() as device, folder.held() if main_process() else nullcontext():
         if main_process():
             folder.open_again(recipe) if resume else folder.open_new()
         if resume and folder.finished:

@@ -30,7 +30,7 @@ def staged(folder: Path) -> Iterator[Path]:
         CheckpointError: another process is at it, or `folder` cannot be written.
     """
     try:
-        with locked(folder, "another take-down is at work there; wait for it"):
+        with locked(folder, "a training or another take-down is at work there; wait for it"):
             finish(folder)
             begun = folder / BEGUN
             begun.mkdir()
@@ -69,7 +69,7 @@ def bind(folder: Path, name: str, remove: Sequence[str]) -> None:
 
 def finish_what_was_bound(folder: Path) -> str | None:
     """`finish`, unless another process is at work there."""
-    with locked(folder, "another take-down is at work there; wait for it"):
+    with locked(folder, "a training or another take-down is at work there; wait for it"):
         return finish(folder)
 
 
