@@ -29,6 +29,17 @@ def test_a_question_finds_its_owner_or_nobody():
     assert ms.Router.fit(DOCUMENTS, threshold=1.0).owners_of(["What does Acme sell?"]) == [-1]
 
 
+def test_who_may_see_several_owners_is_never_given_another():
+    router = ms.Router.fit(DOCUMENTS)
+    asked = ["Who repairs bicycles in a barn?", "What does Acme sell?", "green ropes"]
+    assert router.owners_of(asked, among=[ACME, BOLT]) == [BOLT, ACME, -1]
+    assert router.owners_of(asked, among=[]) == [-1, -1, -1]
+    every = router.similarities(asked, among=[CORD, BOLT, ACME])
+    assert all(np.array_equal(x, y) for x, y in zip(every, router.similarities(asked), strict=True))
+    with pytest.raises(ms.DataError, match="id 7 is not in the router"):
+        router.owners_of(asked, among=[ACME, 7])
+
+
 def test_the_weights_by_hand():
     router = ms.Router.fit([ms.Document("a b", source="x"), ms.Document("a c", source="y")])
     common, rare = np.log(3 / 2), np.log(3 / 1)

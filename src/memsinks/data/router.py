@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -95,27 +95,46 @@ class Router:
         values = values / np.repeat(np.where(norms > 0, norms, 1.0), np.diff(counts.indptr))
         return csr_matrix((values, counts.indices, counts.indptr), shape=counts.shape)
 
-    def similarities(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    def similarities(self, texts: Sequence[str], among: Collection[int] | None = None) -> tuple[np.ndarray, np.ndarray]:
         """The nearest owner of each text and how near he is: int64 [texts], cosine float64 [texts] in [0, 1].
 
         Of owners equally near the one with the lowest id. Source: cosine of TF-IDF with sublinear counts, Manning, Raghavan,
         Schütze, "Introduction to information retrieval", section 6.4.
-        """
-        if not len(self.owners):
-            return np.full(len(texts), NO_SINKS, np.int64), np.zeros(len(texts))
-        near = (self._weigh(_counted(list(texts))) @ self._weighted.T).toarray()
-        return self.owners[near.argmax(1)], near.max(1)
 
-    def owners_of(self, texts: Sequence[str]) -> list[int]:
-        """The owner whose sinks to open for each text, -1 where none is near enough; for `sinks_open`, a row each."""
-        nearest, near = self.similarities(texts)
+        Args:
+            among: only these owners, all ids; None = all. How rare a word is follows from all owners in either case.
+
+        Raises:
+            DataError: one of `among` is not in the router.
+        """
+        wanted = np.arange(len(self.owners)) if among is None else self._places(among)
+        if not len(wanted):
+            return np.full(len(texts), NO_SINKS, np.int64), np.zeros(len(texts))
+        near = (self._weigh(_counted(list(texts))) @ self._weighted[wanted].T).toarray()
+        return self.owners[wanted[near.argmax(1)]], near.max(1)
+
+    def _places(self, owners: Collection[int]) -> np.ndarray:
+        unknown = sorted(set(owners) - set(self.owners.tolist()))
+        if unknown:
+            raise DataError(f"id {unknown[0]} is not in the router; there are {len(self.owners)} owners")
+        return np.flatnonzero(np.isin(self.owners, sorted(set(owners))))
+
+    def owners_of(self, texts: Sequence[str], among: Collection[int] | None = None) -> list[int]:
+        """The owner whose sinks to open for each text, -1 where none is near enough; for `sinks_open`, a row each.
+
+        Args:
+            among: those whom the asker may open, ids; None = all.
+
+        Raises:
+            DataError: one of `among` is not in the router.
+        """
+        nearest, near = self.similarities(texts, among)
         return [int(x) if y >= self.threshold else NO_SINKS for x, y in zip(nearest, near, strict=True)]
 
     def remove(self, owner: int) -> Router:
         """The router without an owner; DataError if he is not in it."""
+        self._places([owner])
         kept = self.owners != owner
-        if kept.all():
-            raise DataError(f"id {owner} is not in the router; there are {len(self.owners)} owners")
         return Router(self.counts[kept], self.owners[kept], self.threshold)
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
