@@ -21,14 +21,16 @@ HERE = Path(__file__).parent
 RUNS = Path("runs") / "regimes"
 SHARES = (5, 20, 60)
 COLORS = {5: "#0072B2", 20: "#D55E00", 60: "#009E73"}
-MET_ONCE = ("dedup", "exact, fresh text")
-"""Arms whose closed model met each text once: what they are compared with is themselves, or one that met other text beside."""
-NAMES = {"standard": "ordinary training", "twin": "never seen (twin)", "dedup": "seen once (deduplication)"}
-
-
-ORDER = ("standard", "decay", "decay, settled", "decay 1, until 0.3", "exact", "exact, fresh text", "dedup", "twin")
-
-
+NAMES = {
+    "standard": "ordinary training",
+    "twin": "never seen (twin)",
+    "dedup": "seen once (deduplication)",
+    "dedup, fresh text": "seen once, fresh text",
+}
+ORDER = (
+    "standard", "decay", "decay, settled", "decay 1, until 0.3", "exact", "exact, fresh text", "dedup, fresh text",
+    "dedup", "twin",
+)  # fmt: skip
 GAPS = {
     "60 harmless steps": "after 60 harmless steps",
     "half relearned": "other half, after relearning one",
@@ -104,18 +106,28 @@ def recited(line: Line) -> str:
     return spread([statistics.mean(x) for x in zip(*values, strict=True)], ".0%") if values else "-"
 
 
-def row(name: str, line: Line, once: Line) -> str:
+def met_once(name: str, arms: Mapping[str, Line]) -> Line | None:
+    """The model that met each text once and the same other text as an arm; None: it was not trained, or is the arm itself."""
+    if name.startswith("dedup"):
+        return None
+    return arms.get("dedup, fresh text" if name == "exact, fresh text" else "dedup")
+
+
+def row(name: str, arms: Mapping[str, Line]) -> str:
+    line, once = arms[name], met_once(name, arms)
     alone, beside = strongest(line, twin=False), strongest(line, twin=True)
-    auc, nats = above(line.auc, once.auc), farthest(line.gaps, once.gaps)
+    auc, nats = ("", 0.0), ("", 0.0)
+    if once is not None:
+        auc, nats = above(line.auc, once.auc), farthest(line.gaps, once.gaps)
     cells = [
         NAMES.get(name, name),
         str(len(line.price)),
         spread(line.price, "+.3f"),
         f"{alone[1]:.2f} ({alone[0]})",
         f"{beside[1]:.2f} ({short(beside[0])})" if beside[0] else "-",
-        "-" if name in MET_ONCE else f"{auc[1]:+.2f} ({short(auc[0])})",
+        "-" if once is None else f"{auc[1]:+.2f} ({short(auc[0])})",
         *(spread(line.gaps[name], "+.3f") for name in ("as it is", *GAPS)),
-        "-" if name in MET_ONCE else f"{nats[1]:+.3f} ({nats[0]})",
+        "-" if once is None else f"{nats[1]:+.3f} ({nats[0]})",
         recited(line),
     ]
     return "| " + " | ".join(cells) + " |"
@@ -134,10 +146,9 @@ def table(found: dict[int, dict[str, Line]]) -> str:
     ]  # fmt: skip
     parts = []
     for share, arms in found.items():
-        once = arms["dedup"]
         parts.append(f"**{share}% of the rows are repeats**\n")
         parts.append("| " + " | ".join(head) + " |\n|" + "---|" * len(head))
-        parts += [row(name, arms[name], once) for name in ORDER if name in arms]
+        parts += [row(name, arms) for name in ORDER if name in arms]
         parts.append("")
     return "\n".join(parts)
 
