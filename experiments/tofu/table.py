@@ -101,7 +101,8 @@ def attacked(folder: Path) -> dict[str, list[dict[str, Any]]]:
 
 def title(arm: str) -> str:
     if arm.endswith(ALL_OPEN):
-        return f"{title(arm.removesuffix(ALL_OPEN))}, all who are left open"
+        whole = arm.removesuffix(ALL_OPEN)
+        return f"{title(whole)}, all {'who are left ' if whole.endswith('left') else ''}open"
     way, _, method = arm.partition(", ")
     return ORDER[arm][0] if arm in ORDER else f"{ORDER[way][0]}, {method}"
 
