@@ -2,7 +2,7 @@
 
 | kind | what |
 |---|---|
-| once | stories, encyclopedia, forums, patents, abstracts, web pages, books: as they are, in pieces of at most `PIECE` characters |
+| once | stories, encyclopedia, forums, patents, abstracts, web, books: as they are, in pieces of at most `PIECE` characters |
 | other | the same again and again with 30% of the words replaced, until all is full: other texts, which are met once too |
 | exact | stories with 4, 16 or 64 copies, in the field `copies` |
 | edited | stories with 8 versions, a document each: as it is, and with 5% of the words replaced |
