@@ -107,12 +107,12 @@ def table(results: Mapping[str, Any]) -> str:
     came = f"{refused:,} one error, {total - refused - other:,} the same outcome, {other} said or other input"
     row("damaged file", f"{len(rows)} scenes, {sum(x['files'] for x in rows)} files", f"{total:,} times", came, rows)
     rows = results["inputs"]["rows"]
-    count, read = (sum(x[name] for x in rows) for name in ("inputs", "read"))
+    count, read, refused = (sum(x[name] for x in rows) for name in ("inputs", "read", "refused"))
     row(
         "generated input",
         f"{len(rows)} readers",
         f"{count:,}",
-        f"{read:,} read, {count - read:,} an error of ours",
+        f"{read:,} read, {refused:,} an error of ours, {count - read - refused:,} a fault",
         rows,
     )
     return "\n".join(lines)
