@@ -176,6 +176,13 @@ def test_sinks_alone_on_disk_and_an_owner_who_leaves(trained, tokenizer, tmp_pat
     assert router.owners_of(["blue anvils", "red bicycles"]) == [-1, owners["bolt"]]
     left = finished(tokenizer)
     ms.load_sinks(left, tmp_path / "sinks")
+    asked = torch.tensor([[5, 6, 7], [5, 6, 7]])
+    with torch.no_grad(), ms.sinks_open(left, torch.tensor(router.owners_of(["blue anvils", "red bicycles"]))):
+        nobody, bolt = left(input_ids=asked).logits
+    with torch.no_grad(), ms.sinks_open(left, owners["bolt"]):
+        assert torch.allclose(bolt, left(input_ids=asked).logits[1])
+    with torch.no_grad(), ms.sinks_closed(left):
+        assert torch.allclose(nobody, left(input_ids=asked).logits[0]) and not torch.allclose(nobody, bolt)
     with pytest.raises(ms.DataError, match="taken out"), ms.sinks_open(left, owners["acme"]):
         pass
     assert loss(left, tokenizer, TEXTS["bolt"][0], owners["bolt"]) == loss(

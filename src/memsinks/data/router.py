@@ -1,7 +1,7 @@
 """Whose text is a question about? The nearest owner by words, or nobody.
 
     router = ms.Router.fit(documents, by="source")
-    with ms.sinks_open(model, router.owners_of(["What does Acme sell?"])): ...
+    with ms.sinks_open(model, torch.tensor(router.owners_of(["What does Acme sell?"]))): ...  # a row each
     router.remove(owner); router.save("router/")
 
 What it keeps of an owner is how often each hashed word stands in his documents. All else (how rare a word is) is computed from
@@ -120,7 +120,9 @@ class Router:
         return np.flatnonzero(np.isin(self.owners, sorted(set(owners))))
 
     def owners_of(self, texts: Sequence[str], among: Collection[int] | None = None) -> list[int]:
-        """The owner whose sinks to open for each text, -1 where none is near enough; for `sinks_open`, a row each.
+        """The owner whose sinks to open for each text, -1 where none is near enough.
+
+        For `sinks_open` make a tensor of it, a row each: a list of ids would open all of them in every row.
 
         Args:
             among: those whom the asker may open, ids; None = all.

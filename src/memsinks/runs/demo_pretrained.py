@@ -112,7 +112,7 @@ def demo_pretrained(model_name: str, out: Path, epochs: int = EPOCHS) -> dict[st
     router = Router.load(out / "sinks" / "router")
     answers["after the take-down"] = {}
     for customer, known in questions.items():
-        with sinks_open(left, router.owners_of(known)):
+        with sinks_open(left, torch.tensor(router.owners_of(known))):
             answers["after the take-down"][customer] = _answers(left, tokenizer, known)
     logger.info("4. %s alone, as a stock checkpoint.", EXPORTED)
     export(left, out / "exported", tokenizer=tokenizer, open=[owners[EXPORTED]])
