@@ -180,9 +180,11 @@ def test_sinks_alone_on_disk_and_an_owner_who_leaves(trained, tokenizer, tmp_pat
     with torch.no_grad(), ms.sinks_open(left, torch.tensor(router.owners_of(["blue anvils", "red bicycles"]))):
         nobody, bolt = left(input_ids=asked).logits
     with torch.no_grad(), ms.sinks_open(left, owners["bolt"]):
-        assert torch.allclose(bolt, left(input_ids=asked).logits[1])
+        assert torch.allclose(bolt, left(input_ids=asked).logits[1], atol=1e-4)
     with torch.no_grad(), ms.sinks_closed(left):
-        assert torch.allclose(nobody, left(input_ids=asked).logits[0]) and not torch.allclose(nobody, bolt)
+        assert torch.allclose(nobody, left(input_ids=asked).logits[0], atol=1e-4) and not torch.allclose(
+            nobody, bolt, atol=1e-4
+        )
     with pytest.raises(ms.DataError, match="taken out"), ms.sinks_open(left, owners["acme"]):
         pass
     assert loss(left, tokenizer, TEXTS["bolt"][0], owners["bolt"]) == loss(
