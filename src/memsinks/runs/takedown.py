@@ -129,8 +129,8 @@ def take_down(
     record = f"{asked_by}-{hashlib.sha256(str(name).encode()).hexdigest()[:12]}"
     if not folder.is_dir():
         raise CheckpointError(f"there is no folder {folder}")
-    _finish_pending(folder, record, dry_run)
     require_finished(folder)
+    _finish_pending(folder, record, dry_run)
     if documents is None:
         if (folder / RECORDS / record).is_dir():
             raise DataError(f"{asked_by} {str(name)[:60]!r} was taken out already, see {folder / RECORDS / record}")
