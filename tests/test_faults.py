@@ -31,7 +31,7 @@ from memsinks.research.compare.comparison import read_comparison
 from memsinks.runs.folder import RunFolder
 from memsinks.runs.owners import read_members
 from memsinks.runs.recipe import read_recipe, read_sections
-from memsinks.runs.staging import finish_what_was_bound
+from memsinks.runs.staging import finish
 from memsinks.training.checkpoint import Checkpoint
 from memsinks.training.complete import MARKER, mark_complete, what_is_missing
 
@@ -356,7 +356,7 @@ def test_a_plan_of_a_take_down_stays_in_its_folder(inside, name, part) -> None:
     (bound / "files").mkdir(parents=True)
     (bound / "plan.json").write_text(json.dumps({"name": "n", "replace": [], "remove": []} | {part: [name]}))
     with pytest.raises(CheckpointError, match="which lies outside the folder"):
-        finish_what_was_bound(inside)
+        finish(inside)
     assert (inside.parent / "secret").read_text() == "secret"
 
 

@@ -168,7 +168,7 @@ def test_each_thread_has_its_own_open_sinks() -> None:
     for thread in threads:
         thread.join()
     assert not wrong
-    assert model.sink_state.running.opened is None
+    assert model.sink_state.opened.get() is None
     with torch.no_grad():
         assert torch.equal(model(input_ids=tokens(1, 5)).logits, want[None])
 
@@ -177,9 +177,9 @@ def test_copies_start_closed() -> None:
     model = sink_llama().eval()
     with ms.sinks_open(model, A):
         for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-            assert other.sink_state.running.opened is None
+            assert other.sink_state.opened.get() is None
             assert other.sink_state is not model.sink_state
-        assert model.sink_state.running.opened is not None
+        assert model.sink_state.opened.get() is not None
 
 
 # Seams

@@ -57,7 +57,8 @@ if TYPE_CHECKING:
     from memsinks.removal.settle import SettleConfig, Settled, SettleResult, repeated_and_once, settle, settling_texts
     from memsinks.runs.recipe import Recipe, parse_recipe, read_recipe
     from memsinks.runs.run import train
-    from memsinks.runs.takedown import Takedown, take_down
+    from memsinks.runs.takedown import take_down
+    from memsinks.runs.takedown_result import Takedown
     from memsinks.sinks.attach import Added, SinkReport, add_sinks, remove_sinks
     from memsinks.sinks.checkpoint import load, load_any, load_sinks, save_sinks
     from memsinks.sinks.config import SinkConfig
@@ -106,7 +107,8 @@ _HOMES = {
     "memsinks.removal.settle": "SettleConfig SettleResult Settled repeated_and_once settle settling_texts",
     "memsinks.runs.recipe": "Recipe parse_recipe read_recipe",
     "memsinks.runs.run": "train",
-    "memsinks.runs.takedown": "Takedown take_down",
+    "memsinks.runs.takedown": "take_down",
+    "memsinks.runs.takedown_result": "Takedown",
     "memsinks.sinks.attach": "Added SinkReport add_sinks remove_sinks",
     "memsinks.sinks.checkpoint": "load load_any load_sinks save_sinks",
     "memsinks.sinks.config": "SinkConfig",

@@ -52,7 +52,7 @@ from memsinks.runs.corpus import source_hashes
 from memsinks.runs.folder import RunFolder
 from memsinks.runs.owners import read_members
 from memsinks.runs.recipe import read_recipe
-from memsinks.runs.staging import finish_what_was_bound
+from memsinks.runs.staging import finish
 from memsinks.sinks.checkpoint import describe, load_config
 from memsinks.sinks.owner_files import read_owners
 from memsinks.sinks.storage import check_files, read_settings
@@ -303,7 +303,7 @@ def _bound(folder: Path) -> None:
     shutil.rmtree(place, ignore_errors=True)
     shutil.copytree(folder / "bound", place)
     (place / "run.json").write_text("{}")
-    finish_what_was_bound(place)
+    finish(place)
 
 
 def _tombstone(folder: Path) -> None:

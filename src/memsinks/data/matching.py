@@ -108,6 +108,11 @@ def words(text: str) -> list[str]:
     return words_of(normal_form(text))
 
 
+def spaceless(character: str) -> bool:
+    """Whether a character is of a script that is written without spaces, see `words`."""
+    return _IS_SPACELESS.fullmatch(character) is not None
+
+
 def words_of(normal: str) -> list[str]:
     """`words` of a text that is in its normal form."""
     return _UNITS.findall(normal) if not normal.isascii() and _IS_SPACELESS.search(normal) else normal.split()

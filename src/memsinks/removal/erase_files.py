@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,7 @@ class SinksFile:
                 "memsinks.load and save it again"
             )
 
-    def erase(self, owners: Sequence[int], record: str, own_only: Sequence[int] = ()) -> list[Erased]:
+    def erase(self, owners: Sequence[int], record: str, own_only: Collection[int] = ()) -> list[Erased]:
         """Erase owners in memory, as `removal.erase.erase` does in a model.
 
         Those of `own_only` that have no listed blocks here, in a checkpoint from before they were assigned any, only stay closed.

@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -204,8 +204,8 @@ def _check_signature(folder: Path, verifier: Any) -> Check:
 
 def _check_files(record: Path, run: Path, files: list[dict[str, Any]]) -> list[Check]:
     """Each file of the statement, then what else lies in the run."""
-    later = _of_other_records(record, run)
-    checks = [_check_file(run, x, later) for x in files]
+    changes = _of_other_records(record, run)
+    checks = [_check_file(run, x, changes) for x in files]
     named = {x["path"] for x in files}
     gone = {x["before"]: x["path"] for x in files if x["fate"] in ("rewritten", "deleted")}
     gone = {digest: path for digest, path in gone.items() if digest not in {x["after"] for x in files}}
@@ -228,24 +228,32 @@ def _check_files(record: Path, run: Path, files: list[dict[str, Any]]) -> list[C
     return checks
 
 
-def _of_other_records(record: Path, run: Path) -> dict[str, set[str | None]]:
-    """What other take-downs of the run left of each file: {path: SHA-256 afterwards, None = deleted}."""
-    found: dict[str, set[str | None]] = {}
+def _of_other_records(record: Path, run: Path) -> dict[str, list[tuple[str, str | None]]]:
+    """What other take-downs of the run made of each file: {path: (SHA-256 before, after; None = deleted)}."""
+    found: dict[str, list[tuple[str, str | None]]] = {}
     for path in run.glob(f"*/*/{STATEMENT}"):
         if path.parent.resolve() == record.resolve():
             continue
         for file in read_statement(path)["predicate"].get("files", []):
             if file.get("fate") != "untouched":
-                found.setdefault(file["path"], set()).add(file.get("after"))
+                found.setdefault(file["path"], []).append((file.get("before"), file.get("after")))
     return found
 
 
-def _check_file(run: Path, file: Mapping[str, Any], later: Mapping[str, set[str | None]]) -> Check:
+def _later(digest: str, changes: Sequence[tuple[str, str | None]]) -> set[str | None]:
+    """What became of a file with this SHA-256 by take-downs that came after it."""
+    found: set[str | None] = {digest}
+    while more := {after for before, after in changes if before in found} - found:
+        found |= more
+    return found
+
+
+def _check_file(run: Path, file: Mapping[str, Any], changes: Mapping[str, list[tuple[str, str | None]]]) -> Check:
     name, path = f"file {file['path']}", run / file["path"]
     if file["after"] is None:
         there = path.exists() or path.is_symlink()
         return Check(name, not there, "was deleted and is back" if there else "is gone")
-    others = later.get(file["path"], set())
+    others = _later(file["after"], changes.get(file["path"], []))
     if None in others and not path.exists():
         return Check(name, True, "was deleted by another take-down")
     if not is_within(file["path"]) or not path.is_file():

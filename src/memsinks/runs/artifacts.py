@@ -2,34 +2,34 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from memsinks.data.matching import normal_form
 from memsinks.data.router import COUNTS, Router
 from memsinks.data.router import SETTINGS as ROUTER
 from memsinks.errors import CheckpointError
-from memsinks.removal.erase import Erased
+from memsinks.files import file_hash, write_json
+from memsinks.removal.erase import Erased, ids_within
 from memsinks.removal.erase_files import SinksFile, erase_in_checkpoint, erase_in_optimizer
 from memsinks.removal.export import OPEN_SINKS, whose_sinks
-from memsinks.removal.tombstone import Tombstone, shares_words
+from memsinks.removal.tombstone import Tombstone
 from memsinks.runs.folder import RECORDS
+from memsinks.runs.text_search import READABLE, Quotes, not_searched, without_lines
 from memsinks.sinks.state import is_sink
 from memsinks.sinks.storage import FOLDER, SETTINGS, TENSORS, has_saved_sinks
 from memsinks.training.checkpoint import MARKER, STATE, what_is_wrong
+from memsinks.training.complete import MARKER as COMPLETE
+from memsinks.training.complete import marked_hashes
 
-READABLE = (".json", ".jsonl", ".md", ".html", ".txt", ".csv", ".yaml", ".yml", ".log")
 PREPARED = "index.npz"
 """Beside the tokens of a corpus, see `prepare`."""
 REPORT = "audit.json"
-MOST_READ = 2**28
-"""Bytes of a text file that is searched for the texts."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,11 @@ class Wanted:
     names: frozenset[tuple[Any, Any]] = frozenset()
     tombstone: Tombstone | None = None
 
+    @cached_property
+    def quotes(self) -> Quotes:
+        """What quotes him."""
+        return Quotes(self.texts, self.tombstone)
+
 
 @dataclass
 class Fates:
@@ -89,19 +94,24 @@ def fates_of(folder: Path, wanted: Wanted) -> Fates:
     found = Fates(folder, wanted)
     everything = sorted(_files(folder))
     checkpoints = [x.parent.parent for x in everything if x.name == SETTINGS and x.parent.name == FOLDER]
-    for checkpoint in sorted(checkpoints, key=lambda x: x != folder / "model"):
-        _erase_sinks(found, checkpoint)
+    checkpoints.sort(key=lambda x: x != folder / "model")
+    found.sinks = {x.relative_to(folder).as_posix(): SinksFile(x) for x in checkpoints}
+    _erase_sinks(found)
     fates: dict[str, Fate] = {}
     for path in everything:
         fates |= {fate.path: fate for fate in _group(found, path, everything)}
     for path in everything:
         name = path.relative_to(folder).as_posix()
         found.files.append(fates[name] if name in fates else _of_file(found, path, name))
+    changed = {fate.path for fate in found.files if fate.fate != "untouched"}
+    for index, fate in enumerate(found.files):
+        if Path(fate.path).name == COMPLETE:
+            found.files[index] = _of_trainer_marker(found, folder / fate.path, changed) or fate
     return found
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    for where, folders, names in os.walk(folder):
+    for where, folders, names in os.walk(folder, onerror=_unlisted):
         if Path(where) == folder:
             folders[:] = [x for x in folders if x != RECORDS and not x.startswith(".takedown.")]
         links = [x for x in (*folders, *names) if (Path(where) / x).is_symlink()]
@@ -113,13 +123,19 @@ def _files(folder: Path) -> Iterator[Path]:
             yield Path(where) / name
 
 
-def _erase_sinks(found: Fates, checkpoint: Path) -> None:
-    name = checkpoint.relative_to(found.folder).as_posix()
-    sinks = SinksFile(checkpoint)
-    missing = [x for x in found.wanted.ids if sinks.state.taken.get(x)]
-    ids = [x for x in found.wanted.ids if x not in missing]
-    own = [x for erased in found.erased.values() for one in erased if one.own for x in one.ids]
-    found.sinks[name], found.erased[name] = sinks, sinks.erase(ids, found.wanted.record, own)
+def _unlisted(error: OSError) -> None:
+    raise CheckpointError(
+        f"{error.filename} cannot be listed ({error.strerror}), and he may be in it; make it readable, or move it elsewhere"
+    )
+
+
+def _erase_sinks(found: Fates) -> None:
+    """Erase the owner in the sinks of all checkpoints, those in which he has own blocks yet and those from before."""
+    tables = [sinks.state.table for sinks in found.sinks.values()]
+    own = {x for table in tables for one in found.wanted.ids if table.own_blocks(one) for x in ids_within(table, one)}
+    for name, sinks in found.sinks.items():
+        ids = [x for x in found.wanted.ids if x not in sinks.state.taken]
+        found.erased[name] = sinks.erase(ids, found.wanted.record, own)
 
 
 def _group(found: Fates, path: Path, everything: Sequence[Path]) -> Iterator[Fate]:
@@ -155,7 +171,7 @@ def _group(found: Fates, path: Path, everything: Sequence[Path]) -> Iterator[Fat
     elif (
         path.name == REPORT
         and _is_report(where)
-        and _quotes(found.wanted, [x for x in everything if where in x.parents])
+        and any(found.wanted.quotes.within_file(x) for x in everything if where in x.parents)
     ):
         yield from (
             Fate(x.relative_to(found.folder).as_posix(), "deleted", "an audit that measured and quotes the text")
@@ -230,17 +246,14 @@ def _of_router(found: Fates, where: Path) -> Iterator[Fate]:
 
 
 def _of_file(found: Fates, path: Path, name: str) -> Fate:
-    if path.suffix == ".jsonl" and (documents := _without(path, found.wanted)) is not None:
-        kept, gone = documents
-        if gone:
-            return Fate(name, "rewritten", "lines that hold the text are left out", lambda to: _write(to, kept))
-        return Fate(name, "untouched", "documents of others")
+    if path.suffix == ".jsonl" and (lines := without_lines(path, found.wanted.texts, found.wanted.names)) is not None:
+        return _of_documents(found.wanted, name, *lines)
     if path.suffix == ".safetensors":
         _refuse_sinks_within(path)
         return Fate(name, "untouched", "weights that no take-down changes")
-    if path.suffix in READABLE and (why := _not_searched(path)):
+    if path.suffix in READABLE and (why := not_searched(path)):
         return Fate(name, "untouched", f"not searched: {why}; see for yourself whether it holds the text")
-    if path.suffix in READABLE and _quotes(found.wanted, [path]):
+    if path.suffix in READABLE and found.wanted.quotes.within_file(path):
         return Fate(name, "untouched", "QUOTES THE TEXT and is no file that memsinks rewrites: remove it yourself")
     if path.name.startswith("tokenizer"):
         return Fate(name, "untouched", "a tokenizer; its entries may be words of any text")
@@ -249,29 +262,33 @@ def _of_file(found: Fates, path: Path, name: str) -> Fate:
     return Fate(name, "untouched", "no file that memsinks knows; see for yourself whether it holds the text")
 
 
-def _quotes(wanted: Wanted, paths: Sequence[Path]) -> bool:
-    """Whether five words in a row of the texts stand in one of these files; texts of fewer words are looked for whole."""
-    short = {normal_form(text) for text in wanted.texts if len(text.split()) < 5}
-    for path in paths:
-        if path.suffix not in READABLE or _not_searched(path):
-            continue
-        for text in _plain(path, path.read_text(encoding="utf-8")):
-            if short and normal_form(text) in short:
-                return True
-            if wanted.tombstone is not None and shares_words(text, wanted.tombstone):
-                return True
-    return False
+def _of_documents(wanted: Wanted, name: str, kept: list[bytes], gone: list[bytes]) -> Fate:
+    """Of a file of documents, or chats: the lines that stay, and those that are the owner's."""
+    quoting = sum(map(wanted.quotes.within_line, kept))
+    stay = f"{quoting} lines that are not his by text, key and source quote him and stay: see for yourself"
+    if gone:
+        why = "lines that hold the text are left out" + f"; {stay}" * bool(quoting)
+        return Fate(name, "rewritten", why, lambda to: _write(to, kept))
+    return Fate(name, "untouched", f"documents of others; {stay}" if quoting else "documents of others")
 
 
-def _not_searched(path: Path) -> str:
-    """Why a text file cannot be searched; "" where it can."""
-    if path.stat().st_size > MOST_READ:
-        return f"larger than {MOST_READ >> 20} MiB"
-    try:
-        path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        return "not UTF-8"
-    return ""
+def _of_trainer_marker(found: Fates, path: Path, changed: Collection[str]) -> Fate | None:
+    """The marker of a checkpoint of a Trainer, with the hashes of what is rewritten there; None where nothing is.
+
+    A file that is not the one that was marked keeps its hash, so that the checkpoint stays as incomplete as it was.
+    """
+    where = path.relative_to(found.folder).parent
+    hashes = marked_hashes(path.parent)
+    mine = [x for x in hashes if (where / x).as_posix() in changed and file_hash(path.parent / x) == hashes[x]]
+    if not mine:
+        return None
+
+    def write(to: Path) -> None:
+        staged = {x: to.parent / x for x in mine}
+        there = {x: file_hash(y) for x, y in staged.items() if y.is_file()}
+        write_json(to, {"sha256": {x: there.get(x, y) for x, y in hashes.items() if x in there or x not in mine}})
+
+    return Fate(path.relative_to(found.folder).as_posix(), "rewritten", "its hashes", write)
 
 
 def _refuse_sinks_within(path: Path) -> None:
@@ -285,53 +302,6 @@ def _refuse_sinks_within(path: Path) -> None:
         raise CheckpointError(
             f"{path} holds sinks ({inside[0]}, ...) without the settings that say whose they are; remove it, or move it elsewhere"
         )
-
-
-def _plain(path: Path, content: str) -> Iterator[str]:
-    """The texts in a file: strings of JSON without their escapes, else all of it."""
-    try:
-        lines = content.splitlines() if path.suffix == ".jsonl" else [content]
-        values = [json.loads(x) for x in lines if x.strip()] if path.suffix in (".json", ".jsonl") else None
-    except (ValueError, RecursionError):
-        values = None
-    yield from _strings(values) if values is not None else [content]
-
-
-def _strings(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for key, inner in value.items():
-            yield str(key)
-            yield from _strings(inner)
-    elif isinstance(value, list):
-        for inner in value:
-            yield from _strings(inner)
-
-
-def _without(path: Path, wanted: Wanted) -> tuple[list[bytes], int] | None:
-    """The lines of a file of documents that are not the owner's, and how many are; None for another file.
-
-    His are those with one of his texts, up to case and white space, and, where the file says so, his key and source.
-    """
-    forms = {normal_form(text) for text in wanted.texts}
-    kept, gone = [], 0
-    for line in path.read_bytes().splitlines(keepends=True):
-        if not line.strip():
-            kept.append(line)
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            return None
-        if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-            return None
-        his = "key" not in row or [row["key"], row.get("source")] in [list(x) for x in wanted.names]
-        if his and normal_form(row["text"]) in forms:
-            gone += 1
-        else:
-            kept.append(line)
-    return kept, gone
 
 
 def _write(path: Path, lines: list[bytes]) -> None:

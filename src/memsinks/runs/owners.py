@@ -19,8 +19,10 @@ from memsinks.removal.statement import read_statement
 from memsinks.runs.folder import MEMBERS, RECIPE, RECORDS, RunFolder
 from memsinks.runs.sections import load_yaml
 from memsinks.sinks.config import SinkConfig
+from memsinks.sinks.reading import read_tensors
 from memsinks.sinks.state import SinkState
-from memsinks.sinks.table import EMPTY_TABLE, AssignmentTable
+from memsinks.sinks.storage import FOLDER, SETTINGS
+from memsinks.sinks.table import AssignmentTable
 
 AskedBy = Literal["key", "id", "source", "text"]
 
@@ -95,7 +97,7 @@ def find_owner(
     by: By,
     name: str | int,
     asked_by: AskedBy,
-    table: AssignmentTable = EMPTY_TABLE,
+    tables: Sequence[AssignmentTable] = (),
     near: float = 0.8,
 ) -> Owner:
     """The owner, his documents, and copies of his texts among the documents of others.
@@ -105,16 +107,15 @@ def find_owner(
         by: what gave them their id, see `identify`.
         name: a key, a source, a text, or a document id.
         asked_by: which of them it is.
-        table: the assignments of the model: an owner may be none of the documents himself, and have documents within him.
+        tables: the assignments of the checkpoints: an owner may be none of the documents himself, and have documents within him.
         near: see `find_copies`.
 
     Raises:
         DataError: nobody has that name, with the nearest ones; a key whose documents share their sinks with others of a source.
     """
     ids = identify(documents, by)[0] if documents else []
-    above = _owner_above(name, asked_by, table)
-    if above is not None:
-        within = ids_within(table, above)
+    above, within = _owner_above(name, asked_by, tables)
+    if above is not None and (len(within) > 1 or (asked_by == "id" and above not in ids)):
         chosen = [index for index, one in enumerate(ids) if int(one) in within]
         own = set(chosen)
         copies = find_copies([documents[index].text for index in chosen], documents, near) if chosen else []
@@ -142,12 +143,18 @@ def find_owner(
     return Owner(shown, asked_by, sorted(wanted), chosen, copies)
 
 
-def _owner_above(name: str | int, asked_by: AskedBy, table: AssignmentTable) -> int | None:
-    """The id of an owner who has blocks of his own and documents within him; None for any other."""
+def _owner_above(name: str | int, asked_by: AskedBy, tables: Sequence[AssignmentTable]) -> tuple[int | None, set[int]]:
+    """The id of an owner with blocks of his own, and that id with those of the documents within him; None where he has none."""
     if asked_by == "text":
-        return None
+        return None, set()
     one = int(name) if asked_by == "id" else document_id(str(name), asked_by)
-    return one if table.own_blocks(one) and len(ids_within(table, one)) > 1 else None
+    within = {x for table in tables if table.own_blocks(one) for x in ids_within(table, one)}
+    return (one if within else None), within
+
+
+def tables_below(folder: Path) -> list[AssignmentTable]:
+    """The assignments of all checkpoints below a folder; CheckpointError if one cannot be read."""
+    return [read_tensors(path.parent.parent)[1] for path in sorted(folder.rglob(f"{FOLDER}/{SETTINGS}"))]
 
 
 def with_copies(owner: Owner, documents: Sequence[Document], by: By) -> Owner:

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -22,22 +22,31 @@ BEGUN, BOUND = ".takedown.begun", ".takedown.bound"
 FILES, PLAN = "files", "plan.json"
 
 
-@contextmanager
-def staged(folder: Path) -> Iterator[Path]:
-    """A folder for new versions, by their paths within `folder`; dropped at the end of the block unless `bind` was called.
+def at_work(folder: Path) -> AbstractContextManager[None]:
+    """Keep others out of a folder: hold it from the first look at its files until the last one is in place.
 
     Raises:
-        CheckpointError: another process is at it, or `folder` cannot be written.
+        CheckpointError: another process is at work there.
+    """
+    return locked(folder, "a training or another take-down is at work there; wait for it")
+
+
+@contextmanager
+def staged(folder: Path) -> Iterator[Path]:
+    """A folder for new versions, by their paths within `folder`, which is held (`at_work`); dropped at the end of the block
+    unless `bind` was called.
+
+    Raises:
+        CheckpointError: `folder` cannot be written.
     """
     try:
-        with locked(folder, "a training or another take-down is at work there; wait for it"):
-            finish(folder)
-            begun = folder / BEGUN
-            begun.mkdir()
-            try:
-                yield begun / FILES
-            finally:
-                shutil.rmtree(begun, ignore_errors=True)
+        finish(folder)
+        begun = folder / BEGUN
+        begun.mkdir()
+        try:
+            yield begun / FILES
+        finally:
+            shutil.rmtree(begun, ignore_errors=True)
     except CheckpointError:
         raise
     except (OSError, SafetensorError) as error:
@@ -51,26 +60,37 @@ def bind(folder: Path, name: str, remove: Sequence[str]) -> None:
         folder: as for `staged`.
         name: what is done, for whoever finishes it.
         remove: paths within `folder` of files that go.
+
+    Raises:
+        CheckpointError: a place that cannot be written, and nothing was changed; or the disk failed, and some is in place.
     """
     begun = folder / BEGUN
+    _require_places(folder, [*file_hashes(begun / FILES), *remove])
     plan = {"name": name, "replace": file_hashes(begun / FILES), "remove": list(remove)}
     (begun / PLAN).write_text(json.dumps(plan, indent=2))
     to_disk(begun)
     begun.rename(folder / BOUND)
     to_disk(folder, deep=False)
-    try:
-        finish(folder)
-    except OSError as error:
-        raise CheckpointError(
-            f"{name} is bound and half in place in {folder}: {error}; free space, and run the same command again, which "
-            "finishes it"
-        ) from error
+    finish(folder)
 
 
-def finish_what_was_bound(folder: Path) -> str | None:
-    """`finish`, unless another process is at work there."""
-    with locked(folder, "a training or another take-down is at work there; wait for it"):
-        return finish(folder)
+def _require_places(folder: Path, paths: Sequence[str]) -> None:
+    """CheckpointError unless all of these can be put in place, or removed, by renames within `folder`."""
+    for path in paths:
+        where = (folder / path).parent
+        while not where.exists() and not where.is_symlink() and where != folder:
+            where = where.parent
+        if not lies_within(folder, path):
+            problem = f"{where} is a link that leads out of {folder}; put the files themselves there"
+        elif not where.is_dir():
+            problem = f"{where} is no folder; move it elsewhere"
+        elif not os.access(where, os.W_OK | os.X_OK):
+            problem = f"{where} cannot be written; make it writable"
+        elif where.stat().st_dev != folder.stat().st_dev:
+            problem = f"{where} is a mount point, so its files cannot be replaced together with the others; move it into {folder}"
+        else:
+            continue
+        raise CheckpointError(f"{problem}. Nothing was changed")
 
 
 def pending(folder: Path) -> bool:
@@ -79,16 +99,34 @@ def pending(folder: Path) -> bool:
 
 
 def finish(folder: Path) -> str | None:
-    """Put in place what was bound here, drop what was only begun; the name of what was finished, None = nothing was bound."""
+    """Put in place what was bound here, drop what was only begun; the name of what was finished, None = nothing was bound.
+
+    Raises:
+        CheckpointError: the plan or a file of it is damaged, or cannot be put in place.
+    """
     shutil.rmtree(folder / BEGUN, ignore_errors=True)
     bound = folder / BOUND
     if not (bound / PLAN).is_file():
         shutil.rmtree(bound, ignore_errors=True)  # killed while it was dropped, all was in place
         return None
     name, replace, remove = _read_plan(folder, bound)
+    try:
+        _put_in_place(folder, bound, replace, remove)
+    except OSError as error:
+        raise CheckpointError(
+            f"{name} is bound and half in place in {folder}, the rest lies in {bound}: {error}; mend that, and run the same "
+            "command again, which finishes it"
+        ) from error
+    shutil.rmtree(bound, ignore_errors=True)
+    return name
+
+
+def _put_in_place(folder: Path, bound: Path, replace: Sequence[str], remove: Sequence[str]) -> None:
     for path in replace:
         if (bound / FILES / path).is_file():
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            if (folder / path).is_file():
+                shutil.copymode(folder / path, bound / FILES / path)
             os.replace(bound / FILES / path, folder / path)
     for path in remove:
         (folder / path).unlink(missing_ok=True)
@@ -96,8 +134,6 @@ def finish(folder: Path) -> str | None:
             (folder / path).parent.rmdir()
     to_disk(folder)
     (bound / PLAN).unlink()
-    shutil.rmtree(bound, ignore_errors=True)
-    return name
 
 
 def _read_plan(folder: Path, bound: Path) -> tuple[str, list[str], list[str]]:

@@ -9,25 +9,24 @@ leaves is finished, or dropped, by the next take-down there.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from memsinks._version import versions
 from memsinks.data.documents import Document, load_documents
 from memsinks.data.identity import By, identify
 from memsinks.data.tokens import load_tokenizer
 from memsinks.errors import CheckpointError, DataError
-from memsinks.files import file_hash
 from memsinks.removal.erase import Erased, collateral_in, together
 from memsinks.removal.erase_files import SinksFile, changed_blocks
 from memsinks.removal.record import write_record
-from memsinks.removal.tombstone import Tombstone, make_tombstone, shares_words
+from memsinks.removal.tombstone import Tombstone, make_tombstone
 from memsinks.runs.artifacts import Fates, Wanted, fates_of
 from memsinks.runs.elsewhere import elsewhere
 from memsinks.runs.folder import RECORDS
@@ -38,16 +37,17 @@ from memsinks.runs.owners import (
     others_with_sinks,
     read_members,
     require_sinks_of,
+    tables_below,
     with_copies,
 )
 from memsinks.runs.repair import Repair
-from memsinks.runs.staging import bind, finish_what_was_bound, pending, staged
+from memsinks.runs.staging import at_work, bind, finish, pending, staged
 from memsinks.runs.takedown_audit import audit_takedown, figures_of
+from memsinks.runs.takedown_result import Takedown, predicate_of
 from memsinks.runs.unfinished import require_finished
 from memsinks.sinks.checkpoint import load
 from memsinks.sinks.state import SinkState, named_sinks
-from memsinks.sinks.storage import has_saved_sinks
-from memsinks.sinks.table import EMPTY_TABLE, AssignmentTable
+from memsinks.training.complete import MARKER as COMPLETE
 
 logger = logging.getLogger(__name__)
 
@@ -55,34 +55,6 @@ MOST_COLLATERAL = 0.05
 """Share of anybody else's open blocks that may be erased unless told otherwise."""
 AUDITED = 64
 """Documents of others, and controls, that are audited at most."""
-
-
-@dataclass(frozen=True)
-class Takedown:
-    """A take-down, planned or done.
-
-    Args:
-        owner: who. erased: by checkpoint within the run. fates: of all files of the run.
-        collateral: share of the open blocks of each other document with sinks that is erased too, by document id; only those
-            above 0.
-        elsewhere: {folder: what of the owner is in it}, of the folders that were named.
-        audit: figures before and after, {} of one that is only planned or has no whole model. record: its folder; None = planned.
-    """
-
-    owner: Owner
-    documents: list[Document]
-    erased: dict[str, list[Erased]]
-    fates: Fates
-    collateral: dict[int, float]
-    elsewhere: dict[str, str]
-    audit: dict[str, Any] = field(default_factory=dict)
-    same_blocks: int = 0
-    record: Path | None = None
-
-    @property
-    def erased_everywhere(self) -> list[Erased]:
-        """What was erased, in all checkpoints."""
-        return [one for erased in self.erased.values() for one in erased]
 
 
 def take_down(
@@ -126,56 +98,72 @@ def take_down(
     """
     folder = Path(run)
     name, asked_by = asked(key, id, source, text)
-    record = f"{asked_by}-{hashlib.sha256(str(name).encode()).hexdigest()[:12]}"
     if not folder.is_dir():
         raise CheckpointError(f"there is no folder {folder}")
     require_finished(folder)
-    _finish_pending(folder, record, dry_run)
-    if documents is None:
-        if (folder / RECORDS / record).is_dir():
-            raise DataError(f"{asked_by} {str(name)[:60]!r} was taken out already, see {folder / RECORDS / record}")
-        documents, by, epochs = read_members(folder)
-    documents, by = [x for x in documents if x.text.strip()], by or "content"
-    owner = find_owner(documents, by, name, asked_by, _table(folder))
-    owner = with_copies(owner, documents, by) if copies else owner
+    with at_work(folder):
+        record = f"{asked_by}-{hashlib.sha256(str(name).encode()).hexdigest()[:12]}"
+        _finish_pending(folder, record, dry_run)
+        if documents is None:
+            if (folder / RECORDS / record).is_dir():
+                raise DataError(f"{asked_by} {str(name)[:60]!r} was taken out already, see {folder / RECORDS / record}")
+            documents, by, epochs = read_members(folder)
+        documents, by = [x for x in documents if x.text.strip()], by or "content"
+        owner = find_owner(documents, by, name, asked_by, tables_below(folder))
+        owner = with_copies(owner, documents, by) if copies else owner
+        repair, record = Repair.of(folder, repair_passes), _unused(folder, record)
+        plan, others, tombstone = _planned(folder, owner, documents, by, epochs, record, also)
+        if dry_run:
+            return plan
+        worst = max(plan.collateral.values(), default=0.0)
+        if worst > most_collateral:
+            raise DataError(
+                f"{asked_by} {str(name)[:60]!r} has no blocks of its own: {len(plan.collateral)} other documents would lose "
+                f"up to {worst:.0%} of theirs, allowed are {most_collateral:.0%}; give a higher most_collateral (--collateral), "
+                "or train with own blocks"
+            )
+        audit, same = _audit(folder, plan, others, by, record, repair)
+        done = replace(plan, audit=audit, same_blocks=same, record=folder / RECORDS / record)
+        with staged(folder) as files:
+            _stage(done, files)
+            predicate = predicate_of(done, folder, files, by, tombstone, repair.passes)
+            write_record(files / RECORDS / record, predicate, tombstone=tombstone, key=signing_key)
+            bind(folder, record, [fate.path for fate in done.fates.files if fate.fate == "deleted"])
+        return done
+
+
+def _planned(
+    folder: Path,
+    owner: Owner,
+    documents: list[Document],
+    by: By,
+    epochs: int,
+    record: str,
+    also: Sequence[str | os.PathLike[str]],
+) -> tuple[Takedown, list[tuple[int, Document]], Tombstone | None]:
+    """The take-down of an owner, erased in memory; (id, document) of the others with sinks; the tombstone of his texts."""
     texts = [documents[index].text for index in owner.documents]
-    tombstone = make_tombstone(texts, record=record)
+    tombstone = make_tombstone(texts, record=record) if texts else None
     names = frozenset((documents[index].key, documents[index].source) for index in owner.documents)
     fates = fates_of(folder, Wanted(owner.ids, record, frozenset(texts), names, tombstone))
     if not fates.sinks:
         raise CheckpointError(f"there is no checkpoint with sinks below {folder}")
     main = _main(fates)
+    erased, sinks = fates.erased[main], fates.sinks[main]
     if not any(fates.erased.values()):
-        raise DataError(f"{asked_by} {str(name)[:60]!r} was taken out already, see {folder / RECORDS}")
-    if not any(one.own for one in fates.erased[main]):
-        require_sinks_of(owner, documents, by, fates.sinks[main].state.config, epochs)
-    others = others_with_sinks(owner, documents, by, fates.sinks[main].state, epochs)
-    repair = Repair.of(folder, repair_passes)
-    hit = _collateral(fates.sinks[main].before, fates.erased[main], others)
-    done = Takedown(
-        owner,
-        documents,
-        fates.erased,
-        fates,
-        hit,
-        elsewhere(also, _everyone(owner, fates.erased[main]), fates.sinks[main]),
-    )
-    if dry_run:
-        return done
-    if hit and max(hit.values()) > most_collateral:
-        raise DataError(
-            f"{asked_by} {str(name)[:60]!r} has no blocks of its own: {len(hit)} other documents would lose up to "
-            f"{max(hit.values()):.0%} of theirs, allowed are {most_collateral:.0%}; give a higher most_collateral "
-            "(--collateral), or train with own blocks"
-        )
-    audit, same = _audit(folder, main, done, others, by, record, repair)
-    done = replace(done, audit=audit, same_blocks=same, record=folder / RECORDS / record)
-    with staged(folder) as files:
-        _stage(done, files)
-        predicate = _predicate(done, folder, files, by, tombstone, repair)
-        write_record(files / RECORDS / record, predicate, tombstone=tombstone, key=signing_key)
-        bind(folder, record, [fate.path for fate in fates.files if fate.fate == "deleted"])
-    return done
+        raise DataError(f"{owner.by} {owner.name[:60]!r} was taken out already, see {folder / RECORDS}")
+    if not any(one.own for one in erased):
+        require_sinks_of(owner, documents, by, sinks.state.config, epochs)
+    others = others_with_sinks(owner, documents, by, sinks.state, epochs)
+    hit = _collateral(sinks.before, erased, others)
+    there = elsewhere(also, _everyone(owner, erased), sinks)
+    return Takedown(owner, documents, fates.erased, fates, hit, there), others, tombstone
+
+
+def _unused(folder: Path, record: str) -> str:
+    """The name of a record that is not there yet: somebody who came back and is taken out again gets another number."""
+    names = itertools.chain([record], (f"{record}-{number}" for number in itertools.count(2)))
+    return next(name for name in names if not (folder / RECORDS / name).exists())
 
 
 def _main(fates: Fates) -> str:
@@ -193,16 +181,11 @@ def _finish_pending(folder: Path, record: str, dry_run: bool) -> None:
         if pending(folder):
             raise DataError(f"a take-down was interrupted in {folder}; run it again to finish it, then ask anew")
         return
-    finished = finish_what_was_bound(folder)
+    finished = finish(folder)
     if finished is not None:
         logger.info("finished the take-down %s, which was interrupted", finished)
-        if finished == record:
-            raise TakedownFinished(folder / RECORDS / record)
-
-
-def _table(folder: Path) -> AssignmentTable:
-    """The assignments of the run's model; empty where there is none of that name."""
-    return SinksFile(folder / "model").state.table if has_saved_sinks(folder / "model") else EMPTY_TABLE
+        if finished == record or finished.startswith(f"{record}-"):
+            raise TakedownFinished(folder / RECORDS / finished)
 
 
 class TakedownFinished(DataError):
@@ -237,9 +220,10 @@ def _kept_blocks(main: str, plan: Takedown, before: SinksFile) -> int:
 
 
 def _audit(
-    folder: Path, main: str, plan: Takedown, others: Sequence[tuple[int, Document]], by: By, record: str, repair: Repair
+    folder: Path, plan: Takedown, others: Sequence[tuple[int, Document]], by: By, record: str, repair: Repair
 ) -> tuple[dict[str, Any], int]:
     """Figures before and after, and how many blocks keep every bit; the files to be written must be the erased model's."""
+    main = _main(plan.fates)
     checkpoint, sinks = folder / main, plan.fates.sinks[main]
     before = SinksFile(checkpoint)
     same = _kept_blocks(main, plan, before)
@@ -280,66 +264,7 @@ def _audit(
 
 
 def _stage(plan: Takedown, files: Path) -> None:
-    for fate in plan.fates.files:
+    """Write the new versions of files, markers with the hashes of others after those."""
+    for fate in sorted(plan.fates.files, key=lambda fate: Path(fate.path).name == COMPLETE):
         if fate.write is not None:
             fate.write(files / fate.path)
-
-
-def _predicate(
-    plan: Takedown, folder: Path, files: Path, by: By, tombstone: Tombstone, repair: Repair
-) -> dict[str, Any]:
-    config = next(iter(plan.fates.sinks.values())).state.config
-    usual = "exact" if config.shared == "none" else "gated"
-    flags = [plan.documents[x].isolation or usual for x in plan.owner.documents]
-    kinds, asked_by = [copy.kind for copy in plan.owner.copies], plan.owner.by
-    blocks = {
-        f"{checkpoint}, layer {layer}": found
-        for checkpoint, erased in plan.erased.items()
-        for layer, found in together(erased).items()
-    }
-    listed = []
-    for fate in plan.fates.files:
-        path = folder / fate.path
-        after = {"deleted": None, "untouched": path, "rewritten": files / fate.path}[fate.fate]
-        digests = {"before": file_hash(path), "after": None if after is None else file_hash(after)}
-        same = digests["before"] == digests["after"]  # a checkpoint from before the owner was met
-        listed.append({"path": fate.path, "fate": "untouched" if same else fate.fate, "why": fate.why} | digests)
-    return {
-        "asked": {
-            "owner": str(plan.owner.ids[0]) if shares_words(plan.owner.name, tombstone) else plan.owner.name,
-            "by": by if asked_by in ("text", "id") else asked_by,
-            "id": plan.owner.ids[0],
-        },
-        "matched": {
-            "counts": {"of the owner": len(plan.owner.documents)}
-            | {f"copies of others, {kind}": kinds.count(kind) for kind in dict.fromkeys(kinds)},
-            "ids": plan.owner.ids,
-        },
-        "erased": {"layers": sorted({int(x.rpartition(" ")[2]) for x in blocks}), "blocks": blocks},
-        "files": listed,
-        "audit": plan.audit or {"before": {}, "after": {}},
-        "isolation": {
-            "documents": {kind: flags.count(kind) for kind in dict.fromkeys(flags)},
-            "trained the shared weights": [
-                {
-                    "private": "private documents never",
-                    "exact": f"exact documents before exposure {config.open_from} alone",
-                    "gated": "gated documents at every exposure: a trace stays that attacks find",
-                }[kind]
-                for kind in dict.fromkeys(flags)
-            ],
-            "blocks of owners above, in which his texts stay": sorted(
-                {x for one in plan.erased_everywhere for x in one.above}
-            ),
-        },
-        "kept": {
-            "sink blocks that kept every bit": plan.same_blocks,
-            "others with erased blocks": len(plan.collateral),
-        },
-        "settings": {
-            "own blocks": all(one.own for erased in plan.erased.values() for one in erased),
-            "largest share of another's blocks": max(plan.collateral.values(), default=0.0),
-            "passes of the repair": repair.passes if plan.collateral else 0,
-        },
-        "versions": versions("torch", "transformers", "numpy", "safetensors"),
-    }

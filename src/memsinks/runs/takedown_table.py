@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from memsinks.runs.takedown import Takedown
+from memsinks.runs.takedown_result import Takedown
 
 MOST_SHOWN = 10
 """Copies and files of a kind that are listed one by one."""

@@ -6,6 +6,8 @@ changes its name. What the touched modules then do is in `host_classes`."""
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -211,3 +213,18 @@ def remove_sinks(model: PreTrainedModel) -> PreTrainedModel:
                 module.__dict__.pop(name, None)
             module.__class__ = type(module).stock_class
     return model
+
+
+@contextmanager
+def undone_on_failure(model: Any) -> Iterator[None]:
+    """If the block fails, a model that had no sinks is left without them, and the weights that learned before learn again."""
+    new = not has_sinks(model)
+    learns = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    except BaseException:
+        if new and has_sinks(model):
+            remove_sinks(model)
+        for parameter, flag in learns:
+            parameter.requires_grad_(flag)
+        raise

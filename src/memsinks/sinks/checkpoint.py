@@ -20,7 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from memsinks.checks import one_of
 from memsinks.errors import ArchitectureError, CheckpointError, ConfigError, refuse
 from memsinks.files import read_json, written_beside
-from memsinks.sinks.attach import add_sinks
+from memsinks.sinks.attach import add_sinks, undone_on_failure
 from memsinks.sinks.config import TRAINING
 from memsinks.sinks.own import freeze_shared
 from memsinks.sinks.owner_files import check_base, describe_owners, of_owners, put_owners, read_owners
@@ -92,8 +92,8 @@ def load_sinks(
 
     Raises:
         CheckpointError: no sinks there, another layout, a file whose hash differs (a mixture of two checkpoints), tensors
-            missing or of another shape; of owners: other weights, an id that has blocks in the model or in two folders, or was
-            taken out. Sinks that the model had are unchanged then.
+            missing or of another shape; the sinks of somebody who was taken out of the model; of owners: other weights, an id
+            that has blocks in the model or in two folders. The model is as it was then.
         ConfigError: several folders that are not all of owners; an unknown `base`; settings of a newer format version.
         ArchitectureError: the model cannot carry sinks, or not grow because it is wrapped or sharded.
     """
@@ -112,12 +112,13 @@ def load_sinks(
     folder, saved = found[0]
     if "base_sha256" in saved.stored:
         check_base(model, found, any_base=base == "any")
-    if not has_sinks(model):
-        add_sinks(model, saved.config)
-        if "base_sha256" in saved.stored:
-            freeze_shared(model)
-    check_fits(model, folder, saved)
-    read_sinks(model, folder, saved)
+    with undone_on_failure(model):
+        if not has_sinks(model):
+            add_sinks(model, saved.config)
+            if "base_sha256" in saved.stored:
+                freeze_shared(model)
+        check_fits(model, folder, saved)
+        read_sinks(model, folder, saved)
 
 
 def save_sinks(model: PreTrainedModel, directory: str | os.PathLike[str], owners: Iterable[int] | None = None) -> Path:

@@ -64,7 +64,8 @@ def forward(
     packed = arguments.get("labels") is not None or arguments.get("position_ids") is not None
     if packed and "use_cache" in state.arguments and arguments.get("use_cache") is None:
         arguments["use_cache"] = False
-    opened, cache = state.running.opened, arguments.get("past_key_values")
+    opened = state.opened.last if torch.compiler.is_compiling() else state.opened.get()
+    cache = arguments.get("past_key_values")
     check_cache(cache, opened)
     if opened is None:
         return stock(**arguments)

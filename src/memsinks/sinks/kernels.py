@@ -27,11 +27,13 @@ Activation = Callable[[Tensor], Tensor]
 def choose_path(config: SinkConfig, dtype: torch.dtype, device: torch.device) -> ComputePath:
     """The compute path, from the settings and the kind of tensors alone, never from data.
 
-    Masked for single neurons, odd blocks, small pools (S <= 2a, where computing all is cheapest) and, as the plainest
-    path, in float64. Otherwise tiled on a CPU, where a matrix product can start at any time, and grouped elsewhere.
+    Masked for single neurons, odd blocks, small pools to which ids are hashed (S <= 2a, where computing all is cheapest) and, as
+    the plainest path, in float64. Otherwise tiled on a CPU, where a matrix product can start at any time, and grouped elsewhere.
+    Where all blocks are owners' own, none that is closed is computed, so no nan in it reaches another.
     """
     odd = config.routing != "blocks" or config.block_size % ALIGNED != 0
-    if odd or config.neurons <= 2 * config.active or dtype == torch.float64:
+    small = bool(config.hashed_blocks) and config.neurons <= 2 * config.active
+    if odd or small or dtype == torch.float64:
         return "masked"
     return "tiled" if device.type == "cpu" else "grouped"
 

@@ -58,20 +58,40 @@ def sinks_open(model: nn.Module, ids: OpenIds) -> Iterator[None]:
         ids: an id, or a list or set of ids (their union), for all rows; an int64 tensor [B] or [B, T] with the id of
             each row or token; or a list with one set of ids for each row (their union). -1 opens nothing.
 
-    They are open in this thread alone: a thread that is started within the block opens its own. Another ``sinks_open`` within the
-    block replaces them until its end. A key-value cache that was filled while other sinks were open is refused with a DataError.
+    They are open in this thread and this task of asyncio alone: a thread that is started within the block opens its own, a task
+    that is created there begins with them (`contextvars`); but a forward under torch.compile sees what its thread opened last, so
+    give each task a thread then. Another ``sinks_open`` within the block replaces them until its end.
+    A key-value cache that was filled while other sinks were open is refused with a DataError.
+
+    Raises:
+        DataError: an id that cannot be, that was taken out, or, in a model to which nothing is hashed, that has no blocks.
+        ConfigError: a model in training mode, in which sinks follow the document ids.
     """
     state = require_sinks(model)
-    running = state.running
     if model.training:
         raise ConfigError("sinks_open is for evaluation, the model is in training mode; call model.eval() first")
     opened = parse_open(ids)
     refuse_taken(state, opened)
-    before, running.opened = running.opened, opened
+    _refuse_nobody(state, opened)
+    before = state.opened.get()
+    state.opened.set(opened)
     try:
         yield
     finally:
-        running.opened = before
+        state.opened.set(before)
+
+
+def _refuse_nobody(state: SinkState, opened: Tensor) -> None:
+    """DataError for ids without blocks where nothing is hashed: with them the model would answer as without sinks."""
+    if state.config.hashed_blocks:
+        return
+    unknown = opened[(opened != NO_SINKS) & ~state.table.holds(opened)]
+    if len(unknown):
+        known = sorted(set(state.table.owners.tolist()))
+        raise DataError(
+            f"document id {int(unknown[0])} has no blocks in this model; the {len(known)} owners there are {known[:3]}"
+            + (", ..." if len(known) > 3 else "")
+        )
 
 
 @contextmanager
@@ -91,11 +111,12 @@ def sinks_closed(model: nn.Module, rescale: str = "none") -> Iterator[None]:
     factor = rescale_factor(state, rescale)
     hosts = down_modules(model) if factor != 1.0 else []
     hooks = [host.register_forward_pre_hook(lambda _, args: (args[0] * factor, *args[1:])) for host in hosts]
-    before, state.running.opened = state.running.opened, None
+    before = state.opened.get()
+    state.opened.set(None)
     try:
         yield
     finally:
-        state.running.opened = before
+        state.opened.set(before)
         for hook in hooks:
             hook.remove()
 

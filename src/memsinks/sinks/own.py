@@ -9,7 +9,7 @@ Own blocks are reserved ones (`SinkConfig.reserved_blocks`): the hash never open
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -46,16 +46,8 @@ def assign(
     wanted = [int(x) if isinstance(x, np.integer) else x for x in owners]
     within = dict(within or {})
     free = free_blocks(model)
-    problems = int_at_least("blocks", blocks, 1)
-    problems += [
-        f"an id is an int from 0 to 2**63 - 1, got {x!r}" for x in wanted if not is_int(x) or not 0 <= x < 2**63
-    ]
-    refuse(problems, "cannot assign blocks")
-    again = sorted({x for x in wanted if wanted.count(x) > 1}) if len(set(wanted)) < len(wanted) else []
-    problems += [f"id {x} is given twice" for x in again[:3]]
-    having = set(state.table.owners.tolist())
-    problems += [f"id {x} has own blocks already" for x in wanted if x in having][:3]
-    problems += [f"id {x} was taken out ({state.taken[x]})" for x in [*wanted, *within] if x in state.taken][:3]
+    refuse(int_at_least("blocks", blocks, 1), "cannot assign blocks")
+    problems = cannot_have_blocks(state, wanted, within)
     if len(wanted) * blocks > len(free):
         problems.append(
             f"{len(wanted)} owners with {blocks} blocks each need {len(wanted) * blocks} free blocks, there are {len(free)}; "
@@ -71,6 +63,22 @@ def assign(
         entries[document] = _with_owners(document, within, entries)
     state.table = AssignmentTable.from_dict(entries, state.config, owner_of)
     return given
+
+
+def cannot_have_blocks(state: SinkState, owners: Sequence[Any], within: Iterable[int] = ()) -> list[str]:
+    """Why some of these ids cannot be given blocks of their own, [] where all can; documents `within` them must not be gone."""
+    problems = [
+        f"an id is an int from 0 to 2**63 - 1, got {x!r}" for x in owners if not is_int(x) or not 0 <= x < 2**63
+    ]
+    if problems:
+        return problems[:3]
+    again = sorted({x for x in owners if owners.count(x) > 1}) if len(set(owners)) < len(owners) else []
+    having = set(state.table.owners.tolist())
+    return [
+        *[f"id {x} is given twice" for x in again[:3]],
+        *[f"id {x} has own blocks already" for x in owners if x in having][:3],
+        *[f"id {x} was taken out ({state.taken[x]})" for x in [*owners, *within] if x in state.taken][:3],
+    ]
 
 
 def _with_owners(document: int, within: Mapping[int, int], entries: Mapping[int, list[int]]) -> list[int]:
@@ -97,7 +105,8 @@ def free_blocks(model: nn.Module) -> list[int]:
 def grow(model: Any, blocks: int) -> None:
     """Add free blocks to a model, for owners who come later; which blocks an id opens stays.
 
-    Outputs keep their bits on the tiled and grouped paths, and are equal to rounding on the masked path (small pools). The sinks'
+    Outputs keep their bits on the tiled and grouped paths, and are equal to rounding on the masked path (small pools to which
+    ids are hashed). The sinks'
     parameters are new ones: make the optimizer, and wrappers such as DDP, afterwards.
 
     Args:

@@ -21,8 +21,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from memsinks.checks import is_int
-from memsinks.errors import ArchitectureError, CheckpointError, DataError, MemsinksError, refuse
-from memsinks.sinks.attach import add_sinks, remove_sinks
+from memsinks.errors import ArchitectureError, CheckpointError, DataError, refuse
+from memsinks.sinks.attach import add_sinks, undone_on_failure
 from memsinks.sinks.config import TRAINING, SinkConfig
 from memsinks.sinks.own import free_blocks, freeze_shared, grow
 from memsinks.sinks.quantized import quantizer_of
@@ -124,25 +124,26 @@ def put_owners(model: PreTrainedModel, files: Sequence[OwnerFile], any_base: boo
     state = None if new else require_sinks(model)
     _refuse_clashes(state, files)
     check_base(model, [(file.folder, file.saved) for file in files], any_base)
-    if new:
-        first = files[0].saved
-        blocks = sum(len(x.table.blocks.unique()) for x in files)
-        most = max(x.saved.config.open_blocks for x in files)
-        config = _pool(first.config, blocks, most)
-        if quantizer_of(model):  # whose weights learn nothing, whatever the settings of training were
-            config = replace(config, open_from=1, shared="none")
-        add_sinks(model, config)
-        for sinks in sink_modules(model).values():
-            sinks.std = float(first.stored["start_std"].get(str(sinks.layer), sinks.std))
-        freeze_shared(model)
-    try:
+    with undone_on_failure(model):
+        if new:
+            _add_pool(model, files)
         for file in files:
             _check_fits(model, file)
         _fill(model, files)
-    except MemsinksError:
-        if new:
-            remove_sinks(model)
-        raise
+
+
+def _add_pool(model: PreTrainedModel, files: Sequence[OwnerFile]) -> None:
+    """Give a model sinks of just the blocks in these files, which start as those did, and freeze the rest."""
+    first = files[0].saved
+    blocks = sum(len(x.table.blocks.unique()) for x in files)
+    most = max(x.saved.config.open_blocks for x in files)
+    config = _pool(first.config, blocks, most)
+    if quantizer_of(model):  # whose weights learn nothing, whatever the settings of training were
+        config = replace(config, open_from=1, shared="none")
+    add_sinks(model, config)
+    for sinks in sink_modules(model).values():
+        sinks.std = float(first.stored["start_std"].get(str(sinks.layer), sinks.std))
+    freeze_shared(model)
 
 
 def _refuse_clashes(state: SinkState | None, files: Sequence[OwnerFile]) -> None:

@@ -14,12 +14,12 @@ from typing import Any
 from torch import nn
 
 from memsinks.batch import NO_SINKS
-from memsinks.checks import int_at_least, one_of
+from memsinks.checks import int_at_least, is_int, one_of
 from memsinks.data.identity import BY, By, document_id
 from memsinks.errors import ConfigError, DataError, refuse
-from memsinks.sinks.attach import add_sinks, remove_sinks
+from memsinks.sinks.attach import add_sinks, undone_on_failure
 from memsinks.sinks.config import SinkConfig
-from memsinks.sinks.own import assign, free_blocks, freeze_shared, grow
+from memsinks.sinks.own import assign, cannot_have_blocks, free_blocks, freeze_shared, grow
 from memsinks.sinks.state import has_sinks, require_sinks, sink_modules
 
 
@@ -54,26 +54,22 @@ def add_owners(
     names = list(owners)
     problems = one_of("by", by, BY) + ([] if names else ["owners is empty"])
     refuse(problems, "cannot add owners")
-    ids = {name: name if isinstance(name, int) else document_id(name, by) for name in names}
+    ids = {name: int(name) if is_int(name) else document_id(str(name), by) for name in names}
     if len(set(ids.values())) < len(names):
         twice = next(name for name in names if names.count(name) > 1 or list(ids.values()).count(ids[name]) > 1)
         raise ConfigError(f"owner {twice!r} is given twice")
     refuse(int_at_least("blocks", blocks, 1), "cannot add owners")
-    new = not has_sinks(model)
-    if new:
-        add_sinks(model, config or SinkConfig.for_finetuning(model, len(names) * blocks))
-    else:
-        _require_own_blocks_alone(model, config)
-        lacking = len(names) * blocks - len(free_blocks(model))
-        if lacking > 0:
-            grow(model, lacking)
-    try:
+    with undone_on_failure(model):
+        if not has_sinks(model):
+            add_sinks(model, config or SinkConfig.for_finetuning(model, len(names) * blocks))
+        else:
+            _require_own_blocks_alone(model, config)
+            refuse(cannot_have_blocks(require_sinks(model), list(ids.values())), "cannot add owners")
+            lacking = len(names) * blocks - len(free_blocks(model))
+            if lacking > 0:
+                grow(model, lacking)
         assign(model, ids.values(), blocks=blocks)
-    except ConfigError:
-        if new:
-            remove_sinks(model)
-        raise
-    freeze_shared(model)
+        freeze_shared(model)
     return ids
 
 

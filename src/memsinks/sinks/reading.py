@@ -58,8 +58,8 @@ def read_sinks(model: PreTrainedModel, directory: Path, saved: SavedSinks) -> No
     """Copy the tensors of a checkpoint whose files were checked into a model that they fit.
 
     Raises:
-        CheckpointError: tensors missing or of another shape, a fingerprint or a table that is not theirs. The model is
-            unchanged then.
+        CheckpointError: tensors missing or of another shape, a fingerprint or a table that is not theirs, the sinks of somebody
+            who was taken out of this model. The model is unchanged then.
     """
     path = directory / FOLDER / TENSORS
     state, own = require_sinks(model, missing_ok=True), named_sinks(model)
@@ -73,11 +73,17 @@ def read_sinks(model: PreTrainedModel, directory: Path, saved: SavedSinks) -> No
                 f"{path}: {name} has shape {list(loaded[name].shape)}, the model's has {list(parameter.shape)}"
             )
     check_tensors(directory, saved, loaded, table, state.config)
+    back = [x for x in state.taken if x not in saved.taken and (state.config.hashed_blocks or x in table.ids.tolist())]
+    if back:
+        raise CheckpointError(
+            f"{directory} is of before id {back[0]} was taken out of this model ({state.taken[back[0]]}), and would bring it "
+            "back; take it out there too (memsinks takedown), or load that checkpoint into another model"
+        )
     for name, parameter in own.items():
         put(parameter, loaded[name])
     for layer, sinks in zip(state.layers, sink_modules(model).values(), strict=True):
         sinks.std = saved.stored.get("start_std", {}).get(str(layer), sinks.std)
-    state.table, state.sinks_missing, state.taken = table, False, saved.taken
+    state.table, state.sinks_missing, state.taken = table, False, state.taken | saved.taken
 
 
 def read_tensors(directory: Path) -> tuple[dict[str, Tensor], AssignmentTable]:

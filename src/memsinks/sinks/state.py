@@ -6,6 +6,7 @@ import hashlib
 import re
 import threading
 from collections.abc import Callable, Iterable, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,18 +27,37 @@ WeightRule = Callable[[SinkConfig, Tensor, Tensor], Tensor | None]
 
 
 class Running(threading.local):
-    """What holds while a forward runs, or within `sinks_open`: each thread has its own, so none sees another's sinks.
+    """What holds while a forward runs: each thread has its own, so none sees another's sinks.
 
     plan: of the forward. weight: of each token's gradient in the shared weights, float64 [B, T]; weight_used: whether the
-    output embedding has taken it. shared_frozen: the shared parameters are constants. opened: what `sinks_open` opens, int64
-    [rows or 1, columns, union].
+    output embedding has taken it. shared_frozen: the shared parameters are constants.
     """
 
     plan: RoutingPlan | None = None
     weight: Tensor | None = None
     weight_used: bool = False
     shared_frozen: bool = False
-    opened: Tensor | None = None
+
+
+_OPENED: ContextVar[dict[Opened, Tensor | None]] = ContextVar("opened by sinks_open", default={})  # noqa: B039
+
+
+class Opened(threading.local):
+    """What `sinks_open` opens in a model, int64 [rows or 1, columns, union]: each thread and each task of asyncio has its own.
+
+    last: what was opened last in this thread, which is all that a forward under torch.compile can look at.
+    """
+
+    last: Tensor | None = None
+
+    def get(self) -> Tensor | None:
+        """What is open here; None = nothing."""
+        return _OPENED.get().get(self)
+
+    def set(self, ids: Tensor | None) -> None:
+        """Open these here, and nowhere else."""
+        self.last = ids
+        _OPENED.set({**_OPENED.get(), self: ids})
 
 
 @dataclass
@@ -68,12 +88,13 @@ class SinkState:
     taken: dict[int, str] = field(default_factory=dict)
     place: tuple[int, int] | None = None
     running: Running = field(default_factory=Running)
+    opened: Opened = field(default_factory=Opened)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "running"}
+        return {name: value for name, value in vars(self).items() if name not in ("running", "opened")}
 
     def __setstate__(self, values: dict[str, Any]) -> None:
-        vars(self).update(values, running=Running())
+        vars(self).update(values, running=Running(), opened=Opened())
 
 
 class ModelWithSinks:

@@ -68,14 +68,22 @@ def mark_complete(folder: Path) -> None:
     write_json(folder / MARKER, {"sha256": {str(x.relative_to(folder)): file_hash(x) for x in _files(folder)}})
 
 
+def marked_hashes(folder: Path) -> dict[str, str]:
+    """The SHA-256 of each file of a checkpoint, by its path there, as its marker says; CheckpointError for a damaged one."""
+    try:
+        return dict(read_json(folder / MARKER)["sha256"])
+    except (CheckpointError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{MARKER} cannot be read: {error}") from error
+
+
 def what_is_missing(folder: Path) -> str | None:
     """Why training cannot go on from a checkpoint; None = it can."""
     if not (folder / MARKER).is_file():
         return f"{MARKER} is missing: its save was cut off, or made without memsinks.SinkCallback"
     try:
-        hashes: dict[str, str] = dict(read_json(folder / MARKER)["sha256"])
-    except (CheckpointError, KeyError, TypeError, ValueError) as error:
-        return f"{MARKER} cannot be read: {error}"
+        hashes = marked_hashes(folder)
+    except CheckpointError as error:
+        return str(error)
     for name, digest in hashes.items():
         path = folder / name
         if not lies_within(folder, name) or not path.is_file():

@@ -23,10 +23,11 @@ from transformers import Trainer
 from transformers.trainer_utils import has_length
 from transformers.training_args import OptimizerNames
 
-from memsinks.batch import FIELDS, ISOLATION, PLACES, collate, target_count
+from memsinks.batch import FIELDS, ISOLATION, NO_SINKS, PLACES, collate, target_count
 from memsinks.data.packing import Rows
 from memsinks.errors import ArchitectureError, CheckpointError, ConfigError, refuse
 from memsinks.sinks.exact import without_rows_alone
+from memsinks.sinks.opening import sinks_open
 from memsinks.sinks.owners import require_owners_and_texts
 from memsinks.sinks.quantized import quantizer_of, refuse_unsavable, taken_as_trainable
 from memsinks.sinks.state import unwrap
@@ -213,6 +214,17 @@ class SinkTrainer(Trainer):
                 )
             inputs = without_rows_alone(unwrap(self.model), inputs)
         return super().training_step(model, inputs, num_items_in_batch)
+
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *arguments: Any, **settings: Any) -> Any:
+        """As the Trainer does it: with closed sinks; in a model of owners alone, with those of each row's owner open.
+
+        Rows of ids that have no blocks there, or none any more, are measured with closed sinks.
+        """
+        state, ids = sink_state(self.model), inputs.get("document_ids")
+        if ids is None or state.config.hashed_blocks:
+            return super().prediction_step(model, inputs, *arguments, **settings)
+        with sinks_open(model, torch.where(state.table.holds(ids), ids, NO_SINKS)):
+            return super().prediction_step(model, inputs, *arguments, **settings)
 
     def _loss_of(
         self, model: nn.Module, rows: dict[str, Tensor], batch: Mapping[str, Tensor], num_items_in_batch: Any

@@ -12,7 +12,8 @@ from memsinks.errors import CheckpointError, ConfigError, DataError, refuse
 from memsinks.files import read_json
 from memsinks.removal.record import RECORD_PAGE, STATEMENT
 from memsinks.runs.folder import RECORDS
-from memsinks.runs.takedown import MOST_COLLATERAL, Takedown, TakedownFinished, take_down
+from memsinks.runs.takedown import MOST_COLLATERAL, TakedownFinished, take_down
+from memsinks.runs.takedown_result import Takedown
 from memsinks.viewer.owners import ShownOwner
 from memsinks.viewer.view import View
 

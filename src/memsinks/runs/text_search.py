@@ -1,0 +1,134 @@
+"""Where the texts of an owner stand in the text files of a folder: the lines that are his, and files that quote him."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from memsinks.checks import is_int
+from memsinks.data.documents import Document
+from memsinks.data.fields import document_of
+from memsinks.data.matching import SIZE, normal_form, spaceless, words
+from memsinks.errors import DataError
+from memsinks.removal.tombstone import Tombstone, shares_words
+
+READABLE = (".json", ".jsonl", ".md", ".html", ".txt", ".csv", ".yaml", ".yml", ".log")
+MOST_READ = 2**28
+"""Bytes of a text file that is searched for the texts."""
+NAMES = ("key", "source")
+"""Fields of a line that say whose it is."""
+
+
+class Quotes:
+    """Whether a text quotes those of an owner: five words in a row of them, and texts of fewer words whole.
+
+    Args:
+        texts: of the owner. tombstone: of them; None where there is none.
+    """
+
+    def __init__(self, texts: Iterable[str], tombstone: Tombstone | None) -> None:
+        self.tombstone = tombstone
+        short = [x for x in {_bare(text) for text in texts if len(words(text)) < SIZE} if x]
+        self.short: re.Pattern[str] | None = re.compile("|".join(map(_whole, sorted(short)))) if short else None
+
+    def within(self, text: str) -> bool:
+        """Whether this text quotes one of theirs."""
+        if self.tombstone is not None and shares_words(text, self.tombstone):
+            return True
+        return self.short is not None and self.short.search(normal_form(text)) is not None
+
+    def within_file(self, path: Path) -> bool:
+        """Whether this file does; False for one that is not searched (`not_searched`)."""
+        if path.suffix not in READABLE or not_searched(path):
+            return False
+        return any(map(self.within, _texts(path, path.read_text(encoding="utf-8"))))
+
+    def within_line(self, line: bytes) -> bool:
+        """Whether a line of JSON does, in any of its fields."""
+        return any(map(self.within, _strings(json.loads(line)))) if line.strip() else False
+
+
+def _bare(text: str) -> str:
+    """A short text without what surrounds its words."""
+    return re.sub(r"^[^\w]+|[^\w]+$", "", normal_form(text))
+
+
+def _whole(form: str) -> str:
+    """A pattern for a text that is not the middle of longer words."""
+    before, after = ("" if spaceless(form[at]) else edge for at, edge in ((0, r"(?<!\w)"), (-1, r"(?!\w)")))
+    return f"{before}{re.escape(form)}{after}"
+
+
+def not_searched(path: Path) -> str:
+    """Why a text file cannot be searched; "" where it can."""
+    if path.stat().st_size > MOST_READ:
+        return f"larger than {MOST_READ >> 20} MiB"
+    try:
+        path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        return "not UTF-8"
+    return ""
+
+
+def _texts(path: Path, content: str) -> Iterator[str]:
+    """The texts in a file: strings of JSON without their escapes, else all of it."""
+    try:
+        lines = content.split("\n") if path.suffix == ".jsonl" else [content]
+        values = [json.loads(x) for x in lines if x.strip()] if path.suffix in (".json", ".jsonl") else None
+    except (ValueError, RecursionError):
+        values = None
+    yield from _strings(values) if values is not None else [content]
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield str(key)
+            yield from _strings(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _strings(inner)
+
+
+def without_lines(
+    path: Path, texts: Iterable[str], names: Iterable[tuple[Any, Any]]
+) -> tuple[list[bytes], list[bytes]] | None:
+    """The lines of a file of documents that stay, and those that are the owner's; None for another file.
+
+    His are those with one of his texts, up to case and white space, and, where a line says so, his key and source.
+
+    Args:
+        texts: of the owner. names: (key, source) of his documents.
+    """
+    forms = {normal_form(text) for text in texts}
+    kept, gone = [], []
+    for line in path.read_bytes().splitlines(keepends=True):
+        if not line.strip():
+            kept.append(line)
+            continue
+        try:
+            row = json.loads(line)
+            document = _document(row)
+        except (ValueError, RecursionError, DataError):
+            return None
+        his = normal_form(document.text) in forms and _his(row, names)
+        (gone if his else kept).append(line)
+    return kept, gone
+
+
+def _document(row: Any) -> Document:
+    """The document of a row of any of the forms that are read; DataError for another row."""
+    if not isinstance(row, dict):
+        raise DataError("no row of fields")
+    return document_of(row, "a line", {"text": "text"})
+
+
+def _his(row: Mapping[str, Any], names: Iterable[tuple[Any, Any]]) -> bool:
+    """Whether the key and source that a row has are those of one of the owner's documents."""
+    said: dict[str, Any] = {name: str(row[name]) if is_int(row[name]) else row[name] for name in NAMES if name in row}
+    return any(said.items() <= dict(zip(NAMES, one, strict=True)).items() for one in names)
