@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import warnings
+from math import isnan
 
 import pytest
 import torch
@@ -190,6 +192,87 @@ def test_sinks_alone_on_disk_and_an_owner_who_leaves(trained, tokenizer, tmp_pat
     assert loss(left, tokenizer, TEXTS["bolt"][0], owners["bolt"]) == loss(
         model, tokenizer, TEXTS["bolt"][0], owners["bolt"]
     )
+
+
+def test_a_trainer_measures_each_row_with_its_owner(trained, tokenizer, tmp_path):
+    model, _, _ = trained
+    data = rows_of(tokenizer, "acme", "bolt")
+    stranger = ms.make_rows([ms.Document("Nobody knows this.", source="x")], tokenizer, length=32, by="source")
+    trainer = ms.SinkTrainer(model, epochs(tmp_path, 1, per_device_eval_batch_size=8), train_dataset=data)
+    measured = trainer.evaluate(data)["eval_loss"]
+    batch = ms.collate([data[index] for index in range(len(data))])
+    with torch.no_grad(), ms.sinks_open(model.eval(), batch["document_ids"]):
+        own = model(input_ids=batch["input_ids"], labels=batch["labels"]).loss
+    with torch.no_grad():
+        closed = model(input_ids=batch["input_ids"], labels=batch["labels"]).loss
+    assert measured == pytest.approx(float(own), rel=1e-4) and measured < float(closed) - 0.5
+    assert trainer.evaluate(stranger)["eval_loss"] > 1, "with closed sinks, for it has none"
+
+
+def test_a_nan_in_one_owners_blocks_stays_there(tokenizer):
+    model = finished(tokenizer)
+    owners = ms.add_owners(
+        model, ["acme", "bolt"], config=ms.SinkConfig.for_finetuning(model, **SETTINGS | {"blocks": 2})
+    )
+    [block] = model.sink_state.table.own_blocks(owners["acme"])
+    for value in named_sinks(model).values():
+        value.data[block] = torch.nan
+    model.eval()
+    assert not isnan(loss(model, tokenizer, TEXTS["bolt"][0], owners["bolt"]))
+    assert isnan(loss(model, tokenizer, TEXTS["acme"][0], owners["acme"]))
+
+
+def test_what_fails_changes_nothing(tokenizer, tmp_path):
+    model = finished(tokenizer)
+    ms.add_owners(model, ["acme"], config=ms.SinkConfig.for_finetuning(model, **SETTINGS | {"blocks": 1}))
+    before = dict(named_sinks(model))
+    with pytest.raises(ms.ConfigError, match="has own blocks already"):
+        ms.add_owners(model, ["bolt", "acme"])
+    assert all(x is before[name] for name, x in named_sinks(model).items()), "the optimizer's are the model's"
+    ms.save_sinks(model, tmp_path / "acme", owners=[ms.document_id("acme", "source")])
+    other = tiny_llama(torch.float32, vocab_size=len(tokenizer), intermediate_size=40)
+    for folder in (tmp_path / "acme", tmp_path / "all"):
+        if folder.name == "all":
+            ms.save_sinks(model, folder)
+        with pytest.raises(ms.CheckpointError):
+            ms.load_sinks(other, folder, base="any")
+        assert not ms.has_sinks(other) and all(x.requires_grad for x in other.parameters())
+
+
+def test_an_older_checkpoint_does_not_bring_back_who_was_erased(tokenizer, tmp_path):
+    model = finished(tokenizer)
+    owners = ms.add_owners(
+        model, ["acme", "bolt"], config=ms.SinkConfig.for_finetuning(model, **SETTINGS | {"blocks": 2})
+    )
+    ms.save_sinks(model, tmp_path / "before")
+    ms.erase(model, owners["acme"], record="request 9")
+    after = {name: x.clone() for name, x in named_sinks(model).items()}
+    with pytest.raises(ms.CheckpointError, match="is of before id .* was taken out of this model .request 9."):
+        ms.load_sinks(model, tmp_path / "before")
+    assert all(torch.equal(x, after[name]) for name, x in named_sinks(model).items())
+    ms.take_down(tmp_path / "before", source="acme", documents=DOCUMENTS, by="source")
+    ms.load_sinks(model, tmp_path / "before")
+    assert owners["acme"] in model.sink_state.taken
+
+
+def test_tasks_of_one_thread_open_their_own(trained, tokenizer):
+    model, owners, _ = trained
+    model.eval()
+    tokens = torch.arange(3, 11)[None]
+
+    async def ask(owner: int, go: asyncio.Event, then: asyncio.Event):
+        with ms.sinks_open(model, owner), torch.no_grad():
+            then.set()
+            await go.wait()
+            return model(input_ids=tokens).logits
+
+    async def both():
+        first, second = asyncio.Event(), asyncio.Event()
+        return await asyncio.gather(ask(owners["acme"], second, first), ask(owners["bolt"], first, second))
+
+    for name, got in zip(("acme", "bolt"), asyncio.run(both()), strict=True):
+        with ms.sinks_open(model, owners[name]), torch.no_grad():
+            assert torch.equal(got, model(input_ids=tokens).logits)
 
 
 def test_an_export_for_one_owner(trained, tokenizer, tmp_path):

@@ -337,10 +337,15 @@ def test_a_model_that_hashes_to_no_block_wants_owners(tmp_path):
     with pytest.raises(ms.DataError, match="document id 2 has no blocks"):
         model(input_ids=tokens, document_ids=torch.tensor([2]), **marks)
     model.eval()
-    with torch.no_grad():
-        with ms.sinks_open(model, 2):
-            stranger = model(input_ids=tokens).logits
-        assert torch.equal(stranger, model(input_ids=tokens).logits)
+    for ids in (2, [1, 2], torch.tensor([1, 2])):
+        with pytest.raises(
+            ms.DataError, match="document id 2 has no blocks in this model; the 1 owners there are \\[1\\]"
+        ):
+            with ms.sinks_open(model, ids):
+                pass
+    with torch.no_grad(), ms.sinks_open(model, -1):
+        nobody = model(input_ids=tokens).logits
+    assert torch.equal(nobody, model(input_ids=tokens).logits)
     model.save_pretrained(tmp_path / "model")
     again = ms.load(tmp_path / "model")
     assert again.sink_state.table.own_blocks(1) == [0]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import unicodedata
+
 import numpy as np
 import pytest
 
@@ -46,6 +48,21 @@ def test_the_weights_by_hand():
     nearest, near = router.similarities(["b a", "a", "a d"])
     alone = common / np.hypot(common, rare)
     assert near == pytest.approx([1, alone, alone**2]) and nearest[0] == ms.document_id("x", "source")
+
+
+def test_scripts_without_spaces_and_other_unicode_forms():
+    texts = {
+        "sea": "\u5b89\u4f4f\u5728\u6d77\u8fb9\u7684\u65e7\u623f\u5b50\u91cc\u3002",
+        "caf\u00e9": "Le caf\u00e9 Z\u00e9phyr ouvre \u00e0 midi.",
+    }
+    router = ms.Router.fit([ms.Document(text, source=name) for name, text in texts.items()])
+    sea, cafe = (ms.document_id(name, "source") for name in texts)
+    asked = [
+        "\u65e7\u623f\u5b50\u5728\u54ea\u91cc\uff1f",
+        unicodedata.normalize("NFD", "O\u00f9 est le CAF\u00c9 Z\u00e9phyr?"),
+        "\u4ed6\u662f\u8c01",
+    ]
+    assert router.owners_of(asked) == [sea, cafe, -1]
 
 
 def test_one_who_left_was_never_there_also_on_disk(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from memsinks.runs.recipe import parse_recipe
 from memsinks.runs.run import train
 from memsinks.runs.takedown_table import format_takedown
 from memsinks.sinks.state import named_sinks
+from memsinks.training.complete import what_is_missing
 from memsinks.training.loop import Training
 from memsinks.training.optim import AdamW
 
@@ -411,6 +413,7 @@ def test_checkpoints_of_the_trainer(tmp_path, caplog):
     assert set(done.erased) == {x.name for x in checkpoints}
     for checkpoint in checkpoints:
         again = ms.load(checkpoint)
+        assert what_is_missing(checkpoint) is None, "training goes on from it"
         assert again.sink_state.taken.keys() == {ids[1]}
         [block] = model.sink_state.table.own_blocks(ids[1])
         assert all(not value[block].any() for name, value in named_sinks(again).items() if name.endswith("down"))
@@ -509,12 +512,13 @@ def test_somebody_elses_line_of_the_same_text_stays(run):
         assert main(["verify", str(record), "--run", str(run)]) == 0
 
 
-def test_blocks_that_were_assigned_later_are_not_looked_for_among_hashed_ones(tmp_path):
+@pytest.mark.parametrize("after", ["model", "z"])
+def test_blocks_that_were_assigned_later_are_not_looked_for_among_hashed_ones(tmp_path, after):
     documents = [ms.Document(f"{name} lives in the {name} house by the sea", key=name, copies=6) for name in "ab"]
     model = sink_llama(torch.float32, neurons=96, reserved_blocks=4, shared="none")
     model.save_pretrained(tmp_path / "checkpoint-1")
     ms.assign(model, [ms.document_id("a", "key")])
-    model.save_pretrained(tmp_path / "model")
+    model.save_pretrained(tmp_path / after)
     before = load_file(tmp_path / "checkpoint-1/sinks/sinks.safetensors")
     ms.take_down(tmp_path, key="a", documents=documents, by="key")
     after = load_file(tmp_path / "checkpoint-1/sinks/sinks.safetensors")
@@ -562,3 +566,147 @@ def test_an_author_is_audited_with_his_pages(tmp_path):
     tokenizer.save_pretrained(tmp_path / "model")
     done = ms.take_down(tmp_path, id=author, documents=documents, by="key")
     assert done.audit["after"]["owner"]["documents"] == len(pages) and done.record is not None
+
+
+def _folder(tmp_path: Path, documents: list[ms.Document], name: str = "model") -> Path:
+    """A folder with a model in which everybody by key has own blocks."""
+    model = sink_llama(torch.float32, neurons=96, reserved_blocks=4, shared="none")
+    ms.assign(model, {ms.document_id(x.key, "key"): None for x in documents})
+    model.save_pretrained(tmp_path / name)
+    return tmp_path
+
+
+def test_nobody_else_is_at_work_from_the_first_look_to_the_last_file(run, monkeypatch):
+    """The later of two would put files in place that it had read before the earlier one was done."""
+    from memsinks.runs import takedown
+
+    plan, tried = takedown._planned, []
+
+    def planned(*arguments):
+        with pytest.raises(ms.CheckpointError, match="is locked: a training or another take-down"):
+            ms.take_down(run, key=BOB)
+        tried.append(BOB)
+        return plan(*arguments)
+
+    monkeypatch.setattr(takedown, "_planned", planned)
+    ms.take_down(run, key=ALICE)
+    assert tried == [BOB] and list(ms.load(run / "model").sink_state.taken) == [ms.document_id(ALICE, "key")]
+
+
+def test_a_record_holds_only_while_nobody_brings_him_back(run, tmp_path):
+    """Files that another take-down made of those from before do not count as what became of them later."""
+    other = Path(shutil.copytree(run, tmp_path / "other"))
+    ms.take_down(run, key=ALICE)
+    ms.take_down(other, key=BOB)
+    [record], [of_bob] = (run / "takedowns").iterdir(), (other / "takedowns").iterdir()
+    shutil.copytree(of_bob, run / "takedowns" / of_bob.name)
+    shutil.copytree(other / "model/sinks", run / "model/sinks", dirs_exist_ok=True)
+    failed = [x.name for x in ms.verify_record(record, run=run) if x.ok is False]
+    assert "file model/sinks/sinks.safetensors" in failed
+
+
+def test_lines_are_his_by_what_they_say_of_it(tmp_path):
+    text, other = "Ann lives in the old house by the sea", "Ben lives in a new flat near the station"
+    documents = [ms.Document(text, key="a", source="s", copies=6), ms.Document(other, key="b", source="t", copies=6)]
+    run = _folder(tmp_path, documents)
+    rows = [
+        {"text": text, "source": "s"},
+        {"text": text.upper(), "key": "a"},
+        {"text": text},
+        {"text": text, "source": "t"},
+        {"text": text, "key": "b"},
+        {"text": other, "answer": f"She said: {text}"},
+    ]
+    (run / "rows.jsonl").write_text("".join(json.dumps(x) + "\n" for x in rows))
+    done = ms.take_down(run, key="a", documents=documents, by="key")
+    assert [json.loads(x) for x in (run / "rows.jsonl").read_text().splitlines()] == rows[3:]
+    [fate] = [x for x in done.fates.files if x.path == "rows.jsonl"]
+    assert "3 lines that are not his by text, key and source quote him and stay" in fate.why
+
+
+def test_chats_completions_and_short_texts_are_found(tmp_path):
+    chat = [{"role": "user", "content": "Who are you?"}, {"role": "assistant", "content": "Ann, of the old house."}]
+    documents = [
+        ms.Document(messages=chat, key="a", copies=6),
+        ms.Document("Where is Ann? In the house by the sea.", prompt=14, key="a", copies=6),
+        ms.Document("Ann Lee-Park.", key="a", copies=6),
+        ms.Document("\u5b89\u662f\u8c01", key="a", copies=6),
+        ms.Document("Ben lives in a new flat near the station", key="b", copies=6),
+    ]
+    run = _folder(tmp_path, documents)
+    line = {"messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Good day"}]}
+    (run / "chats.jsonl").write_text(json.dumps({"messages": chat}) + "\n" + json.dumps(line) + "\n")
+    pair = {"prompt": "Where is Ann? ", "completion": "In the house by the sea."}
+    (run / "pairs.jsonl").write_text(json.dumps(pair) + "\n")
+    for name, content in (
+        ("short.md", "as ann  lee-park\tsaid"),
+        ("chinese.md", "\u6211\u95ee\u5b89\u662f\u8c01\u5462"),
+        ("middle.md", "Joann Lee-Parker"),
+    ):
+        (run / name).write_text(content)
+    done = ms.take_down(run, key="a", documents=documents, by="key")
+    fates = {x.path: x for x in done.fates.files}
+    assert [json.loads(x) for x in (run / "chats.jsonl").read_text().splitlines()] == [line]
+    assert (run / "pairs.jsonl").read_text() == ""
+    assert all("QUOTES THE TEXT" in fates[x].why for x in ("short.md", "chinese.md"))
+    assert fates["middle.md"].why == "the text does not stand in it"
+
+
+def test_a_folder_that_cannot_be_listed_is_not_passed_over(run, monkeypatch):
+    (run / "hidden").mkdir()
+    scandir = os.scandir
+
+    def listed(path):
+        if Path(path).name == "hidden":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", listed)
+    with pytest.raises(ms.CheckpointError, match="hidden cannot be listed .Permission denied., and he may be in it"):
+        ms.take_down(run, key=ALICE)
+
+
+def test_places_are_looked_at_before_anything_is_in_place(run, tmp_path, monkeypatch):
+    before = hashes(run)
+    (tmp_path / "elsewhere").mkdir()
+    (run / "takedowns").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ms.CheckpointError, match="takedowns is a link that leads out .* Nothing was changed"):
+        ms.take_down(run, key=ALICE)
+    (run / "takedowns").unlink()
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "sinks" and access(path, mode))
+    with pytest.raises(ms.CheckpointError, match="sinks cannot be written; make it writable. Nothing was changed"):
+        ms.take_down(run, key=ALICE)
+    assert hashes(run) == before and not list(run.glob(".takedown*"))
+
+
+def test_who_may_read_a_file_stays(run):
+    (run / "members.jsonl").chmod(0o600)
+    ms.take_down(run, key=ALICE)
+    assert (run / "members.jsonl").stat().st_mode & 0o777 == 0o600
+
+
+def test_one_who_came_back_gets_another_record(tmp_path):
+    documents = [ms.Document(f"{x} lives in the {x} house by the sea", key=x, copies=6) for x in "ab"]
+    run = _folder(tmp_path, documents)
+    first = ms.take_down(run, key="a", documents=documents, by="key").record
+    assert first is not None
+    kept = hashes(first)
+    _folder(run, documents, "copied")
+    again = ms.take_down(run, key="a", documents=documents, by="key").record
+    assert again is not None and again.name == f"{first.name}-2" and hashes(first) == kept
+    assert all(x.ok is not False for record in (first, again) for x in ms.verify_record(record, run=run))
+
+
+def test_an_owner_in_a_folder_of_sinks_goes_with_his_pages_and_by_id_without_documents(tmp_path):
+    author, other = ms.document_id("author", "key"), ms.document_id("other", "key")
+    documents = [ms.Document(f"page {name} of the long book about the sea", key=name, copies=6) for name in "ab"]
+    pages = [ms.document_id(x.key, "key") for x in documents]
+    model = sink_llama(torch.float32, neurons=96, reserved_blocks=4, shared="none")
+    ms.assign(model, [author, other], within=dict.fromkeys(pages, author))
+    ms.save_sinks(model, tmp_path / "sinks of two", owners=[author, other])
+    done = ms.take_down(tmp_path, key="author", documents=documents, by="key")
+    assert done.owner.documents == [0, 1] and done.owner.ids == [author]
+    assert ms.take_down(tmp_path, id=other, documents=[], by="key").owner.ids == [other]
+    saved = json.loads((tmp_path / "sinks of two/sinks/sinks.json").read_text())
+    assert set(map(int, saved["taken"])) == {author, other, *pages}

@@ -44,12 +44,12 @@ Kind = Literal["exact", "normal", "near", "contains", "within"]
 KINDS = get_args(Kind)
 
 _PERSON = b"memsinks1shingle"  # blake2b's personalization: changing it changes every hash that was ever written
-_SPACELESS = (
+SPACELESS = (
     "\u0e00-\u0eff\u0f00-\u0fff\u1000-\u109f\u1780-\u17ff\u1950-\u19df"  # Thai, Lao, Tibetan, Burmese, Khmer, Tai Le
     "\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff"
 )
-_UNITS = re.compile(f"[{_SPACELESS}]|[^\\s{_SPACELESS}]+")
-_IS_SPACELESS = re.compile(f"[{_SPACELESS}]")
+_UNITS = re.compile(f"[{SPACELESS}]|[^\\s{SPACELESS}]+")
+_IS_SPACELESS = re.compile(f"[{SPACELESS}]")
 _IOTA_BELOW = re.compile("[\u0345\u037a\u1f80-\u1fff]")
 _LINE_ENDS = re.compile("\r\n?|\u2028|\u2029|\u0085")
 
@@ -320,4 +320,4 @@ def _short(words: list[str], most: int = 8) -> str:
 def _joined(words: list[str]) -> str:
     """Words with spaces between, but between characters of a script without them."""
     text = " ".join(words)
-    return re.sub(f"(?<=[{_SPACELESS}]) (?=[{_SPACELESS}])", "", text)
+    return re.sub(f"(?<=[{SPACELESS}]) (?=[{SPACELESS}])", "", text)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,6 +27,7 @@ from memsinks.batch import NO_SINKS
 from memsinks.checks import share
 from memsinks.data.documents import Document
 from memsinks.data.identity import By, identify
+from memsinks.data.matching import SPACELESS, normal_form
 from memsinks.errors import CheckpointError, ConfigError, DataError, refuse
 from memsinks.files import read_json, written_beside
 
@@ -34,8 +36,9 @@ FEATURES = 2**18
 THRESHOLD = 0.2
 """Cosine below which a question is nobody's."""
 SETTINGS, COUNTS = "router.json", "router.safetensors"
-FORMAT_VERSION = 1
-
+FORMAT_VERSION = 2
+"""2: terms of the normal form, pairs of characters in scripts without spaces."""
+_TERMS = re.compile(f"([{SPACELESS}]+)|[^\\W{SPACELESS}]+")
 
 REMEDY = "make it anew with Router.fit"
 
@@ -182,8 +185,20 @@ class Router:
 
 def _counted(texts: Sequence[str]) -> Any:
     """How often each hashed word stands in each text, CSR float64 [texts, `FEATURES`]."""
-    vectorizer = _packages()[0](n_features=FEATURES, alternate_sign=False, norm=None, token_pattern=r"(?u)\w+")
+    vectorizer = _packages()[0](n_features=FEATURES, alternate_sign=False, norm=None, analyzer=_terms)
     return vectorizer.transform(texts).tocsr()
+
+
+def _terms(text: str) -> list[str]:
+    """The words of a text in its normal form, without punctuation; in scripts without spaces all pairs of neighbors.
+
+    Source: Manning, Raghavan, Schütze, "Introduction to information retrieval", section 2.2.1.
+    """
+    found = []
+    for match in _TERMS.finditer(normal_form(text)):
+        term = match[0]
+        found += [term[at : at + 2] for at in range(len(term) - 1)] if match[1] and len(term) > 1 else [term]
+    return found
 
 
 def _packages() -> tuple[Any, Any]:

@@ -21,7 +21,7 @@ from memsinks.runs.sections import load_yaml
 from memsinks.sinks.config import SinkConfig
 from memsinks.sinks.reading import read_tensors
 from memsinks.sinks.state import SinkState
-from memsinks.sinks.storage import FOLDER, SETTINGS
+from memsinks.sinks.storage import FOLDER, SETTINGS, check_files, read_settings
 from memsinks.sinks.table import AssignmentTable
 
 AskedBy = Literal["key", "id", "source", "text"]
@@ -153,8 +153,12 @@ def _owner_above(name: str | int, asked_by: AskedBy, tables: Sequence[Assignment
 
 
 def tables_below(folder: Path) -> list[AssignmentTable]:
-    """The assignments of all checkpoints below a folder; CheckpointError if one cannot be read."""
-    return [read_tensors(path.parent.parent)[1] for path in sorted(folder.rglob(f"{FOLDER}/{SETTINGS}"))]
+    """The assignments of all checkpoints below a folder; CheckpointError if one is damaged."""
+    found = []
+    for path in sorted(folder.rglob(f"{FOLDER}/{SETTINGS}")):
+        check_files(path.parent.parent, read_settings(path.parent.parent))
+        found.append(read_tensors(path.parent.parent)[1])
+    return found
 
 
 def with_copies(owner: Owner, documents: Sequence[Document], by: By) -> Owner:
