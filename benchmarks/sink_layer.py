@@ -109,7 +109,7 @@ def draw(result: dict, path: Path) -> None:
         axes.grid(color="#e2e2e2")
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set(ylabel="time / dense MLP of the open width", ylim=(0, None))
-    panels[1].legend(frameon=False, fontsize=8, loc="upper left")
+    panels[1].legend(frameon=False, fontsize=8, loc="lower right")
     figure.savefig(path, dpi=130)
 
 

@@ -112,6 +112,10 @@ def test_what_cannot_be_kept_is_refused(tmp_path) -> None:
     with ms.prefix_kept(model), pytest.raises(ms.ArchitectureError, match="forward of its own"):
         with ms.prefix_kept(model):
             pass
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    with pytest.raises(ms.ArchitectureError, match="re-entrant checkpointing does not go with a kept prefix"):
+        with ms.prefix_kept(model):
+            pass
     with pytest.raises(ms.ArchitectureError, match="has no sinks"):
         with ms.prefix_kept(tiny_llama(torch.float32)):
             pass

@@ -84,6 +84,8 @@ def test_one_who_left_was_never_there_also_on_disk(tmp_path):
 def test_what_is_refused(tmp_path):
     with pytest.raises(ms.DataError, match="needs documents"):
         ms.Router.fit([])
+    with pytest.raises(ms.DataError, match="many texts, got one str"):
+        ms.Router.fit(DOCUMENTS).owners_of("What does Acme sell?")
     with pytest.raises(ms.ConfigError, match="threshold must"):
         ms.Router.fit(DOCUMENTS, threshold=2)
     with pytest.raises(ms.CheckpointError, match="no router in"):

@@ -116,6 +116,16 @@ def test_moments_and_gradients_go_with_him_and_nobody_elses():
     assert before == {name: own_hash(model, owner) for name, owner in (("exact", EXACT), ("private", PRIVATE))}
 
 
+@pytest.mark.parametrize("owner", [-1, 2**70, "alice", True, 1.0])
+def test_what_is_no_id_is_refused(owner, tmp_path):
+    model = sink_llama()
+    with pytest.raises(ms.DataError, match="a document id is an int from 0 to 2\\*\\*63 - 1"):
+        ms.erase(model, owner)
+    with pytest.raises(ms.DataError, match="a document id is an int"):
+        ms.take_down(tmp_path, id=owner, documents=[], by="key")
+    assert not model.sink_state.taken
+
+
 def test_an_owner_goes_with_the_documents_within_him():
     model = sink_llama(neurons=96, reserved_blocks=4)
     ms.assign(model, [100, 1])

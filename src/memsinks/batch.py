@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from memsinks.checks import rounded_ids
+from memsinks.checks import is_int, rounded_ids
 from memsinks.errors import DataError, refuse
 
 FIELDS = ("input_ids", "labels", "document_ids", "exposures", "position_ids")
@@ -131,6 +131,15 @@ def check_ids(ids: Tensor, name: str = "document_ids", least: int = NO_SINKS) ->
     if not torch.compiler.is_compiling() and ids.numel() and int(ids.min()) < least:
         allowed = "non-negative, or exactly -1 for no sinks" if least == NO_SINKS else f"at least {least}"
         raise DataError(f"{name} must be {allowed}; the least value is {int(ids.min())}")
+
+
+def checked_id(value: Any) -> int:
+    """A document's id as an int; DataError for anything that is none, -1 (no sinks) among it."""
+    if not is_int(value) or not 0 <= value < 2**63:
+        raise DataError(
+            f"a document id is an int from 0 to 2**63 - 1 (memsinks.document_id gives it), got {value!r:.60}"
+        )
+    return int(value)
 
 
 def as_int64(values: Iterable[int] | np.ndarray, name: str, least: int, narrow: bool = False) -> np.ndarray:

@@ -108,8 +108,10 @@ class Router:
             among: only these owners, all ids; None = all. How rare a word is follows from all owners in either case.
 
         Raises:
-            DataError: one of `among` is not in the router.
+            DataError: one of `among` is not in the router; one str instead of many.
         """
+        if isinstance(texts, str):
+            raise DataError("texts must be many texts, got one str; put it into a list")
         wanted = np.arange(len(self.owners)) if among is None else self._places(among)
         if not len(wanted):
             return np.full(len(texts), NO_SINKS, np.int64), np.zeros(len(texts))

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from memsinks.batch import checked_id
 from memsinks.errors import ConfigError, DataError
 from memsinks.sinks.opening import opened_blocks
 from memsinks.sinks.state import SinkState, require_sinks, sink_modules
@@ -62,7 +63,7 @@ def blocks_of(model: nn.Module, owner: int) -> Erased:
         owner: an id. Own blocks: his, and those of the documents within him (`assign`). Otherwise those that the hash opens.
 
     Raises:
-        DataError: the owner was taken out already, is within another and has no own blocks, or has no blocks at all.
+        DataError: no id; the owner was taken out already, is within another and has no own blocks, or has no blocks at all.
         ConfigError: single neurons by chance (Bernoulli routing), which all texts share.
     """
     return blocks_in(require_sinks(model), owner)
@@ -70,7 +71,7 @@ def blocks_of(model: nn.Module, owner: int) -> Erased:
 
 def blocks_in(state: SinkState, owner: int) -> Erased:
     """`blocks_of` a model with this state."""
-    table = state.table
+    table, owner = state.table, checked_id(owner)
     if owner in state.taken:
         raise DataError(f"id {owner} was taken out already, see the record {state.taken[owner]!r}")
     own = table.own_blocks(owner)
@@ -114,7 +115,7 @@ def collateral(model: nn.Module, erased: Erased, others: Collection[int]) -> np.
 
 def collateral_in(state: SinkState, erased: Erased, others: Collection[int]) -> np.ndarray:
     """`collateral` in a model with this state."""
-    ids = torch.tensor(list(others), dtype=torch.int64)
+    ids = torch.tensor([checked_id(x) for x in others], dtype=torch.int64)
     hit, opened = torch.zeros(len(ids)), torch.zeros(len(ids))
     for layer, blocks in erased.blocks.items():
         mask = open_mask(ids, state.config, layer if state.config.per_layer else 0, state.table)

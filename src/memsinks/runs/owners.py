@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from memsinks.data.documents import Document, load_documents
+from memsinks.batch import checked_id
+from memsinks.data.documents import Document, load_documents, utf8
 from memsinks.data.identity import BY, By, document_id, identify
 from memsinks.data.matching import Copy, find_copies
 from memsinks.errors import CheckpointError, ConfigError, DataError
@@ -46,7 +47,11 @@ class Owner:
 
 
 def asked(key: str | None, id: int | None, source: str | None, text: str | None) -> tuple[str | int, AskedBy]:
-    """The one name that was given, and what it is; ConfigError for none or several."""
+    """The one name that was given, and what it is.
+
+    Raises:
+        ConfigError: none or several. DataError: an id that is none, a name that has no UTF-8 form.
+    """
     given: list[tuple[str | int, AskedBy]] = [
         (value, name)
         for value, name in ((key, "key"), (id, "id"), (source, "source"), (text, "text"))
@@ -54,7 +59,11 @@ def asked(key: str | None, id: int | None, source: str | None, text: str | None)
     ]  # type: ignore[misc]
     if len(given) != 1:
         raise ConfigError(f"give one of key, id, source and text, got {len(given)}")
-    return given[0]
+    name, asked_by = given[0]
+    if asked_by == "id":
+        return checked_id(name), asked_by
+    utf8(str(name), f"the {asked_by}")
+    return name, asked_by
 
 
 def read_members(run: Path) -> tuple[list[Document], By, int]:

@@ -121,11 +121,16 @@ def _refuse_reentrant(model: Any) -> None:
     """Two forwards of which each runs a backward of its own reach DDP as gradients that come twice."""
     if not dist.is_initialized() or dist.get_world_size() == 1 or is_sharded(model):
         return
+    refuse_reentrant(model, "DDP where rows run apart (exact and private ones)")
+
+
+def refuse_reentrant(model: Any, what: str) -> None:
+    """ArchitectureError for a model with re-entrant checkpointing, which does not go with `what`."""
     for part in model.modules():
         call = getattr(part, "_gradient_checkpointing_func", None)
         if getattr(part, "gradient_checkpointing", False) and getattr(call, "keywords", {}).get("use_reentrant"):
             raise ArchitectureError(
-                "re-entrant checkpointing does not go with DDP where rows run apart (exact and private ones); use "
+                f"re-entrant checkpointing does not go with {what}; use "
                 'model.gradient_checkpointing_enable({"use_reentrant": False}), in TrainingArguments '
                 'gradient_checkpointing_kwargs={"use_reentrant": False}'
             )

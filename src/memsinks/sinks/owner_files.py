@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from memsinks.checks import is_int
+from memsinks.batch import checked_id
 from memsinks.errors import ArchitectureError, CheckpointError, DataError, refuse
 from memsinks.sinks.attach import add_sinks, undone_on_failure
 from memsinks.sinks.config import TRAINING, SinkConfig
@@ -63,8 +63,7 @@ class OwnerFile:
 def of_owners(model: PreTrainedModel, owners: Iterable[int]) -> tuple[SinkState, dict[str, Tensor], dict[str, Any]]:
     """What `write_sinks` writes of some owners: a state with their blocks alone, tensors, settings; DataError as `save_sinks`."""
     state = require_sinks(model)
-    wanted = [int(x) if is_int(x) else x for x in owners]
-    own = {owner: state.table.own_blocks(owner) if is_int(owner) else [] for owner in wanted}
+    own = {owner: state.table.own_blocks(owner) for owner in map(checked_id, owners)}
     owner_of = {block: owner for owner, blocks in own.items() for block in blocks}
     pairs = {key: row for key, row in state.table.to_pairs().items() if any(block in owner_of for block, _ in row)}
     refuse(_problems(state, own, owner_of, pairs), "cannot save the sinks of these owners", DataError)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from memsinks.errors import ArchitectureError, CheckpointError, refuse
 from memsinks.sinks.families import decoder_layers
+from memsinks.sinks.forward import refuse_reentrant
 from memsinks.sinks.sharding import is_sharded
 from memsinks.sinks.state import require_sinks
 
@@ -57,10 +58,12 @@ def prefix_kept(
 
     Raises:
         ConfigError: an unknown dtype; nothing below the sinks; a parameter that learns or a dropout there; a router loss.
-        ArchitectureError: layers whose inputs or outputs are of a kind it does not know; a sharded or compiled model.
+        ArchitectureError: layers whose inputs or outputs are of a kind it does not know; a sharded or compiled model; re-entrant
+            checkpointing.
         CheckpointError: no room for the file, or no such folder.
     """
     state = require_sinks(model)
+    refuse_reentrant(model, "a kept prefix, after which no input of a layer has a gradient")
     layers = decoder_layers(model)[0]
     below = [layers[index] for index in range(state.layers[0])]
     _check(model, below, dtype)
