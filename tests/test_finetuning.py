@@ -112,6 +112,18 @@ def test_beside_bfloat16_the_sinks_and_their_moments_are_float32(tokenizer, tmp_
     assert {x.dtype for name, x in model.named_parameters() if ".sinks." not in name} == {torch.bfloat16}
 
 
+def test_sinks_that_were_cast_to_16_bits_are_said(tokenizer):
+    model = finished(tokenizer)
+    ms.add_owners(model, TEXTS, config=ms.SinkConfig.for_finetuning(model, **SETTINGS))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ms.param_groups(model, 1e-3)
+    with pytest.warns(
+        UserWarning, match="the sinks that are to learn are bfloat16.*unless model.to.* comes after them"
+    ):
+        ms.param_groups(model.to(torch.bfloat16), 1e-3)
+
+
 def test_owners_who_come_later_move_nobody(tokenizer, tmp_path):
     model = finished(tokenizer)
     settings = ms.SinkConfig.for_finetuning(model, **SETTINGS | {"blocks": 2})

@@ -7,8 +7,8 @@ is met once in training, other text stands in the rows of its copies; or those o
 (recipes/compare-wikitext2.yaml, 74%), where those rows teach nothing. Then the sinks, which have learned nothing so far, learn
 from the repeated texts with several settings. Measured with own sinks open: loss, nats a token; the share of texts with 16
 copies or more of which 32 tokens come out after 32; the share of all of which the whole rest does. Cost: CPU time of a pass for a
-text, over that of a row in an ordinary step. The shared weights do not move, so nothing else changes. Writes last.json and last.md
-beside this file; what stands there is not made again.
+text, over that of a row in an ordinary step. The shared weights do not move, so nothing else changes. Writes last.json and
+last.md beside this file; what stands there is not made again.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ def param_groups(
         weight_decay: of the shared parameters with two or more dimensions.
         sink_lr_factor: the sinks' learning rate is ``lr * sink_lr_factor``.
 
-    Warns where shared weights that are to learn have 16 bits.
+    Warns where weights that are to learn have 16 bits.
 
     Returns:
         Up to three groups with the extra key ``name``: "decay", "no decay", "sinks" (the last marked ``lazy=True``).
@@ -41,25 +41,41 @@ def param_groups(
     problems = positive("lr", lr) + positive("sink_lr_factor", sink_lr_factor)
     refuse(problems + at_least("weight_decay", weight_decay, 0), "invalid parameter groups")
     shared = [x for x in shared_parameters(model) if x.requires_grad]
-    small = sorted({str(x.dtype).removeprefix("torch.") for x in shared if x.dtype in (torch.bfloat16, torch.float16)})
-    if small:
-        warnings.warn(
-            f"the shared weights that are to learn are {' and '.join(small)}, in which small steps are lost; "
+    sinks = [x for x in sink_parameters(model) if x.requires_grad]
+    if shared:
+        _warn_of_16_bits(
+            "shared weights",
+            shared,
             "load the model with dtype=torch.float32 and train under bf16 autocast (TrainingArguments(bf16=True))",
-            stacklevel=2,
+        )
+    else:
+        _warn_of_16_bits(
+            "sinks", sinks, "beside a base of 16 bits they are float32, unless model.to(...) comes after them"
         )
     groups: list[dict[str, Any]] = [
         {"name": "decay", "params": [x for x in shared if x.dim() > 1], "lr": lr, "weight_decay": weight_decay},
         {"name": "no decay", "params": [x for x in shared if x.dim() < 2], "lr": lr, "weight_decay": 0.0},
         {
             "name": "sinks",
-            "params": [x for x in sink_parameters(model) if x.requires_grad],
+            "params": sinks,
             "lr": lr * sink_lr_factor,
             "weight_decay": 0.0,
             "lazy": True,
         },
     ]
     return [group for group in groups if group["params"]]
+
+
+def _warn_of_16_bits(what: str, parameters: list[nn.Parameter], remedy: str) -> None:
+    """Warn the caller of `param_groups` of parameters that lose small steps."""
+    small = sorted(
+        {str(x.dtype).removeprefix("torch.") for x in parameters if x.dtype in (torch.bfloat16, torch.float16)}
+    )
+    if small:
+        warnings.warn(
+            f"the {what} that are to learn are {' and '.join(small)}, in which small steps are lost; {remedy}",
+            stacklevel=3,
+        )
 
 
 def optimizer_and_schedule(
