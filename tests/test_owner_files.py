@@ -181,7 +181,7 @@ def test_owners_that_cannot_be_saved_alone(tmp_path) -> None:
     for owners, message in (
         ([], "owners is empty"),
         ([5], "id 5 has no blocks of its own; memsinks.assign"),
-        (["alice"], "id 'alice' has no blocks of its own"),
+        (["alice"], "a document id is an int from 0 .*, got 'alice'"),
         ([PAGE, 9], f"id {PAGE} has no blocks of its own.*id 9 has"),
         ([7], "block 0 of id 7 is not its own: others are hashed to it"),
     ):

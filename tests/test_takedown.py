@@ -574,8 +574,16 @@ def test_an_author_is_audited_with_his_pages(tmp_path):
     ms.assign(model, [author], within=dict.fromkeys(pages, author))
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
+    copied = Path(shutil.copytree(tmp_path, tmp_path.with_name("copied")))
     done = ms.take_down(tmp_path, id=author, documents=documents, by="key")
     assert done.audit["after"]["owner"]["documents"] == len(pages) and done.record is not None
+    (copied / "notes.md").write_text(documents[0].text)
+    unknown = ms.take_down(copied, id=author, documents=[], by="key")
+    [fate] = [x for x in unknown.fates.files if x.path == "notes.md"]
+    assert "none of his texts is known" in fate.why and not unknown.audit
+    assert all(x.ok is not False for x in ms.verify_record(unknown.record, run=copied))
+    for name, value in named_sinks(ms.load(tmp_path / "model")).items():
+        assert torch.equal(value, named_sinks(ms.load(copied / "model"))[name])
 
 
 def _folder(tmp_path: Path, documents: list[ms.Document], name: str = "model") -> Path:

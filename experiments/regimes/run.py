@@ -35,7 +35,8 @@ REGIMES: dict[str, dict[int, dict[str, str]]] = {
     },
     "mixed-twice": {
         20: MIXED
-        | {"data.limit": "21200", "data.fresh": "5280", "data.repeat": "{documents: 192, copies: [4, 16, 64]}"},
+        | {"data.limit": "21200", "data.fresh": "5280", "data.repeat": "{documents: 192, copies: [4, 16, 64]}"}
+        | {"roles": '{audited: "dedup, fresh text", against: standard}'},
     },
 }
 """Text, share of repeats in percent -> what changes in the recipe; rows and steps of a text stay. Mixed: pieces of Wikipedia,

@@ -246,6 +246,10 @@ def _of_router(found: Fates, where: Path) -> Iterator[Fate]:
 
 
 def _of_file(found: Fates, path: Path, name: str) -> Fate:
+    if path.suffix in READABLE and not found.wanted.texts:
+        return Fate(
+            name, "untouched", "not searched: none of his texts is known; see for yourself whether it holds one"
+        )
     if path.suffix == ".jsonl" and (lines := without_lines(path, found.wanted.texts, found.wanted.names)) is not None:
         return _of_documents(found.wanted, name, *lines)
     if path.suffix == ".safetensors":

@@ -227,9 +227,11 @@ def _audit(
     checkpoint, sinks = folder / main, plan.fates.sinks[main]
     before = SinksFile(checkpoint)
     same = _kept_blocks(main, plan, before)
-    if not plan.erased[main] or before.stored.get("alone") or not (checkpoint / "tokenizer_config.json").is_file():
-        repair.refuse(f"{checkpoint} is no whole model with a tokenizer from which he is taken out")
-        logger.info("no audit: %s is no whole model with a tokenizer", checkpoint)
+    whole = not before.stored.get("alone") and (checkpoint / "tokenizer_config.json").is_file()
+    if not plan.erased[main] or not whole or not plan.owner.documents:
+        lacking = "he has no documents here" if whole else f"{checkpoint} is no whole model with a tokenizer"
+        repair.refuse(f"{lacking}, or he is not taken out of it")
+        logger.info("no audit: %s, or he is not taken out of it", lacking)
         return {}, same
     model, tokenizer = load(checkpoint), load_tokenizer(checkpoint)
     owner = plan.owner

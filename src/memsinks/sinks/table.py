@@ -99,7 +99,7 @@ class AssignmentTable:
         if not len(self):
             return torch.zeros_like(ids, dtype=torch.bool)
         known = self.ids.to(ids.device)
-        return known[torch.searchsorted(known, ids).clamp(max=len(known) - 1)] == ids
+        return known[torch.searchsorted(known, ids.contiguous()).clamp(max=len(known) - 1)] == ids
 
     def check(self, config: SinkConfig) -> None:
         """ConfigError unless it fits a pool: sorted ids, blocks that are there."""

@@ -124,6 +124,6 @@ def records(view: View) -> list[dict[str, str]]:
 def record_file(view: View, name: str) -> Path:
     """The readable page of a record; ConfigError if there is none of that name."""
     path = view.place.folder / RECORDS / name / RECORD_PAGE
-    if not re.fullmatch(r"[a-z]+-[0-9a-f]{12}", name) or not path.is_file():
+    if not re.fullmatch(r"[a-z]+-[0-9a-f]{12}(-[0-9]+)?", name) or not path.is_file():
         raise ConfigError(f"there is no record {name[:60]!r}")
     return path
