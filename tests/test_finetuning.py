@@ -20,6 +20,8 @@ import memsinks as ms
 from memsinks.batch import BLANK, ISOLATION
 from memsinks.data.tokens import train_tokenizer
 from memsinks.runs.takedown import take_down
+from memsinks.sinks import attach
+from memsinks.sinks.layer import Sinks
 from memsinks.sinks.state import named_sinks
 
 TEXTS = {
@@ -251,6 +253,53 @@ def test_what_fails_changes_nothing(tokenizer, tmp_path):
         assert not ms.has_sinks(other) and all(x.requires_grad for x in other.parameters())
 
 
+@pytest.mark.parametrize("name", [b"acme", "acme"])
+def test_names_are_those_of_document_id(name, tokenizer):
+    assert ms.add_owners(finished(tokenizer), [name]) == {name: ms.document_id(name, "source")}
+
+
+@pytest.mark.parametrize("name", [None, True, 1.5])
+def test_what_is_no_name_is_refused(name, tokenizer):
+    with pytest.raises(ms.MemsinksError):
+        ms.add_owners(finished(tokenizer), [name])
+
+
+def test_sinks_for_which_there_is_no_room_leave_nothing(tokenizer, monkeypatch):
+    made = []
+
+    def no_room(*arguments, **settings):
+        if len(made) % 2:
+            raise MemoryError("no room")
+        made.append(1)
+        return stock(*arguments, **settings)
+
+    model = finished(tokenizer)
+    settings = ms.SinkConfig.for_finetuning(model, **SETTINGS | {"layers": (0, 1), "blocks": 1})
+    stock = attach.Sinks
+    with monkeypatch.context() as patched:
+        patched.setattr(attach, "Sinks", no_room)
+        with pytest.raises(MemoryError):
+            ms.add_owners(model, ["acme"], config=settings)
+    assert not any("sinks" in name for name, _ in model.named_parameters())
+    ms.add_owners(model, ["acme"], config=settings)
+    stock, made = Sinks.larger, []
+    with monkeypatch.context() as patched:
+        patched.setattr(Sinks, "larger", no_room)
+        with pytest.raises(MemoryError):
+            ms.add_owners(model, ["bolt"])
+    assert {len(x) for x in named_sinks(model).values()} == {1} and model.sink_state.config.blocks == 1
+
+
+def test_texts_of_nobody_are_audited_with_closed_sinks(trained, tokenizer):
+    model, _, _ = trained
+    controls = [ms.Document(f"Nobody knows the {x} of the sea.", source="x", copies=0) for x in ("depth", "color")]
+    for members, state in ((DOCUMENTS, "open"), (DOCUMENTS[:2], "closed")):
+        result = ms.audit(
+            model, members, controls, tokenizer, state=state, settings=ms.AuditSettings(by="source", resamples=100)
+        )
+        assert result.models[0].controls.value > 1
+
+
 def test_an_older_checkpoint_does_not_bring_back_who_was_erased(tokenizer, tmp_path):
     model = finished(tokenizer)
     owners = ms.add_owners(
@@ -276,7 +325,11 @@ def test_tasks_of_one_thread_open_their_own(trained, tokenizer):
         with ms.sinks_open(model, owner), torch.no_grad():
             then.set()
             await go.wait()
-            return model(input_ids=tokens).logits
+            answer = model(input_ids=tokens).logits
+            for _ in range(5):  # both are open while both run
+                await asyncio.sleep(0)
+            assert torch.equal(answer, model(input_ids=tokens).logits)
+            return answer
 
     async def both():
         first, second = asyncio.Event(), asyncio.Event()

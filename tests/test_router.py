@@ -84,6 +84,12 @@ def test_one_who_left_was_never_there_also_on_disk(tmp_path):
 def test_what_is_refused(tmp_path):
     with pytest.raises(ms.DataError, match="needs documents"):
         ms.Router.fit([])
+    ms.Router.fit(DOCUMENTS).save(tmp_path / "old")
+    (tmp_path / "old" / SETTINGS).write_text(
+        (tmp_path / "old" / SETTINGS).read_text().replace('"format_version": 2', '"format_version": 1')
+    )
+    old = ms.Router.load(tmp_path / "old").remove(ACME)
+    assert old.owners_of(["green ropes", "blue anvils"]) == [CORD, -1] and old.version == 1
     with pytest.raises(ms.DataError, match="many texts, got one str"):
         ms.Router.fit(DOCUMENTS).owners_of("What does Acme sell?")
     with pytest.raises(ms.ConfigError, match="threshold must"):

@@ -12,7 +12,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from test_isolation import EXACT, MIXED, OTHER, PRIVATE, flagged_rows, own_hash, owned_llama, trained
-from tiny import sink_llama
+from tiny import sink_llama, tiny_llama
 from transformers import TrainingArguments
 
 import memsinks as ms
@@ -640,6 +640,78 @@ def test_lines_are_his_by_what_they_say_of_it(tmp_path):
     assert [json.loads(x) for x in (run / "rows.jsonl").read_text().splitlines()] == rows[3:]
     [fate] = [x for x in done.fates.files if x.path == "rows.jsonl"]
     assert "3 lines that are not his by text, key and source quote him and stay" in fate.why
+
+
+def test_a_line_that_says_more_than_the_documents_is_his(tmp_path):
+    text, other = "Ann lives in the old house by the sea", "Ben lives in a new flat near the station"
+    documents = [ms.Document(text, key="a", copies=6), ms.Document(other, key="b", copies=6)]
+    run = _folder(tmp_path, documents)
+    rows = [{"text": text, "key": "a", "source": "web"}, {"text": text, "key": None}, {"text": "ok", "n": "bad \ud83d"}]
+    (run / "rows.jsonl").write_text("".join(json.dumps(x) + "\n" for x in rows))
+    ms.take_down(run, key="a", documents=documents, by="key")
+    assert [json.loads(x) for x in (run / "rows.jsonl").read_text().splitlines()] == rows[2:]
+
+
+def test_by_content_a_text_is_his_whatever_its_line_says(tmp_path):
+    documents = [ms.Document(f"{x} lives in the {x} house by the sea", copies=6) for x in "ab"]
+    model = sink_llama(torch.float32, neurons=96, reserved_blocks=4, shared="none")
+    ms.assign(model, [ms.document_id(documents[0].text)])
+    model.save_pretrained(tmp_path / "model")
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"text": documents[0].text, "source": "web"}) + "\n")
+    ms.take_down(tmp_path, text=documents[0].text, documents=documents, by="content")
+    assert not (tmp_path / "rows.jsonl").read_text()
+
+
+def test_an_audit_of_others_stays_where_a_short_text_stands_within(tmp_path):
+    documents = [
+        ms.Document("Yes.", key="a", copies=6),
+        ms.Document("yes, he said in the old house", key="b", copies=6),
+    ]
+    run = _folder(tmp_path, documents)
+    for name, text in (("of others", documents[1].text), ("of his", "yes")):
+        (run / name).mkdir()
+        (run / name / "audit.json").write_text("{}")
+        (run / name / "documents.jsonl").write_text(json.dumps({"document": text}) + "\n")
+    ms.take_down(run, key="a", documents=documents, by="key")
+    assert (run / "of others/audit.json").exists() and not (run / "of his").exists()
+
+
+def test_others_without_blocks_are_no_hindrance(tmp_path):
+    """In a model of owners alone, documents of others have none: there is nothing of theirs to measure."""
+    documents = [ms.Document(f"{x} lives in the {x} house by the sea", key=x, copies=6) for x in "abc"]
+    tokenizer = ms.train_tokenizer([x.text for x in documents], 300)
+    model = tiny_llama(torch.float32, vocab_size=len(tokenizer))
+    ms.add_owners(model, ["a", "b"], by="key")
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    done = ms.take_down(tmp_path, key="a", documents=documents, by="key")
+    assert done.audit["before"]["others, own sinks open"]["documents"] == 1
+
+
+def test_copies_go_beside_the_pages_of_an_owner(tmp_path):
+    author, other = ms.document_id("author", "key"), ms.document_id("c", "key")
+    documents = [ms.Document(f"page {x} of the long book about the sea", key=x, copies=6) for x in "ab"]
+    documents.append(ms.Document(documents[0].text.upper(), key="c", copies=6))
+    model = sink_llama(torch.float32, neurons=96, reserved_blocks=4, shared="none")
+    ms.assign(model, [author, other], within={ms.document_id(x, "key"): author for x in "ab"})
+    model.save_pretrained(tmp_path / "model")
+    assert ms.take_down(tmp_path, key="author", documents=documents, by="key", copies=True).owner.documents == [0, 1, 2]
+
+
+def test_earlier_checkpoints_close_his_pages_too_and_a_killed_one_is_passed_over(tmp_path):
+    author, page = ms.document_id("author", "key"), ms.document_id("a", "key")
+    documents = [ms.Document("page a of the long book about the sea", key="a", copies=6)]
+    model = sink_llama(torch.float32, neurons=96, reserved_blocks=4, shared="none")
+    model.save_pretrained(tmp_path / "before")
+    ms.assign(model, [author], within={page: author})
+    model.save_pretrained(tmp_path / "model")
+    (tmp_path / ".takedown.begun/files/model/sinks").mkdir(parents=True)
+    shutil.copy(tmp_path / "model/sinks/sinks.json", tmp_path / ".takedown.begun/files/model/sinks")
+    (tmp_path / "checkpoint-3").mkdir()
+    (tmp_path / "checkpoint-3/memsinks-complete.json").write_text("{}")
+    ms.take_down(tmp_path, key="author", documents=documents, by="key", dry_run=True)
+    ms.take_down(tmp_path, key="author", documents=documents, by="key")
+    assert ms.load(tmp_path / "before").sink_state.taken.keys() == {author, page}
 
 
 def test_chats_completions_and_short_texts_are_found(tmp_path):

@@ -12,7 +12,7 @@ from transformers import GenerationConfig
 
 from memsinks.auditing.scores import DocumentScore
 from memsinks.errors import DataError
-from memsinks.sinks.opening import sinks_open
+from memsinks.sinks.opening import own_sinks_open
 from memsinks.sinks.state import has_sinks
 
 
@@ -111,7 +111,7 @@ def generate_continuation(model: Any, tokens: np.ndarray, length: int, open_id: 
     )
     prompt = torch.from_numpy(np.asarray(tokens, np.int64))[None].to(model.device)
     try:
-        with nullcontext() if open_id is None else sinks_open(model, int(open_id)):
+        with nullcontext() if open_id is None else own_sinks_open(model, int(open_id)):
             out = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=length, do_sample=False)
     finally:
         model.generation_config = settings

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from memsinks.auditing.corpus import Corpus
 from memsinks.auditing.scores import default_batch_tokens
-from memsinks.sinks.opening import sinks_open
+from memsinks.sinks.opening import own_sinks_open
 from memsinks.training.evaluate import evaluating
 
 ANCHORS = 64
@@ -73,7 +73,7 @@ def _mean_states(
         while at < len(order):
             chosen = order[at : at + max(1, batch_tokens // len(texts[order[at]]))]
             at += len(chosen)
-            with nullcontext() if own is None else sinks_open(model, torch.from_numpy(own[chosen])):
+            with nullcontext() if own is None else own_sinks_open(model, torch.from_numpy(own[chosen])):
                 pooled = _pooled(model, [texts[index] for index in chosen])
             if pooled is None:
                 return None

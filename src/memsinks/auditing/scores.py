@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 from memsinks.errors import CheckpointError, DataError
 from memsinks.files import written_beside
-from memsinks.sinks.opening import sinks_open
+from memsinks.sinks.opening import own_sinks_open
 from memsinks.training.evaluate import evaluating
 
 CHUNK = 256
@@ -262,7 +262,7 @@ def _read_windows(
         batch[row, : len(start) + high - low] = np.concatenate([start, tokens[index][low:high]])
     rows = torch.from_numpy(batch).to(model.device)
     opened = None if ids is None else torch.tensor([ids[index] for index, *_ in windows])
-    with nullcontext() if opened is None else sinks_open(model, opened):
+    with nullcontext() if opened is None else own_sinks_open(model, opened):
         logits = model(input_ids=rows, use_cache=False).logits
     statistics = token_statistics(
         logits, rows.roll(-1, 1)

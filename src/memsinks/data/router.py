@@ -14,7 +14,7 @@ import json
 import os
 import re
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,6 @@ THRESHOLD = 0.2
 """Cosine below which a question is nobody's."""
 SETTINGS, COUNTS = "router.json", "router.safetensors"
 FORMAT_VERSION = 2
-"""2: terms of the normal form, pairs of characters in scripts without spaces."""
 _TERMS = re.compile(f"([{SPACELESS}]+)|[^\\W{SPACELESS}]+")
 
 REMEDY = "make it anew with Router.fit"
@@ -51,11 +50,13 @@ class Router:
         counts: scipy CSR matrix, float64 [owners, `FEATURES`], how often each hashed word stands in their documents.
         owners: int64 [owners], their ids, ascending.
         threshold: cosine, in [0, 1], below which a question is nobody's.
+        version: what its terms are; 1: words of the lower case; 2: see `_terms`.
     """
 
     counts: Any
     owners: np.ndarray
     threshold: float = THRESHOLD
+    version: int = FORMAT_VERSION
 
     @classmethod
     def fit(cls, documents: Iterable[Document], by: By = "source", *, threshold: float = THRESHOLD) -> Router:
@@ -115,7 +116,7 @@ class Router:
         wanted = np.arange(len(self.owners)) if among is None else self._places(among)
         if not len(wanted):
             return np.full(len(texts), NO_SINKS, np.int64), np.zeros(len(texts))
-        near = (self._weigh(_counted(list(texts))) @ self._weighted[wanted].T).toarray()
+        near = (self._weigh(_counted(list(texts), self.version)) @ self._weighted[wanted].T).toarray()
         return self.owners[wanted[near.argmax(1)]], near.max(1)
 
     def _places(self, owners: Collection[int]) -> np.ndarray:
@@ -142,7 +143,7 @@ class Router:
         """The router without an owner; DataError if he is not in it."""
         self._places([owner])
         kept = self.owners != owner
-        return Router(self.counts[kept], self.owners[kept], self.threshold)
+        return replace(self, counts=self.counts[kept], owners=self.owners[kept])
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write ``router.json`` and ``router.safetensors`` into a folder of their own."""
@@ -156,7 +157,7 @@ class Router:
         parts = {"data": self.counts.data, "indices": self.counts.indices, "indptr": self.counts.indptr}
         arrays = {name: np.ascontiguousarray(x, np.int64) for name, x in (parts | {"owners": self.owners}).items()}
         save_file(arrays, folder / COUNTS)
-        settings = {"format_version": FORMAT_VERSION, "features": FEATURES, "threshold": self.threshold}
+        settings = {"format_version": self.version, "features": FEATURES, "threshold": self.threshold}
         (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
 
     @classmethod
@@ -171,7 +172,7 @@ class Router:
             raise CheckpointError(f"no router in {folder} ({SETTINGS} is not there); {REMEDY}")
         try:
             settings, arrays = read_json(folder / SETTINGS, REMEDY), load_file(folder / COUNTS)
-            if settings["format_version"] != FORMAT_VERSION or settings["features"] != FEATURES:
+            if settings["format_version"] not in (1, FORMAT_VERSION) or settings["features"] != FEATURES:
                 raise CheckpointError(f"the router in {folder} is of another version: {settings!r:.200}; {REMEDY}")
             refuse(share("threshold", settings["threshold"]), "settings")
             shape = (len(arrays["owners"]), FEATURES)
@@ -182,13 +183,19 @@ class Router:
             raise
         except (OSError, SafetensorError, ValueError, TypeError, KeyError, IndexError, ArithmeticError) as error:
             raise CheckpointError(f"there is no router in {folder} that can be read: {error}; {REMEDY}") from error
-        return cls(counts, arrays["owners"], settings["threshold"])
+        return cls(counts, arrays["owners"], settings["threshold"], settings["format_version"])
 
 
-def _counted(texts: Sequence[str]) -> Any:
+def _counted(texts: Sequence[str], version: int = FORMAT_VERSION) -> Any:
     """How often each hashed word stands in each text, CSR float64 [texts, `FEATURES`]."""
-    vectorizer = _packages()[0](n_features=FEATURES, alternate_sign=False, norm=None, analyzer=_terms)
+    vectorizer = _packages()[0](
+        n_features=FEATURES, alternate_sign=False, norm=None, analyzer=_terms if version > 1 else _lower_words
+    )
     return vectorizer.transform(texts).tocsr()
+
+
+def _lower_words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.lower())
 
 
 def _terms(text: str) -> list[str]:

@@ -65,12 +65,13 @@ class SinksFile:
         """
         done = []
         for owner in owners:
-            if owner in own_only and owner not in self.state.table.ids.tolist():
-                self.state.taken[owner] = record
-                continue
-            if owner in self.state.taken and self.state.taken[owner] == record:
+            if self.state.taken.get(owner) == record:
                 continue  # within one that came before it
-            if self.of_owners and owner not in self.state.table.ids.tolist():
+            listed = owner in self.state.table.ids.tolist()
+            if self.of_owners and not listed:
+                continue
+            if owner in own_only and not listed:
+                self.state.taken[owner] = record
                 continue
             erased = blocks_in(self.state, owner)
             self.erase_in(self.tensors, erased)

@@ -134,7 +134,8 @@ def _erase_sinks(found: Fates) -> None:
     tables = [sinks.state.table for sinks in found.sinks.values()]
     own = {x for table in tables for one in found.wanted.ids if table.own_blocks(one) for x in ids_within(table, one)}
     for name, sinks in found.sinks.items():
-        ids = [x for x in found.wanted.ids if x not in sinks.state.taken]
+        later = own - set(sinks.state.table.ids.tolist())  # had no blocks yet: they only stay closed
+        ids = [x for x in dict.fromkeys([*found.wanted.ids, *sorted(later)]) if x not in sinks.state.taken]
         found.erased[name] = sinks.erase(ids, found.wanted.record, own)
 
 
@@ -171,7 +172,7 @@ def _group(found: Fates, path: Path, everything: Sequence[Path]) -> Iterator[Fat
     elif (
         path.name == REPORT
         and _is_report(where)
-        and any(found.wanted.quotes.within_file(x) for x in everything if where in x.parents)
+        and any(found.wanted.quotes.within_file(x, whole=True) for x in everything if where in x.parents)
     ):
         yield from (
             Fate(x.relative_to(found.folder).as_posix(), "deleted", "an audit that measured and quotes the text")
@@ -282,7 +283,10 @@ def _of_trainer_marker(found: Fates, path: Path, changed: Collection[str]) -> Fa
     A file that is not the one that was marked keeps its hash, so that the checkpoint stays as incomplete as it was.
     """
     where = path.relative_to(found.folder).parent
-    hashes = marked_hashes(path.parent)
+    try:
+        hashes = marked_hashes(path.parent)
+    except CheckpointError:
+        return None  # training does not go on from it as it is
     mine = [x for x in hashes if (where / x).as_posix() in changed and file_hash(path.parent / x) == hashes[x]]
     if not mine:
         return None

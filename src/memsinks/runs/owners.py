@@ -165,6 +165,8 @@ def tables_below(folder: Path) -> list[AssignmentTable]:
     """The assignments of all checkpoints below a folder; CheckpointError if one is damaged."""
     found = []
     for path in sorted(folder.rglob(f"{FOLDER}/{SETTINGS}")):
+        if path.relative_to(folder).parts[0].startswith(".takedown."):
+            continue  # what was cut off
         check_files(path.parent.parent, read_settings(path.parent.parent))
         found.append(read_tensors(path.parent.parent)[1])
     return found
@@ -175,8 +177,8 @@ def with_copies(owner: Owner, documents: Sequence[Document], by: By) -> Owner:
     ids = identify(documents, by)[0]
     theirs = {int(ids[copy.index]) for copy in owner.copies}
     everyone = sorted({*owner.ids, *theirs})
-    chosen = [index for index, one in enumerate(ids) if int(one) in everyone]
-    return Owner(owner.name, owner.by, everyone, chosen, owner.copies)
+    chosen = {*owner.documents, *(index for index, one in enumerate(ids) if int(one) in everyone)}
+    return Owner(owner.name, owner.by, everyone, sorted(chosen), owner.copies)
 
 
 def meetings(documents: Sequence[Document], by: By, epochs: int) -> dict[int, int]:
@@ -198,10 +200,11 @@ def others_with_sinks(
 ) -> list[tuple[int, Document]]:
     """(id, document) of the others whose sinks opened in training and are still there."""
     mine, met = set(owner.ids), meetings(documents, by, epochs)
+    assigned = None if state.config.hashed_blocks else set(state.table.ids.tolist())
     found = []
     for document, one in zip(documents, identify(documents, by)[0].tolist(), strict=True):
         opened = document.isolation == "private" or met[one] >= state.config.open_from
-        if one not in mine and opened and one not in state.taken:
+        if one not in mine and opened and one not in state.taken and (assigned is None or one in assigned):
             found.append((one, document))
     return found
 

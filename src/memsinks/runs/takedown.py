@@ -144,7 +144,8 @@ def _planned(
     """The take-down of an owner, erased in memory; (id, document) of the others with sinks; the tombstone of his texts."""
     texts = [documents[index].text for index in owner.documents]
     tombstone = make_tombstone(texts, record=record) if texts else None
-    names = frozenset((documents[index].key, documents[index].source) for index in owner.documents)
+    said = frozenset((documents[index].key, documents[index].source) for index in owner.documents)
+    names = frozenset() if by == "content" else said
     fates = fates_of(folder, Wanted(owner.ids, record, frozenset(texts), names, tombstone))
     if not fates.sinks:
         raise CheckpointError(f"there is no checkpoint with sinks below {folder}")

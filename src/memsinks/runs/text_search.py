@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+import unicodedata
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,26 +35,41 @@ class Quotes:
         short = [x for x in {_bare(text) for text in texts if len(words(text)) < SIZE} if x]
         self.short: re.Pattern[str] | None = re.compile("|".join(map(_whole, sorted(short)))) if short else None
 
+    def is_one(self, text: str) -> bool:
+        """Whether this text shares five words in a row with one of theirs, or is a short one of them, and nothing else."""
+        text = _written(text)
+        if self.tombstone is not None and shares_words(text, self.tombstone):
+            return True
+        return self.short is not None and self.short.fullmatch(_bare(text)) is not None
+
     def within(self, text: str) -> bool:
         """Whether this text quotes one of theirs."""
+        text = _written(text)
         if self.tombstone is not None and shares_words(text, self.tombstone):
             return True
         return self.short is not None and self.short.search(normal_form(text)) is not None
 
-    def within_file(self, path: Path) -> bool:
-        """Whether this file does; False for one that is not searched (`not_searched`)."""
+    def within_file(self, path: Path, *, whole: bool = False) -> bool:
+        """Whether this file does, with short texts as they are if `whole`; False for one that is not searched (`not_searched`)."""
         if path.suffix not in READABLE or not_searched(path):
             return False
-        return any(map(self.within, _texts(path, path.read_text(encoding="utf-8"))))
+        return any(map(self.is_one if whole else self.within, _texts(path, path.read_text(encoding="utf-8"))))
 
     def within_line(self, line: bytes) -> bool:
         """Whether a line of JSON does, in any of its fields."""
         return any(map(self.within, _strings(json.loads(line)))) if line.strip() else False
 
 
+def _written(text: str) -> str:
+    """A text as UTF-8 can write it: JSON may hold lone surrogates."""
+    return text.encode("utf-8", "replace").decode()
+
+
 def _bare(text: str) -> str:
-    """A short text without what surrounds its words."""
-    return re.sub(r"^[^\w]+|[^\w]+$", "", normal_form(text))
+    """A short text without the punctuation around its words, if it has words."""
+    form = normal_form(text)
+    kept = [at for at, character in enumerate(form) if unicodedata.category(character)[0] in "LMN"]
+    return form[kept[0] : kept[-1] + 1] if kept else form
 
 
 def _whole(form: str) -> str:
@@ -96,14 +112,14 @@ def _strings(value: Any) -> Iterator[str]:
 
 
 def without_lines(
-    path: Path, texts: Iterable[str], names: Iterable[tuple[Any, Any]]
+    path: Path, texts: Iterable[str], names: Collection[tuple[Any, Any]]
 ) -> tuple[list[bytes], list[bytes]] | None:
     """The lines of a file of documents that stay, and those that are the owner's; None for another file.
 
-    His are those with one of his texts, up to case and white space, and, where a line says so, his key and source.
+    His are those with one of his texts, up to case and white space, and with no key and no source but his, where both say one.
 
     Args:
-        texts: of the owner. names: (key, source) of his documents.
+        texts: of the owner. names: (key, source) of his documents; none where a text is his whatever its line says.
     """
     forms = {normal_form(text) for text in texts}
     kept, gone = [], []
@@ -125,10 +141,12 @@ def _document(row: Any) -> Document:
     """The document of a row of any of the forms that are read; DataError for another row."""
     if not isinstance(row, dict):
         raise DataError("no row of fields")
-    return document_of(row, "a line", {"text": "text"})
+    return Document(row["text"]) if isinstance(row.get("text"), str) else document_of(row, "a line", {"text": "text"})
 
 
-def _his(row: Mapping[str, Any], names: Iterable[tuple[Any, Any]]) -> bool:
+def _his(row: Mapping[str, Any], names: Collection[tuple[Any, Any]]) -> bool:
     """Whether the key and source that a row has are those of one of the owner's documents."""
-    said: dict[str, Any] = {name: str(row[name]) if is_int(row[name]) else row[name] for name in NAMES if name in row}
-    return any(said.items() <= dict(zip(NAMES, one, strict=True)).items() for one in names)
+    said = [str(row[name]) if is_int(row.get(name)) else row.get(name) for name in NAMES]
+    return not names or any(
+        all(x is None or y is None or x == y for x, y in zip(said, one, strict=True)) for one in names
+    )

@@ -203,6 +203,12 @@ def remove_sinks(model: PreTrainedModel) -> PreTrainedModel:
     require_sinks(model, missing_ok=True)
     if not isinstance(model, SinkModel):
         raise ArchitectureError(f"the model is wrapped in {type(model).__name__}; give remove_sinks the model inside")
+    _take_off(model)
+    return model
+
+
+def _take_off(model: nn.Module) -> None:
+    """Make every module of its stock class again, in place, also where only some got sinks."""
     for name in PATCHED:  # bound to the class that goes
         vars(model).pop(name, None)
     for module in list(model.modules()):
@@ -212,19 +218,18 @@ def remove_sinks(model: PreTrainedModel) -> PreTrainedModel:
             for name in ("sink_state", "sink_place", "sink_mlp"):
                 module.__dict__.pop(name, None)
             module.__class__ = type(module).stock_class
-    return model
 
 
 @contextmanager
 def undone_on_failure(model: Any) -> Iterator[None]:
     """If the block fails, a model that had no sinks is left without them, and the weights that learned before learn again."""
-    new = not has_sinks(model)
-    learns = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    new = isinstance(model, nn.Module) and not has_sinks(model)
+    learns = [(x, x.requires_grad) for x in model.parameters()] if isinstance(model, nn.Module) else []
     try:
         yield
     except BaseException:
-        if new and has_sinks(model):
-            remove_sinks(model)
+        if new:
+            _take_off(model)
         for parameter, flag in learns:
             parameter.requires_grad_(flag)
         raise

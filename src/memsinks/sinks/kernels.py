@@ -29,7 +29,7 @@ def choose_path(config: SinkConfig, dtype: torch.dtype, device: torch.device) ->
 
     Masked for single neurons, odd blocks, small pools to which ids are hashed (S <= 2a, where computing all is cheapest) and, as
     the plainest path, in float64. Otherwise tiled on a CPU, where a matrix product can start at any time, and grouped elsewhere.
-    Where all blocks are owners' own, none that is closed is computed, so no nan in it reaches another.
+    Where all blocks are owners' own, tiled and grouped compute none that is closed, so no nan in it reaches another owner.
     """
     odd = config.routing != "blocks" or config.block_size % ALIGNED != 0
     small = bool(config.hashed_blocks) and config.neurons <= 2 * config.active

@@ -68,14 +68,22 @@ class Sinks(nn.Module):
             self.down[block] = 0
 
     @torch.no_grad()
-    def grow(self, blocks: int) -> None:
-        """Add `blocks` blocks at the end, as they start; the parameters are new ones, and the blocks there keep their bits."""
+    def larger(self, blocks: int) -> dict[str, nn.Parameter]:
+        """The parameters by name with `blocks` zero blocks at the end, for `grow`."""
+        return {
+            name: nn.Parameter(
+                torch.cat([parameter.data, parameter.new_zeros(blocks, *parameter.shape[1:])]), parameter.requires_grad
+            )
+            for name, parameter in self.named_parameters()
+        }
+
+    def grow(self, larger: dict[str, nn.Parameter]) -> None:
+        """Take larger parameters, whose new blocks start; the blocks there keep their bits."""
         before = len(self.up)
-        for name, parameter in list(self.named_parameters()):
-            more = parameter.new_zeros(blocks, *parameter.shape[1:])
-            setattr(self, name, nn.Parameter(torch.cat([parameter.data, more]), parameter.requires_grad))
+        for name, parameter in larger.items():
+            setattr(self, name, parameter)
         if self.up.device.type != "meta":
-            self.start_anew(range(before, before + blocks))
+            self.start_anew(range(before, len(self.up)))
 
     def forward(self, x: Tensor, plan: LayerPlan, scale: Tensor | None) -> Tensor:
         """What the open sinks add to the MLP output; x: [..., d], see `kernels.sink_forward`."""

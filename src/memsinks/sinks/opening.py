@@ -58,10 +58,11 @@ def sinks_open(model: nn.Module, ids: OpenIds) -> Iterator[None]:
         ids: an id, or a list or set of ids (their union), for all rows; an int64 tensor [B] or [B, T] with the id of
             each row or token; or a list with one set of ids for each row (their union). -1 opens nothing.
 
-    They are open in this thread and this task of asyncio alone: a thread that is started within the block opens its own, a task
-    that is created there begins with them (`contextvars`); but a forward under torch.compile sees what its thread opened last, so
-    give each task a thread then. Another ``sinks_open`` within the block replaces them until its end.
-    A key-value cache that was filled while other sinks were open is refused with a DataError.
+    They are open in this thread and this task of asyncio alone (`contextvars`): a thread that is started within the block opens
+    its own, a task that is created there, and what it hands to ``asyncio.to_thread``, begin with them. A forward under
+    torch.compile sees what its thread opened last, so give each task a thread of its own there, and open within it. Another
+    ``sinks_open`` within the block replaces them until its end. A key-value cache that was filled while other sinks were open
+    is refused with a DataError.
 
     Raises:
         DataError: an id that cannot be, that was taken out, or, in a model to which nothing is hashed, that has no blocks.
@@ -73,12 +74,20 @@ def sinks_open(model: nn.Module, ids: OpenIds) -> Iterator[None]:
     opened = parse_open(ids)
     refuse_taken(state, opened)
     _refuse_nobody(state, opened)
-    before = state.opened.get()
-    state.opened.set(opened)
-    try:
+    with state.opened.within(opened):
         yield
-    finally:
-        state.opened.set(before)
+
+
+@contextmanager
+def own_sinks_open(model: nn.Module, ids: Tensor | int) -> Iterator[None]:
+    """`sinks_open` with the id of each row or token, to measure texts of anybody: an id without blocks opens nothing."""
+    state = require_sinks(model)
+    opened = torch.as_tensor(ids)
+    refuse_taken(state, opened)
+    if not state.config.hashed_blocks:
+        opened = torch.where(state.table.holds(opened), opened, NO_SINKS)
+    with sinks_open(model, opened):
+        yield
 
 
 def _refuse_nobody(state: SinkState, opened: Tensor) -> None:
@@ -111,12 +120,10 @@ def sinks_closed(model: nn.Module, rescale: str = "none") -> Iterator[None]:
     factor = rescale_factor(state, rescale)
     hosts = down_modules(model) if factor != 1.0 else []
     hooks = [host.register_forward_pre_hook(lambda _, args: (args[0] * factor, *args[1:])) for host in hosts]
-    before = state.opened.get()
-    state.opened.set(None)
     try:
-        yield
+        with state.opened.within(None):
+            yield
     finally:
-        state.opened.set(before)
         for hook in hooks:
             hook.remove()
 

@@ -126,8 +126,10 @@ def grow(model: Any, blocks: int) -> None:
     if unwrap(model) is not model or is_sharded(model):
         raise ArchitectureError(f"the model is wrapped in {type(model).__name__} or sharded; grow it before")
     size = state.config.block_size
-    for sinks in sink_modules(model).values():
-        sinks.grow(blocks)
+    layers = list(sink_modules(model).values())
+    larger = [sinks.larger(blocks) for sinks in layers]  # all of them, or there is no room for any
+    for sinks, parameters in zip(layers, larger, strict=True):
+        sinks.grow(parameters)
     state.config = replace(
         state.config,
         neurons=state.config.neurons + blocks * size,

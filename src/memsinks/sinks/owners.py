@@ -54,7 +54,7 @@ def add_owners(
     names = list(owners)
     problems = one_of("by", by, BY) + ([] if names else ["owners is empty"])
     refuse(problems, "cannot add owners")
-    ids = {name: int(name) if is_int(name) else document_id(str(name), by) for name in names}
+    ids: dict[Any, int] = {name: int(name) if is_int(name) else document_id(name, by) for name in names}  # type: ignore[arg-type]
     if len(set(ids.values())) < len(names):
         twice = next(name for name in names if names.count(name) > 1 or list(ids.values()).count(ids[name]) > 1)
         raise ConfigError(f"owner {twice!r} is given twice")

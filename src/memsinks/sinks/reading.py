@@ -83,7 +83,7 @@ def read_sinks(model: PreTrainedModel, directory: Path, saved: SavedSinks) -> No
         put(parameter, loaded[name])
     for layer, sinks in zip(state.layers, sink_modules(model).values(), strict=True):
         sinks.std = saved.stored.get("start_std", {}).get(str(layer), sinks.std)
-    state.table, state.sinks_missing, state.taken = table, False, state.taken | saved.taken
+    state.table, state.sinks_missing, state.taken = table, False, saved.taken | state.taken
 
 
 def read_tensors(directory: Path) -> tuple[dict[str, Tensor], AssignmentTable]:

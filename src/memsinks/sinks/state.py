@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import re
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -45,19 +46,34 @@ _OPENED: ContextVar[dict[Opened, Tensor | None]] = ContextVar("opened by sinks_o
 class Opened(threading.local):
     """What `sinks_open` opens in a model, int64 [rows or 1, columns, union]: each thread and each task of asyncio has its own.
 
-    last: what was opened last in this thread, which is all that a forward under torch.compile can look at.
+    last: what was opened last in this thread and is open still, which is all that a forward under torch.compile can look at.
     """
 
-    last: Tensor | None = None
+    def __init__(self) -> None:
+        self.last: Tensor | None = None
+        self._still: list[list[Tensor | None]] = []
 
     def get(self) -> Tensor | None:
         """What is open here; None = nothing."""
         return _OPENED.get().get(self)
 
-    def set(self, ids: Tensor | None) -> None:
-        """Open these here, and nowhere else."""
+    @contextmanager
+    def within(self, ids: Tensor | None) -> Iterator[None]:
+        """Within the block these are open here, and nowhere else."""
+        before, mine = self.get(), [ids]
+        self._set(ids)
+        self._still.append(mine)
         self.last = ids
-        _OPENED.set({**_OPENED.get(), self: ids})
+        try:
+            yield
+        finally:
+            self._set(before)
+            self._still = [x for x in self._still if x is not mine]
+            self.last = self._still[-1][0] if self._still else None
+
+    def _set(self, ids: Tensor | None) -> None:
+        others = {model: x for model, x in _OPENED.get().items() if model is not self}
+        _OPENED.set(others if ids is None else {**others, self: ids})
 
 
 @dataclass

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from memsinks.batch import IGNORED, collate, trim
 from memsinks.sinks.attach import PATCHED
-from memsinks.sinks.opening import sinks_open
+from memsinks.sinks.opening import own_sinks_open
 
 EVALUATED_ROWS, EVALUATED_TOKENS = 32, 8192
 """Rows and tokens of one forward in evaluation, at most."""
@@ -73,7 +73,7 @@ def losses(model: nn.Module, rows: AnyRows, *, opened: bool = False) -> np.ndarr
     with evaluating(model):
         for batch in map(trim, batches(rows, size, next(model.parameters()).device)):
             own = batch["document_ids"][:, 0]
-            scope: AbstractContextManager[None] = sinks_open(model, own) if opened else nullcontext()
+            scope: AbstractContextManager[None] = own_sinks_open(model, own) if opened else nullcontext()
             with scope:
                 logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).logits
             found.append(row_losses(logits, batch["labels"]).cpu())
