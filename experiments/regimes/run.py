@@ -41,7 +41,7 @@ REGIMES: dict[str, dict[int, dict[str, str]]] = {
 }
 """Text, share of repeats in percent -> what changes in the recipe; rows and steps of a text stay. Mixed: pieces of Wikipedia,
 Stack Exchange, US patents, NIH abstracts and Common Crawl, in the order of that file; 400 steps leave a model on the plateau of
-the first steps, so 786; *twice*: 1,573 steps, for the price alone (--arms standard "dedup, fresh text" --attacks forward)."""
+the first steps, so 786; *twice*: 1,611 steps, for the price alone (--arms standard "dedup, fresh text" --attacks forward)."""
 EVERY_SEED = ("standard", "twin", "dedup", "exact, fresh text", "decay", "decay 1, until 0.3")
 
 

@@ -50,7 +50,7 @@ class Quotes:
         return self.short is not None and self.short.search(normal_form(text)) is not None
 
     def within_file(self, path: Path, *, whole: bool = False) -> bool:
-        """Whether this file does, with short texts as they are if `whole`; False for one that is not searched (`not_searched`)."""
+        """Whether this file does, short texts as they are if `whole`; False for one that is not searched (`not_searched`)."""
         if path.suffix not in READABLE or not_searched(path):
             return False
         return any(map(self.is_one if whole else self.within, _texts(path, path.read_text(encoding="utf-8"))))
