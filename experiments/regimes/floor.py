@@ -2,10 +2,10 @@
 
     MEMSINKS_DATA=... OMP_NUM_THREADS=2 python experiments/regimes/floor.py --bases 5 wikitext2     # floor.json; minutes
 
-Sinks write into the residual stream alone. What comes out of it goes through the final RMSNorm, which fixes its length, and the output
-embedding, which is a shared weight: so no sink can make a token more likely than the best vector of that length does. Of each
-token that vector is sought by gradient descent, from the token's own embedding on; the *floor* is the mean of the losses that are left over the
-tokens of the repeated texts, nats. Models and texts: those of last.py, first seed.
+Sinks write into the residual stream alone. What comes out of it goes through the final RMSNorm, which fixes its length, and the
+output embedding, which is a shared weight: so no sink can make a token more likely than the best vector of that length does. Of
+each token that vector is sought by gradient descent, from the token's own embedding on; the *floor* is the mean of the losses
+that are left over the tokens of a text, and over the repeated texts, nats. Models and texts: those of last.py, first seed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from memsinks._version import versions
 from memsinks.batch import NO_SINKS
 
 HERE = Path(__file__).parent
-STEPS = 400
+STEPS = 1000
 
 
 def floors(model: Any) -> Tensor:
@@ -53,8 +53,9 @@ def main() -> None:
         model, texts, _, _ = trained(base, 0)
         least = floors(model)
         rows = [texts[index] for index in range(len(texts))]
-        tokens = torch.cat([row["input_ids"][row["document_ids"] != NO_SINKS][1:] for row in rows])
-        found[base] = {"floor": round(float(least[tokens].mean()), 3), "tokens": len(tokens)}
+        tokens = [row["input_ids"][row["document_ids"] != NO_SINKS][1:] for row in rows]
+        floor = torch.stack([least[x].mean() for x in tokens]).mean()
+        found[base] = {"floor": round(float(floor), 3), "texts": len(tokens)}
         print(base, found[base], flush=True)
     facts = {"steps": STEPS, "bases": found, "versions": versions("torch", "transformers")}
     (HERE / "floor.json").write_text(json.dumps(facts, indent=1) + "\n")
