@@ -79,7 +79,8 @@ def sinks_last(
         lr: peak learning rate; that of the sinks in training (``lr * sink_lr_factor``) is a good start.
         passes: times each text is met.
         until: a text whose loss was at or below this when it was met, nats, is met no more; 0 = each text in every pass. Passes
-            over texts that are recited already are most of the cost; what leaving them out does to recall was not measured.
+            over texts that are recited already are most of the cost; what leaving them out does to recall was not measured. No
+            sink can bring a loss below a floor that the output embedding sets, so below it this ends nothing.
         batch_rows: texts of one step; micro_rows: of one forward, the gradients add up. None = all.
         max_norm: of the sinks' gradient; 0 = no clipping.
         only: {layer: blocks} that learn, all others keep every bit; None = all that are open.
