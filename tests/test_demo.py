@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import multiprocessing
+import subprocess
+import sys
 
 import pytest
 from transformers import AutoModelForCausalLM
@@ -129,6 +131,19 @@ def test_what_goes_wrong_in_one_of_two_processes_is_raised_and_ends_the_other(tm
     with pytest.raises(DataError, match=r"none\.jsonl"):
         train_side_by_side({"": endless, "-": lacks})
     assert not multiprocessing.active_children()
+
+
+def test_what_runs_are_forked_from_starts_before_anything_slow_is_imported() -> None:
+    """And that process has imported what a run needs, in silence, when a run is forked from it."""
+    code = (
+        "import sys; from memsinks.runs.forked import run_context, start_importing; start_importing()\n"
+        "assert not {'numpy', 'torch'} & set(sys.modules)\n"
+        "asked = '\\'memsinks.runs.run\\' in __import__(\\'sys\\').modules'\n"
+        "with run_context().Pool(1) as pool: print(pool.apply(eval, [asked]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == f"{sys.platform == 'linux'}\n"
+    assert not done.stderr
 
 
 @pytest.mark.long

@@ -38,16 +38,18 @@ def messages_on_stderr(quiet: bool) -> Iterator[None]:
     logger.addHandler(handler)
     logger.setLevel(logging.WARNING if quiet else logging.INFO)
     try:
-        _without_small_bars()
+        _without_noise()
         yield
     finally:
         logger.removeHandler(handler)
         logger.setLevel(before)
 
 
-def _without_small_bars() -> None:
-    """transformers shows a bar for each of a dozen small loads and saves."""
+def _without_noise() -> None:
+    """transformers shows a bar for each of a dozen small loads and saves, and libraries that it imports warn of each other."""
     from transformers.utils.logging import disable_progress_bar
+
+    import memsinks.runs.quiet  # noqa: F401
 
     disable_progress_bar()
 

@@ -35,6 +35,9 @@ def run_demo(arguments: Namespace) -> None:
         out = Path(arguments.out or "runs/demo-pretrained")
         print(format_pretrained(demo_pretrained(arguments.pretrained or MODEL, out), out))
         return
+    from memsinks.runs.forked import start_importing
+
+    start_importing()
     from memsinks.runs.demo import demo, format_result
 
     out = Path(arguments.out or "runs/demo")

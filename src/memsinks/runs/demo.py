@@ -58,7 +58,7 @@ RECIPE: Mapping[str, Any] = {
             "tie_word_embeddings": True,
         }
     },
-    "training": {"length": 320, "batch_rows": 3, "lr": 3e-3, "log_every": 50, "sinks_last_until": 0.05},
+    "training": {"length": 320, "batch_rows": 3, "lr": 3e-3, "log_every": 50},
 }
 WITH_SINKS: Mapping[str, Any] = {"sinks": {"neurons": 2048, "active": 128}}
 """What the second model has in its recipe beside the first's."""

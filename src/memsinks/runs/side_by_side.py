@@ -6,7 +6,6 @@ A small model gains next to nothing from a second thread, so two runs one after 
 from __future__ import annotations
 
 import logging
-import multiprocessing
 from collections.abc import Mapping
 from logging.handlers import QueueHandler, QueueListener
 from multiprocessing.connection import Connection, wait
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 
 from memsinks.errors import CheckpointError
+from memsinks.runs.forked import run_context
 from memsinks.runs.recipe import parse_recipe
 from memsinks.runs.run import train
 
@@ -39,7 +39,7 @@ def train_side_by_side(recipes: Mapping[str, Mapping[str, Any]], after: float = 
         parse_recipe(recipe)
     threads = max(1, torch.get_num_threads() // len(recipes))
     level = logging.getLogger("memsinks").getEffectiveLevel()
-    context = multiprocessing.get_context("spawn")
+    context = run_context()
     said = context.Queue()
     listener = QueueListener(said, _HandOn())
     listener.start()

@@ -1,7 +1,7 @@
 """The tiled path of a sink layer: plain matrix products over tiles of (token, block) pairs. For CPUs.
 
 A tile is one block and some tokens that open it. Long runs of a document are cut into a tile for each block they open: a
-slice of the tokens, so nothing is copied. Short runs would give too many small products; then a tile is a block with all
+slice of the tokens, so nothing is copied. Short runs would give too many small products; then a tile is a block with
 tokens that open it, which are copied together. Every pair is in one tile, tiles follow each other in a fixed order, so the
 result has the same bits on every run.
 
@@ -22,6 +22,8 @@ from memsinks.sinks.plan import Runs
 LONG = 2.0
 """A run is long from so many times the block size on (in tokens, on average over the runs of a call). Where the two ways
 cost the same in benchmarks/sink_layer.py."""
+MOST = 512
+"""Tokens that are copied together at most: such a copy, its product and the block stay in a core's cache."""
 
 
 def tiled(
@@ -109,16 +111,20 @@ def _tiles(spans: Tensor, blocks: Tensor, pool: int, size: int) -> _Tiles:
             if block < pool and start < end
         ]
         return _Tiles([run for run, _ in runs], [block for _, block in runs], [end - start for (start, end), _ in runs])
-    most = blocks.shape[1]
-    run = torch.repeat_interleave(lengths)
-    token = torch.arange(len(run)) - (lengths.cumsum(0) - lengths - spans[:, 0])[run]
-    flat = blocks[run].flatten()
+    flat = blocks.flatten()
     order = flat.argsort(stable=True)
-    sizes = torch.bincount(flat, minlength=pool)[:pool]
-    opened = sizes.nonzero()[:, 0]
-    counts = sizes[opened].tolist()
-    token = token[order[: sum(counts)] // most]
-    return _Tiles(token.split(counts), opened.tolist(), counts)
+    run = order // blocks.shape[1]
+    pairs = torch.zeros(pool + 1, dtype=torch.int64).index_add_(0, flat, lengths.repeat_interleave(blocks.shape[1]))
+    length = lengths[run]
+    token = torch.repeat_interleave(spans[run, 0] - length.cumsum(0) + length, length)
+    token += torch.arange(len(token))
+    parts = [
+        (block, min(MOST, count - start))
+        for block, count in enumerate(pairs[:pool].tolist())
+        for start in range(0, count, MOST)
+    ]
+    sizes = [size for _, size in parts]
+    return _Tiles(token[: sum(sizes)].split(sizes), [block for block, _ in parts], sizes)
 
 
 def _gradient_of(weight: Tensor) -> Tensor:
