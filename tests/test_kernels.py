@@ -205,6 +205,15 @@ def test_any_layout_equals_the_formula(ids, gated, scaled, path, shape):
     assert_close(case.run(torch.float32, case.plan(path, config, table)), want, 1e-5)
 
 
+@pytest.mark.parametrize("most", [1, 2, 5])
+@pytest.mark.parametrize("scaled", [False, True], ids=["plain sum", "weight scale"])
+@pytest.mark.parametrize("ids", IDS.values(), ids=IDS)
+def test_a_block_that_many_tokens_open_is_several_tiles(monkeypatch, ids, scaled, most):
+    monkeypatch.setattr(tiled_module, "MOST", most)
+    case = Case.make(ids, scaled=scaled)
+    assert_close(case.run(torch.float64, case.plan("tiled by block")), case.formula(opened(case.ids)), 1e-13)
+
+
 def test_bf16_is_near_the_formula():
     case = Case.make(IDS["mixed"], scaled=True)
     want = case.formula(opened(case.ids))

@@ -133,13 +133,19 @@ def check_ids(ids: Tensor, name: str = "document_ids", least: int = NO_SINKS) ->
         raise DataError(f"{name} must be {allowed}; the least value is {int(ids.min())}")
 
 
-def checked_id(value: Any) -> int:
-    """A document's id as an int; DataError for anything that is none, -1 (no sinks) among it."""
-    if not is_int(value) or not 0 <= value < 2**63:
-        raise DataError(
-            f"a document id is an int from 0 to 2**63 - 1 (memsinks.document_id gives it), got {value!r:.60}"
-        )
-    return int(value)
+def is_id(value: Any) -> bool:
+    """Whether a value is a document's id; -1 (no sinks) is none."""
+    return is_int(value) and 0 <= value < 2**63
+
+
+def checked_id(value: Any, or_none: bool = False) -> int:
+    """A document's id as an int, with `or_none` also -1 (no sinks); DataError for anything else."""
+    if is_id(value) or (or_none and is_int(value) and value == NO_SINKS):
+        return int(value)
+    none = ", or exactly -1 for none" if or_none else ""
+    raise DataError(
+        f"a document id is an int from 0 to 2**63 - 1 (memsinks.document_id gives it){none}, got {value!r:.60}"
+    )
 
 
 def as_int64(values: Iterable[int] | np.ndarray, name: str, least: int, narrow: bool = False) -> np.ndarray:

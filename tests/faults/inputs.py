@@ -47,7 +47,7 @@ from memsinks.removal.export import whose_sinks
 from memsinks.removal.tombstone import find_tombstoned, read_tombstone
 from memsinks.research.compare.comparison import read_comparison
 from memsinks.research.compare.results import data_sources, reported, reported_run
-from memsinks.runs.artifacts import Wanted, fates_of
+from memsinks.runs.artifacts import Wanted, fates_of, sinks_below
 from memsinks.runs.corpus import source_hashes
 from memsinks.runs.folder import RunFolder
 from memsinks.runs.owners import read_members
@@ -311,7 +311,11 @@ def _tombstone(folder: Path) -> None:
 
 
 def _fates(folder: Path) -> None:
-    fates_of(folder / "run", Wanted([ms.document_id(KEY, "key")], "key-0", frozenset({"some text of his own"})))
+    fates_of(
+        folder / "run",
+        Wanted([ms.document_id(KEY, "key")], "key-0", frozenset({"some text of his own"})),
+        sinks_below(folder / "run"),
+    )
 
 
 def _compared(folder: Path) -> None:

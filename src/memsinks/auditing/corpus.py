@@ -10,7 +10,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from memsinks.auditing.settings import AuditSettings
-from memsinks.batch import NO_SINKS
+from memsinks.batch import NO_SINKS, is_id
 from memsinks.checks import is_int
 from memsinks.data.chat import encode_documents
 from memsinks.data.documents import Document, texts_hash
@@ -166,7 +166,7 @@ def _given_ids(given: Any, count: int) -> np.ndarray:
     if len(values) != count:
         raise DataError(f"{len(values)} document_ids for {count} documents and controls; give one for each")
     for place, value in enumerate(values):
-        if not is_int(value) or not NO_SINKS <= value < 2**63:
+        if not is_id(value) and not (is_int(value) and value == NO_SINKS):
             raise DataError(
                 f"document_ids must be the integers of training, from 0 to 2**63 - 1 or exactly -1 for none; entry {place} "
                 f"is {value!r}. An id that went through a float is another document's"

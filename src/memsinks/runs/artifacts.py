@@ -84,18 +84,29 @@ class Fates:
     erased: dict[str, list[Erased]] = field(default_factory=dict)
 
 
-def fates_of(folder: Path, wanted: Wanted) -> Fates:
+def sinks_below(folder: Path) -> dict[str, SinksFile]:
+    """The sinks of all checkpoints below `folder`, that of a run's model first.
+
+    Raises:
+        CheckpointError: damaged files, a folder that cannot be listed, a link.
+    """
+    checkpoints = [x.parent.parent for x in sorted(_files(folder)) if x.name == SETTINGS and x.parent.name == FOLDER]
+    checkpoints.sort(key=lambda x: x != folder / "model")
+    return {x.relative_to(folder).as_posix(): SinksFile(x) for x in checkpoints}
+
+
+def fates_of(folder: Path, wanted: Wanted, sinks: dict[str, SinksFile]) -> Fates:
     """What becomes of every file below `folder`; nothing is written.
+
+    Args:
+        sinks: all there, see `sinks_below`; the owner is erased in them, in memory.
 
     Raises:
         CheckpointError: a checkpoint that is damaged or cannot be rewritten, so that the owner would stay in it.
         DataError, ConfigError: an owner that cannot be erased from the sinks there, see `removal.erase.blocks_of`.
     """
-    found = Fates(folder, wanted)
+    found = Fates(folder, wanted, sinks=sinks)
     everything = sorted(_files(folder))
-    checkpoints = [x.parent.parent for x in everything if x.name == SETTINGS and x.parent.name == FOLDER]
-    checkpoints.sort(key=lambda x: x != folder / "model")
-    found.sinks = {x.relative_to(folder).as_posix(): SinksFile(x) for x in checkpoints}
     _erase_sinks(found)
     fates: dict[str, Fate] = {}
     for path in everything:

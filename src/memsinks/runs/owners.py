@@ -20,9 +20,7 @@ from memsinks.removal.statement import read_statement
 from memsinks.runs.folder import MEMBERS, RECIPE, RECORDS, RunFolder
 from memsinks.runs.sections import load_yaml
 from memsinks.sinks.config import SinkConfig
-from memsinks.sinks.reading import read_tensors
 from memsinks.sinks.state import SinkState
-from memsinks.sinks.storage import FOLDER, SETTINGS, check_files, read_settings
 from memsinks.sinks.table import AssignmentTable
 
 AskedBy = Literal["key", "id", "source", "text"]
@@ -159,17 +157,6 @@ def _owner_above(name: str | int, asked_by: AskedBy, tables: Sequence[Assignment
     one = int(name) if asked_by == "id" else document_id(str(name), asked_by)
     within = {x for table in tables if table.own_blocks(one) for x in ids_within(table, one)}
     return (one if within else None), within
-
-
-def tables_below(folder: Path) -> list[AssignmentTable]:
-    """The assignments of all checkpoints below a folder; CheckpointError if one is damaged."""
-    found = []
-    for path in sorted(folder.rglob(f"{FOLDER}/{SETTINGS}")):
-        if path.relative_to(folder).parts[0].startswith(".takedown."):
-            continue  # what was cut off
-        check_files(path.parent.parent, read_settings(path.parent.parent))
-        found.append(read_tensors(path.parent.parent)[1])
-    return found
 
 
 def with_copies(owner: Owner, documents: Sequence[Document], by: By) -> Owner:

@@ -27,7 +27,7 @@ from memsinks.removal.erase import Erased, collateral_in, together
 from memsinks.removal.erase_files import SinksFile, changed_blocks
 from memsinks.removal.record import write_record
 from memsinks.removal.tombstone import Tombstone, make_tombstone
-from memsinks.runs.artifacts import Fates, Wanted, fates_of
+from memsinks.runs.artifacts import Fates, Wanted, fates_of, sinks_below
 from memsinks.runs.elsewhere import elsewhere
 from memsinks.runs.folder import RECORDS
 from memsinks.runs.owners import (
@@ -37,7 +37,6 @@ from memsinks.runs.owners import (
     others_with_sinks,
     read_members,
     require_sinks_of,
-    tables_below,
     with_copies,
 )
 from memsinks.runs.repair import Repair
@@ -109,10 +108,11 @@ def take_down(
                 raise DataError(f"{asked_by} {str(name)[:60]!r} was taken out already, see {folder / RECORDS / record}")
             documents, by, epochs = read_members(folder)
         documents, by = [x for x in documents if x.text.strip()], by or "content"
-        owner = find_owner(documents, by, name, asked_by, tables_below(folder))
+        sinks = sinks_below(folder)
+        owner = find_owner(documents, by, name, asked_by, [x.state.table for x in sinks.values()])
         owner = with_copies(owner, documents, by) if copies else owner
         repair, record = Repair.of(folder, repair_passes), _unused(folder, record)
-        plan, others, tombstone = _planned(folder, owner, documents, by, epochs, record, also)
+        plan, others, tombstone = _planned(folder, sinks, owner, documents, by, epochs, record, also)
         if dry_run:
             return plan
         worst = max(plan.collateral.values(), default=0.0)
@@ -134,6 +134,7 @@ def take_down(
 
 def _planned(
     folder: Path,
+    below: dict[str, SinksFile],
     owner: Owner,
     documents: list[Document],
     by: By,
@@ -146,7 +147,7 @@ def _planned(
     tombstone = make_tombstone(texts, record=record) if texts else None
     said = frozenset((documents[index].key, documents[index].source) for index in owner.documents)
     names = frozenset() if by == "content" else said
-    fates = fates_of(folder, Wanted(owner.ids, record, frozenset(texts), names, tombstone))
+    fates = fates_of(folder, Wanted(owner.ids, record, frozenset(texts), names, tombstone), below)
     if not fates.sinks:
         raise CheckpointError(f"there is no checkpoint with sinks below {folder}")
     main = _main(fates)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -11,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from memsinks.batch import NO_SINKS, check_ids
+from memsinks.batch import NO_SINKS, check_ids, checked_id
 from memsinks.errors import ArchitectureError, ConfigError, DataError
 from memsinks.sinks.experts import read_host
 from memsinks.sinks.families import Mlp
@@ -42,11 +41,9 @@ def parse_open(ids: OpenIds) -> Tensor:
         raise DataError(
             f"sinks_open needs at least one id: an int, a list or int64 tensor of ids, or sets; got {ids!r}"
         )
-    for value in itertools.chain.from_iterable(sets):
-        if not isinstance(value, int | np.integer) or isinstance(value, bool) or not NO_SINKS <= value < 2**63:
-            raise DataError(f"a document id is an int from 0 to 2**63 - 1, or exactly -1 for none, got {value!r}")
+    sets = [[checked_id(value, or_none=True) for value in one] for one in sets]
     most = max(len(x) for x in sets)
-    flat = torch.tensor([[int(y) for y in x] + [NO_SINKS] * (most - len(x)) for x in sets], dtype=torch.int64)
+    flat = torch.tensor([x + [NO_SINKS] * (most - len(x)) for x in sets], dtype=torch.int64)
     return flat[:, None, :]
 
 
@@ -84,10 +81,13 @@ def own_sinks_open(model: nn.Module, ids: Tensor | int) -> Iterator[None]:
     state = require_sinks(model)
     opened = torch.as_tensor(ids)
     refuse_taken(state, opened)
-    if not state.config.hashed_blocks:
-        opened = torch.where(state.table.holds(opened), opened, NO_SINKS)
-    with sinks_open(model, opened):
+    with sinks_open(model, with_blocks(state, opened)):
         yield
+
+
+def with_blocks(state: SinkState, ids: Tensor) -> Tensor:
+    """The ids that have blocks, of any shape, and -1 in place of the others."""
+    return ids if state.config.hashed_blocks else torch.where(state.table.holds(ids), ids, NO_SINKS)
 
 
 def _refuse_nobody(state: SinkState, opened: Tensor) -> None:

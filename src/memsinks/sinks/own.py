@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from memsinks.checks import int_at_least, is_int
+from memsinks.batch import is_id
+from memsinks.checks import int_at_least
 from memsinks.errors import ArchitectureError, ConfigError, refuse
 from memsinks.sinks.sharding import is_sharded
 from memsinks.sinks.state import SinkState, require_sinks, shared_parameters, sink_modules, unwrap
@@ -67,9 +68,7 @@ def assign(
 
 def cannot_have_blocks(state: SinkState, owners: Sequence[Any], within: Iterable[int] = ()) -> list[str]:
     """Why some of these ids cannot be given blocks of their own, [] where all can; documents `within` them must not be gone."""
-    problems = [
-        f"an id is an int from 0 to 2**63 - 1, got {x!r}" for x in owners if not is_int(x) or not 0 <= x < 2**63
-    ]
+    problems = [f"an id is an int from 0 to 2**63 - 1, got {x!r}" for x in owners if not is_id(x)]
     if problems:
         return problems[:3]
     again = sorted({x for x in owners if owners.count(x) > 1}) if len(set(owners)) < len(owners) else []

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from memsinks.batch import NO_SINKS
+from memsinks.batch import NO_SINKS, is_id
 from memsinks.checks import is_int
 from memsinks.errors import ConfigError, refuse
 from memsinks.sinks.config import SinkConfig
@@ -47,9 +47,7 @@ class AssignmentTable:
             owners: {block: id whose own it is}; blocks that are not listed belong to the id that opens them.
         """
         problems = [
-            f"a document id is an int from 0 to 2**63 - 1, got {key!r}"
-            for key in assignments
-            if not is_int(key) or not 0 <= key < 2**63
+            f"a document id is an int from 0 to 2**63 - 1, got {key!r}" for key in assignments if not is_id(key)
         ]
         problems += [
             f"id {key} is assigned blocks {list(blocks)}, the pool has blocks 0 to {config.blocks - 1}"

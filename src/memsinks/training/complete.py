@@ -71,9 +71,9 @@ def mark_complete(folder: Path) -> None:
 def marked_hashes(folder: Path) -> dict[str, str]:
     """The SHA-256 of each file of a checkpoint, by its path there, as its marker says; CheckpointError for a damaged one."""
     try:
-        return dict(read_json(folder / MARKER)["sha256"])
-    except (CheckpointError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{MARKER} cannot be read: {error}") from error
+        return dict(read_json(folder / MARKER, "without it nothing says whether the checkpoint is whole")["sha256"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{folder / MARKER} is damaged ({error!r:.200})") from error
 
 
 def what_is_missing(folder: Path) -> str | None:

@@ -23,11 +23,11 @@ from transformers import Trainer
 from transformers.trainer_utils import has_length
 from transformers.training_args import OptimizerNames
 
-from memsinks.batch import FIELDS, ISOLATION, NO_SINKS, PLACES, collate, target_count
+from memsinks.batch import FIELDS, ISOLATION, PLACES, collate, target_count
 from memsinks.data.packing import Rows
 from memsinks.errors import ArchitectureError, CheckpointError, ConfigError, refuse
 from memsinks.sinks.exact import without_rows_alone
-from memsinks.sinks.opening import sinks_open
+from memsinks.sinks.opening import sinks_open, with_blocks
 from memsinks.sinks.owners import require_owners_and_texts
 from memsinks.sinks.quantized import quantizer_of, refuse_unsavable, taken_as_trainable
 from memsinks.sinks.state import unwrap
@@ -223,7 +223,7 @@ class SinkTrainer(Trainer):
         state, ids = sink_state(self.model), inputs.get("document_ids")
         if ids is None or state.config.hashed_blocks:
             return super().prediction_step(model, inputs, *arguments, **settings)
-        with sinks_open(model, torch.where(state.table.holds(ids), ids, NO_SINKS)):
+        with sinks_open(model, with_blocks(state, ids)):
             return super().prediction_step(model, inputs, *arguments, **settings)
 
     def _loss_of(
