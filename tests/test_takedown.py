@@ -101,6 +101,18 @@ def test_an_erased_owner_was_never_there_bit_for_bit():
         ms.assign(model, [OTHER])
 
 
+def test_a_state_dict_from_before_does_not_bring_him_back():
+    model = trained(flagged_rows(MIXED))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    ms.erase(model, OTHER, record="request 7")
+    after = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ms.CheckpointError, match="down in blocks that are nobody's, .*request 7.*bring him back"):
+        model.load_state_dict(before)
+    assert all(torch.equal(value, after[name]) for name, value in model.state_dict().items())
+    model.load_state_dict(after)
+    model.load_state_dict({name: value for name, value in before.items() if "sinks." not in name}, strict=False)
+
+
 def test_moments_and_gradients_go_with_him_and_nobody_elses():
     model = owned_llama()
     optimizer = AdamW(ms.param_groups(model, 1e-2))

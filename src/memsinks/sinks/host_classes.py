@@ -193,6 +193,10 @@ class SinkModel(Derived, ModelWithSinks):
         missing = [name for name in names if name not in state_dict]
         if missing and len(missing) < len(names):
             raise CheckpointError(f"the state dict has some sinks but lacks {missing[:3]} ({len(missing)} in all)")
+        if self.sink_state.taken:
+            _refuse_what_was_taken_out(
+                self.sink_state, {name: state_dict[name] for name in names if name in state_dict}
+            )
         result = super().load_state_dict(state_dict, strict, assign)  # type: ignore[misc]
         self.sink_state.sinks_missing = bool(missing)
         if missing and not strict:  # the next training forward refuses, so this is no news to warn of
@@ -202,3 +206,19 @@ class SinkModel(Derived, ModelWithSinks):
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """Write a stock checkpoint and, in its subfolder ``sinks/``, the sinks; see `storage`."""
         save_with_sinks(self, super().save_pretrained, save_directory, *args, **kwargs)  # type: ignore[misc, arg-type]
+
+
+def _refuse_what_was_taken_out(state: SinkState, sinks: dict[str, Tensor]) -> None:
+    """CheckpointError for sinks that hold something in blocks which are nobody's, after somebody was taken out of the model.
+
+    A state dict does not say whose blocks are whose. The down projections of blocks that are nobody's are zero, so where one is
+    not, its owner was there. Of blocks to which ids are hashed, and of those that others have got since, nothing can be said.
+    """
+    free = state.free_blocks()
+    for name, value in sinks.items():
+        whole = type(value.data) is Tensor and len(value) == state.config.blocks
+        if free and name.endswith(".down") and whole and bool(value[free].any()):
+            raise CheckpointError(
+                f"the state dict holds something in {name} in blocks that are nobody's, so it is of before somebody was taken out "
+                f"of this model ({', '.join(sorted(set(state.taken.values()))[:3])}), and would bring him back; load one of after it"
+            )

@@ -96,9 +96,7 @@ def _with_owners(document: int, within: Mapping[int, int], entries: Mapping[int,
 
 def free_blocks(model: nn.Module) -> list[int]:
     """The blocks that are nobody's and never hashed to, in ascending order."""
-    state = require_sinks(model, missing_ok=True)
-    used = set(state.table.blocks.tolist())
-    return [block for block in range(state.config.hashed_blocks, state.config.blocks) if block not in used]
+    return require_sinks(model, missing_ok=True).free_blocks()
 
 
 def grow(model: Any, blocks: int) -> None:

@@ -106,6 +106,11 @@ class SinkState:
     running: Running = field(default_factory=Running)
     opened: Opened = field(default_factory=Opened)
 
+    def free_blocks(self) -> list[int]:
+        """The blocks that are nobody's and never hashed to, in ascending order."""
+        used = set(self.table.blocks.tolist())
+        return [block for block in range(self.config.hashed_blocks, self.config.blocks) if block not in used]
+
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name not in ("running", "opened")}
 
