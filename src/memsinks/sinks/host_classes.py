@@ -218,7 +218,8 @@ def _refuse_what_was_taken_out(state: SinkState, sinks: dict[str, Tensor]) -> No
     for name, value in sinks.items():
         whole = type(value.data) is Tensor and len(value) == state.config.blocks
         if free and name.endswith(".down") and whole and bool(value[free].any()):
+            records = ", ".join(sorted(set(state.taken.values()))[:3])
             raise CheckpointError(
-                f"the state dict holds something in {name} in blocks that are nobody's, so it is of before somebody was taken out "
-                f"of this model ({', '.join(sorted(set(state.taken.values()))[:3])}), and would bring him back; load one of after it"
+                f"the state dict holds something in {name} in blocks that are nobody's, so it is of before somebody was taken "
+                f"out of this model ({records}), and would bring him back; load one of after it"
             )
