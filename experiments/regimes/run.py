@@ -36,18 +36,20 @@ REGIMES: dict[str, dict[int, dict[str, str]]] = {
     "mixed-twice": {
         20: MIXED
         | {"data.limit": "21200", "data.fresh": "5280", "data.repeat": "{documents: 192, copies: [4, 16, 64]}"}
-        | {"roles": '{audited: "dedup, fresh text", against: standard}'},
+        | {"roles": '{audited: "exact, fresh text", against: standard, twin: twin, seen_once: "dedup, fresh text"}'},
     },
 }
 """Text, share of repeats in percent -> what changes in the recipe; rows and steps of a text stay. Mixed: pieces of Wikipedia,
 Stack Exchange, US patents, NIH abstracts and Common Crawl, in the order of that file; 400 steps leave a model on the plateau of
-the first steps, so 786; *twice*: 1,611 steps, for the price alone (--arms standard "dedup, fresh text" --attacks forward)."""
+the first steps, so 786; *twice*: 1,611 steps."""
+PRICE = {"roles": '{audited: "dedup, fresh text", against: standard}'}
+"""For the price of the exact mode alone: its closed model."""
 EVERY_SEED = ("standard", "twin", "dedup", "exact, fresh text", "decay", "decay 1, until 0.3")
 
 
-def regime(text: str, share: int) -> Comparison:
-    """The comparison of one regime."""
-    changes = REGIMES[text][share] | {"output": f"runs/regimes/{text}-{share}"}
+def regime(text: str, share: int, price: bool = False) -> Comparison:
+    """The comparison of one regime, or of the price alone."""
+    changes = REGIMES[text][share] | {"output": f"runs/regimes/{text}-{share}"} | (PRICE if price else {})
     return read_comparison(RECIPE, changes)
 
 
@@ -65,6 +67,7 @@ def main() -> None:
     parser.add_argument("--regimes", nargs="+", type=int, choices=[5, 20, 60], help="default: all of the text")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", help="only these, with every seed")
+    parser.add_argument("--price", action="store_true", help='audit "dedup, fresh text" against standard alone')
     parser.add_argument("--attacks", choices=["forward", "all"], default="all")
     arguments = parser.parse_args()
     regimes = arguments.regimes or list(REGIMES[arguments.text])
@@ -73,7 +76,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     torch.set_num_threads(1)
     for share in regimes:
-        run(regime(arguments.text, share), arguments.seeds, arguments.arms, arguments.attacks)
+        run(regime(arguments.text, share, arguments.price), arguments.seeds, arguments.arms, arguments.attacks)
 
 
 if __name__ == "__main__":
