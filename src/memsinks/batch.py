@@ -133,14 +133,14 @@ def check_ids(ids: Tensor, name: str = "document_ids", least: int = NO_SINKS) ->
         raise DataError(f"{name} must be {allowed}; the least value is {int(ids.min())}")
 
 
-def is_id(value: Any) -> bool:
-    """Whether a value is a document's id; -1 (no sinks) is none."""
-    return is_int(value) and 0 <= value < 2**63
+def is_id(value: Any, or_none: bool = False) -> bool:
+    """Whether a value is a document's id; -1 (no sinks) is one with `or_none` alone."""
+    return is_int(value) and (NO_SINKS if or_none else 0) <= value < 2**63
 
 
 def checked_id(value: Any, or_none: bool = False) -> int:
     """A document's id as an int, with `or_none` also -1 (no sinks); DataError for anything else."""
-    if is_id(value) or (or_none and is_int(value) and value == NO_SINKS):
+    if is_id(value, or_none):
         return int(value)
     none = ", or exactly -1 for none" if or_none else ""
     raise DataError(

@@ -11,7 +11,6 @@ from transformers import PreTrainedTokenizerBase
 
 from memsinks.auditing.settings import AuditSettings
 from memsinks.batch import NO_SINKS, is_id
-from memsinks.checks import is_int
 from memsinks.data.chat import encode_documents
 from memsinks.data.documents import Document, texts_hash
 from memsinks.data.identity import By, identify
@@ -166,7 +165,7 @@ def _given_ids(given: Any, count: int) -> np.ndarray:
     if len(values) != count:
         raise DataError(f"{len(values)} document_ids for {count} documents and controls; give one for each")
     for place, value in enumerate(values):
-        if not is_id(value) and not (is_int(value) and value == NO_SINKS):
+        if not is_id(value, or_none=True):
             raise DataError(
                 f"document_ids must be the integers of training, from 0 to 2**63 - 1 or exactly -1 for none; entry {place} "
                 f"is {value!r}. An id that went through a float is another document's"

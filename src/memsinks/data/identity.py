@@ -15,7 +15,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from memsinks.batch import NO_SINKS, as_int64
+from memsinks.batch import NO_SINKS, as_int64, is_id
 from memsinks.checks import int_at_least, is_int, one_of
 from memsinks.data.documents import Document, utf8
 from memsinks.errors import DataError, refuse
@@ -177,7 +177,7 @@ def check_prior(prior: Mapping[int, int]) -> None:
         raise DataError(f"prior must map groups to counts, got {type(prior).__name__}")
     problems = []
     for group, count in prior.items():
-        if not is_int(group) or not NO_SINKS <= group < 2**63:
+        if not is_id(group, or_none=True):
             problems.append(f"{group!r} is no group")
         elif not is_int(count) or count < 0:
             problems.append(f"the count of group {group} must be an int of at least 0, got {count!r}")

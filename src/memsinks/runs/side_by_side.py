@@ -6,6 +6,7 @@ A small model gains next to nothing from a second thread, so two runs one after 
 from __future__ import annotations
 
 import logging
+import signal
 from collections.abc import Mapping
 from logging.handlers import QueueHandler, QueueListener
 from multiprocessing.connection import Connection, wait
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 
+import memsinks.runs.quiet  # noqa: F401
 from memsinks.errors import CheckpointError
 from memsinks.runs.forked import run_context
 from memsinks.runs.recipe import parse_recipe
@@ -74,6 +76,7 @@ class _HandOn(logging.Handler):
 
 def _train(there: Connection, said: Any, level: int, threads: int, recipe: Any, label: str, after: float) -> None:
     """In a process of its own: train, and send the folder or what went wrong."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     logger = logging.getLogger("memsinks")
     logger.addHandler(QueueHandler(said))
     logger.setLevel(level)

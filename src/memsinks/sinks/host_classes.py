@@ -193,33 +193,39 @@ class SinkModel(Derived, ModelWithSinks):
         missing = [name for name in names if name not in state_dict]
         if missing and len(missing) < len(names):
             raise CheckpointError(f"the state dict has some sinks but lacks {missing[:3]} ({len(missing)} in all)")
-        if self.sink_state.taken:
-            _refuse_what_was_taken_out(
-                self.sink_state, {name: state_dict[name] for name in names if name in state_dict}
-            )
         result = super().load_state_dict(state_dict, strict, assign)  # type: ignore[misc]
         self.sink_state.sinks_missing = bool(missing)
         if missing and not strict:  # the next training forward refuses, so this is no news to warn of
             result.missing_keys[:] = [name for name in result.missing_keys if not is_sink(name)]
         return result
 
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        if self.sink_state.taken:  # here and not above, where wrappers of the model pass by
+            _refuse_what_was_taken_out(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[misc]
+
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """Write a stock checkpoint and, in its subfolder ``sinks/``, the sinks; see `storage`."""
         save_with_sinks(self, super().save_pretrained, save_directory, *args, **kwargs)  # type: ignore[misc, arg-type]
 
 
-def _refuse_what_was_taken_out(state: SinkState, sinks: dict[str, Tensor]) -> None:
-    """CheckpointError for sinks that hold something in blocks which are nobody's, after somebody was taken out of the model.
+def _refuse_what_was_taken_out(model: SinkModel, state_dict: Any, prefix: str) -> None:
+    """CheckpointError for sinks that would fill empty blocks which are nobody's, after somebody was taken out of the model.
 
-    A state dict does not say whose blocks are whose. The down projections of blocks that are nobody's are zero, so where one is
-    not, its owner was there. Of blocks to which ids are hashed, and of those that others have got since, nothing can be said.
+    A state dict does not say whose blocks are whose. Of blocks to which ids are hashed, of those that others have got since, and
+    of parts of tensors (sharded models), nothing can be said.
     """
-    free = state.free_blocks()
-    for name, value in sinks.items():
-        whole = type(value.data) is Tensor and len(value) == state.config.blocks
-        if free and name.endswith(".down") and whole and bool(value[free].any()):
+    state, free = model.sink_state, model.sink_state.free_blocks()
+    for name, parameter in model.named_parameters():  # type: ignore[attr-defined]
+        value = state_dict.get(prefix + name)
+        if value is None or not is_sink(name) or not name.endswith(".down") or value.shape != parameter.shape:
+            continue
+        if any(type(x.data) is not Tensor or x.is_meta for x in (value, parameter)):
+            continue
+        if any(value[block].any() and not parameter[block].any() for block in free):
             records = ", ".join(sorted(set(state.taken.values()))[:3])
             raise CheckpointError(
-                f"the state dict holds something in {name} in blocks that are nobody's, so it is of before somebody was taken "
-                f"out of this model ({records}), and would bring him back; load one of after it"
+                f"the state dict fills blocks of {prefix + name} that are nobody's in this model: it is of before somebody was "
+                f"taken out ({records}) and would bring him back, or others have these blocks in it; load one of after the "
+                "take-down, and assign the blocks before"
             )
