@@ -16,7 +16,6 @@ from memsinks.auditing.attacks_reference import differences, error_zone_attack
 from memsinks.auditing.membership import auc
 from memsinks.auditing.scores import FIELDS, DocumentScore, score
 from memsinks.research.tofu import (
-    forget_quality,
     model_utility,
     probability,
     probability_among,
@@ -99,8 +98,8 @@ def ask(model: Any, tokenizer: Any, pairs: Sequence[Pair], opener: Opener) -> di
     return found
 
 
-def figures(asked: dict[str, dict[str, list[Any]]], oracle: Sequence[float] | None) -> dict[str, float]:
-    """Utility and its parts, what is known of the forgotten, and forget quality against an oracle's truth ratios."""
+def figures(asked: dict[str, dict[str, list[Any]]]) -> dict[str, float]:
+    """Utility and its parts, and what is known of the forgotten."""
     parts: dict[str, float] = {}
     for name in ("retained", "real", "world"):
         one = asked[name]
@@ -109,16 +108,16 @@ def figures(asked: dict[str, dict[str, list[Any]]], oracle: Sequence[float] | No
         parts[f"{name} rouge"] = float(np.mean(one["rouge"]))
         parts[f"{name} truth"] = float(truth(truth_ratio(one["paraphrased"], one["wrong"])).mean())
     gone = asked["forgotten"]
-    found = {"utility": model_utility(list(parts.values()))} | parts
-    found |= {
-        "retained recited": float(np.mean(asked["retained"]["recited"])),
-        "forgotten probability": float(probability(gone["loss"]).mean()),
-        "forgotten rouge": float(np.mean(gone["rouge"])),
-        "forgotten recited": float(np.mean(gone["recited"])),
-    }
-    if oracle is not None:
-        found["forget quality"] = forget_quality(ratios(asked), oracle)
-    return found
+    return (
+        {"utility": model_utility(list(parts.values()))}
+        | parts
+        | {
+            "retained recited": float(np.mean(asked["retained"]["recited"])),
+            "forgotten probability": float(probability(gone["loss"]).mean()),
+            "forgotten rouge": float(np.mean(gone["rouge"])),
+            "forgotten recited": float(np.mean(gone["recited"])),
+        }
+    )
 
 
 def ratios(asked: dict[str, dict[str, list[Any]]]) -> list[float]:

@@ -2,8 +2,9 @@
 
     python experiments/tofu/table.py 10     # authors
 
-Forget quality: p of the KS test against the oracle of the same way, the model that never met the two authors (of sinks and of a
-LoRA an author: the base model, on whose answers nothing else of them can bear).
+Arms and seeds that stand in tofu.json and are not in runs/tofu stay as they are. Forget quality: p of the KS test against the
+oracle of the same way, the model that never met the two authors (of sinks and of a LoRA an author: the base model, on whose
+answers nothing else of them can bear).
 """
 
 from __future__ import annotations
@@ -16,7 +17,10 @@ from typing import Any
 
 from evaluate import figures, ratios
 
+from memsinks.research.tofu import forget_quality
+
 HERE = Path(__file__).parent
+OUT = HERE / "tofu.json"
 ORDER = {
     "base": ("base model", "base"),
     "full": ("full fine-tuning", "full, oracle"),
@@ -55,39 +59,58 @@ ATTACKS = {
 }
 """Of the model that is handed over, see attacks.py."""
 ALL_OPEN = ", all open"
+Found = dict[str, list[dict[str, Any]]]
+"""Figures of each arm, a dict a seed."""
 
 
 def oracle_of(arm: str) -> str:
     return ORDER[arm][1] if arm in ORDER else f"{arm.partition(', ')[0]}, oracle"
 
 
-def lines(folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """Figures of each arm and state, a dict a seed."""
-    found: dict[str, list[dict[str, Any]]] = {}
+def lines(folder: Path) -> Found:
+    """Figures of each arm and state in `folder`."""
+    found: Found = {}
     for seed in sorted(x for x in folder.iterdir() if x.is_dir()):
         results = {x.stem: json.loads(x.read_text()) for x in seed.glob("*.json") if not x.stem.endswith(BESIDE)}
         for arm, result in results.items():
-            oracle = results.get(oracle_of(arm), {}).get("as it is")
             for state in ("as it is", "all open"):
                 if state not in result:
                     continue
                 one = result[state]
-                values = figures(one["asked"], ratios(oracle["asked"]) if oracle else None)
+                values: dict[str, Any] = figures(one["asked"])
                 if arm in PRESENT and state == "as it is":
                     present = [x for name in ("retained", "forgotten") for x in one["asked"][name]["rouge"]]
                     values["present rouge"] = statistics.mean(present)
                 values |= {
                     "error zone": one.get("EZ-MIA on answers", float("nan")),
+                    "truth ratios": [round(x, 6) for x in ratios(one["asked"])],
                     "facts": result["facts"],
                     "seed": int(seed.name),
                 }
-                found.setdefault(arm if state == "as it is" else f"{arm}, {state}", []).append(values)
+                found.setdefault(arm if state == "as it is" else f"{arm}{ALL_OPEN}", []).append(values)
     return found
 
 
-def attacked(folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """What attacks found in the models of each arm, a dict a seed."""
-    found: dict[str, list[dict[str, Any]]] = {}
+def joined(found: Found, before: Found) -> Found:
+    """What was found, and of `before` the arms and seeds that were not."""
+    arms = dict.fromkeys([*before, *found])
+    kept = {arm: {x["seed"]: x for x in [*before.get(arm, []), *found.get(arm, [])]} for arm in arms}
+    return {arm: [seeds[x] for x in sorted(seeds)] for arm, seeds in kept.items()}
+
+
+def compare_with_oracles(found: Found) -> None:
+    """Add forget quality where both the arm's and its oracle's truth ratios are at hand."""
+    for arm, seeds in found.items():
+        oracles = {x["seed"]: x for x in found.get(oracle_of(arm.removesuffix(ALL_OPEN)), [])}
+        for values in seeds:
+            oracle = oracles.get(values["seed"], {})
+            if "truth ratios" in values and "truth ratios" in oracle:
+                values["forget quality"] = forget_quality(values["truth ratios"], oracle["truth ratios"])
+
+
+def attacked(folder: Path) -> Found:
+    """What attacks found in the models of each arm."""
+    found: Found = {}
     for path in sorted(folder.glob("*/*.attacks.json")):
         one = json.loads(path.read_text())
         before, after = one["loss, relearned"]
@@ -118,7 +141,7 @@ def mean(values: list[dict[str, Any]], name: str) -> str:
     return text if len(known) == 1 else f"{text} ± {half:.2f}"
 
 
-def table(found: dict[str, list[dict[str, Any]]], columns: dict[str, str]) -> list[str]:
+def table(found: Found, columns: dict[str, str]) -> list[str]:
     """Lines of a table, an arm each."""
     order = [*ORDER, *(x for x in found if x not in ORDER)]
     order.sort(key=lambda x: [*ORDER].index(next(y for y in reversed(ORDER) if x.startswith(y))))
@@ -131,8 +154,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("authors", type=int)
     folder = Path("runs") / "tofu" / f"{parser.parse_args().authors}-authors"
-    found = lines(folder)
-    attacks = attacked(folder)
+    settings = json.loads((folder / "settings.json").read_text())
+    search = folder / "search.json"
+    before = {"settings": settings, "search": {}, "arms": {}, "attacks": {}}
+    if OUT.is_file():
+        before = json.loads(OUT.read_text())
+    searched = json.loads(search.read_text()) if search.is_file() else before["search"]
+    if before["settings"] != settings:
+        raise SystemExit(f"{OUT} was made with {before['settings']}, the runs with {settings}; move it away")
+    found, attacks = joined(lines(folder), before["arms"]), joined(attacked(folder), before["attacks"])
+    compare_with_oracles(found)
     lines_of = [
         *table(found, COLUMNS),
         "",
@@ -141,10 +172,8 @@ def main() -> None:
         *table(attacks, ATTACKS),
     ]
     (HERE / "tofu.md").write_text("\n".join(lines_of) + "\n")
-    settings = json.loads((folder / "settings.json").read_text())
-    searched = json.loads((folder / "search.json").read_text())
     result = {"settings": settings, "search": searched, "arms": found, "attacks": attacks}
-    (HERE / "tofu.json").write_text(json.dumps(result, indent=1) + "\n")
+    OUT.write_text(json.dumps(result, indent=1) + "\n")
     print("\n".join(lines_of))
 
 

@@ -74,6 +74,11 @@ class _Tiles(NamedTuple):
         known = {block: weight[block] for block in set(self.blocks)}
         return [known[block] for block in self.blocks]
 
+    def first(self) -> list[bool]:
+        """For each tile whether it is the first of its block."""
+        places = {block: tile for tile, block in reversed(list(enumerate(self.blocks)))}
+        return [places[block] == tile for tile, block in enumerate(self.blocks)]
+
     def room(self, like: Tensor, rows: int, size: int) -> Tensor:
         """Where the hidden values go, [rows, size]; rows of no tile are zero."""
         hidden = like.new_empty(rows, size)
@@ -132,12 +137,14 @@ def _gradient_of(weight: Tensor) -> Tensor:
     return untouched_zeros(weight, torch.float64 if weight.dtype == torch.float64 else torch.float32)
 
 
-def _add_gradient(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add left^T @ right, in the dtype of `total`."""
-    if total.dtype == left.dtype:
-        total.addmm_(left.t(), right)
-    else:
+def _add_gradient(total: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
+    """Add left^T @ right, in the dtype of `total`, zeros if it is the `first`: then they are not read."""
+    if total.dtype != left.dtype:
         total += left.t() @ right
+    elif first:
+        torch.mm(left.t(), right, out=total)
+    else:
+        total.addmm_(left.t(), right)
 
 
 def _scaled(parts: Sequence[Tensor], tiles: _Tiles, scale: Tensor | None) -> Sequence[Tensor]:
@@ -200,11 +207,11 @@ def tiled_into_backward(
     tiles, into = _tiles(spans, blocks, pool, size), [_gradient_of(weight) for weight in weights]
     back = [tiles.rows(hidden) for hidden in grads]
     into_x = tiles.sums(x, len(x), [(rows, tiles.weights(weight)) for rows, weight in zip(back, weights, strict=True)])
-    totals = [tiles.weights(total) for total in into]
+    totals, first = [tiles.weights(total) for total in into], tiles.first()
     scaled = [_scaled(rows, tiles, scale) for rows in back]
     for tile, own in enumerate(tiles.take(x)):
         for rows, total in zip(scaled, totals, strict=True):
-            _add_gradient(total[tile], rows[tile], own)
+            _add_gradient(total[tile], rows[tile], own, first[tile])
     made = [total.to(up.dtype) for total in into]
     return into_x, made[0], made[1] if gate is not None else x.new_zeros(0)
 
@@ -271,10 +278,10 @@ def tiled_out_backward(
     tiles, into = _tiles(spans, blocks, pool, size), _gradient_of(down)
     into_hidden = tiles.room(hidden, *hidden.shape)
     back, turned = tiles.rows(into_hidden), tiles.weights(down.transpose(1, 2))
-    scaled, totals = _scaled(tiles.rows(hidden), tiles, scale), tiles.weights(into)
+    scaled, totals, first = _scaled(tiles.rows(hidden), tiles, scale), tiles.weights(into), tiles.first()
     for tile, own in enumerate(tiles.take(grad)):
         torch.mm(own, turned[tile], out=back[tile])
-        _add_gradient(totals[tile], scaled[tile], own)
+        _add_gradient(totals[tile], scaled[tile], own, first[tile])
     return into_hidden, into.to(down.dtype)
 
 
