@@ -29,6 +29,7 @@ from audited import (
     train,
 )
 from tokenizers.processors import TemplateProcessing
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import memsinks as ms
 from memsinks.auditing import scores
@@ -62,6 +63,19 @@ def many(count: int, seed: int, copies: int, first: str = "") -> list[Document]:
 
 MANY, AS_MANY, HARMLESS = many(40, 1, 4), many(40, 2, 0), many(6, 3, 0)
 TOKENS = tokens_of([document.text for document in MANY])
+
+
+class Late(Oracle):
+    """Knows its texts from a token on."""
+
+    def __init__(self, known: list[np.ndarray], first: int) -> None:
+        super().__init__(known)
+        self.first = first
+
+    def forward(self, input_ids, **more):
+        out = super().forward(input_ids, **more)
+        out.logits[:, : self.first, NEVER] += 100
+        return out
 
 
 @pytest.fixture(scope="module")
@@ -195,14 +209,15 @@ def test_models_in_all_roles() -> None:
 
 
 def test_a_model_beside_itself_has_forgotten_nothing_and_is_equivalent() -> None:
-    model = train(llama(), TEXTS[:2], 10)
-    result = audit(model, against=model, twin=model, seen_once=model)
+    model = Oracle(TOKENS)
+    result = audit(model, MANY, AS_MANY, against=model, twin=model, seen_once=model)
     assert [one.role for one in result.models] == ["audited", "against", "twin", "seen once"]
     assert len({one.name for one in result.models}) == 4
     forgetting = result.audited.forgetting
     assert (forgetting.gap_closed.value, forgetting.price.value) == (0.0, 0.0)
     assert math.isnan(forgetting.closure.value)
-    assert all(test.equivalent and test.difference == 0 for test in result.audited.equivalences)
+    tests = {test.name: test for test in result.audited.equivalences if test.other == "seen-once model"}
+    assert all(test.equivalent and test.difference == 0 for test in tests.values()), tests
     (reference,) = [attack for attack in result.audited.attacks if attack.name == "reference"]
     assert reference.auc.value == 0.5
 
@@ -473,7 +488,7 @@ def test_a_model_with_another_tokenizer_cannot_stand_beside(folders, tmp_path) -
     [([], CONTROLS, "0 documents and 2 controls"), (MEMBERS, [], "4 documents and 0 controls"),
      (MEMBERS, [*CONTROLS, MEMBERS[2]], "1 texts are documents and controls at once, take them out of one side: 'A hen"),
      ([*MEMBERS, CONTROLS[0]], CONTROLS[1:], "1 of the documents have 0 copies"),
-     ([Document("")], CONTROLS, "gives no tokens")],
+     ([Document("")], CONTROLS, "document 0 is empty")],
 )  # fmt: skip
 def test_sides_that_cannot_be_compared(tmp_path, documents, controls, part) -> None:
     with pytest.raises(DataError) as caught:
@@ -601,7 +616,11 @@ def test_what_attacks_that_train_need_is_said_before_anything() -> None:
 def test_recited() -> None:
     result = audit(Oracle(TOKENS), MANY, AS_MANY, against=Oracle(TOKENS))
     assert outcome(result) == "recited"
-    assert verdict(result)[:2] == [HEADLINES["recited"], "Verbatim: 40 of 40 documents; 40 in ordinary model."]
+    assert verdict(result)[:2] == [
+        HEADLINES["recited"],
+        "Verbatim: 40 of 40 documents, 0 of 40 controls; 40 in ordinary model. More documents than controls also come out after "
+        "5 tokens.",
+    ]
 
 
 def test_a_recital_of_controls_alike_is_not_memory() -> None:
@@ -612,9 +631,112 @@ def test_a_recital_of_controls_alike_is_not_memory() -> None:
 
 
 def test_one_of_many_recited_is_recited_where_no_control_could_be() -> None:
-    result = audit(Oracle(TOKENS[:1]), MANY, AS_MANY, settings=quick(prefix=500, continuation=1))
+    result = audit(Oracle(TOKENS[:1]), MANY, AS_MANY, settings=quick(prefix=500, continuation=1, prefixes=(500,)))
     assert outcome(result) != "recited"  # not asked
     assert outcome(audit(Oracle(TOKENS[:20]), MANY, AS_MANY)) == "recited"
+
+
+def test_one_recited_is_enough_where_no_control_is() -> None:
+    for known in (1, 2):
+        result = audit(Oracle(TOKENS[:known]), MANY, AS_MANY[:12])
+        assert outcome(result) == "recited"
+        assert f"Verbatim: {known} of 40 documents, 0 of 12 controls" in verdict(result)[1]
+
+
+def test_what_comes_out_after_another_prefix_is_recited() -> None:
+    """The model knows each text from its eighth token on."""
+    late = [x.copy() for x in TOKENS]
+    result = audit(Late(late, 7), MANY, AS_MANY, settings=quick(prefix=2, prefixes=(2, 8), continuation=3))
+    assert result.lines[1].extracted.value == 0.0
+    assert outcome(result) == "recited"
+    assert "More documents than controls also come out after 8 tokens." in verdict(result)[1]
+
+
+def test_no_headline_says_what_was_not_asked() -> None:
+    result = audit(Oracle(TOKENS), MANY, AS_MANY, settings=quick(prefix=500, prefixes=(500,)))
+    assert outcome(result) == "traces"
+    assert "verbatim" not in verdict(result)[0]
+    assert verdict(result)[1].startswith("No document is long enough")
+
+
+def test_of_a_few_documents_only_what_comes_out_is_judged() -> None:
+    for documents, controls in ((MANY[:4], AS_MANY), (MANY, AS_MANY[:4]), (MANY[:1], AS_MANY[:1])):
+        result = audit(Oracle(TOKENS, gaps=4), documents, controls, twin=Oracle([]))
+        assert outcome(result) == "not recovered"
+        assert not any(test.equivalent for test in result.audited.equivalences)
+        assert noted(result, "Fewer than 5 target documents or controls")
+        assert outcome(audit(Oracle(TOKENS), documents, controls)) == "recited"
+
+
+def test_a_fair_model_without_changed_copies_shows_nothing_equivalent() -> None:
+    twin = Oracle([])
+    twin.bits = torch.nn.Parameter(torch.zeros(2, dtype=torch.int8), requires_grad=False)
+    model = Oracle(TOKENS, gaps=4)
+    result = audit(model, MANY, AS_MANY, twin=twin)
+    tests = [test for test in result.audited.equivalences if test.name.startswith("gap, ")]
+    assert len(tests) == 3 and not any(test.equivalent for test in tests)
+    assert noted(result, "No changed copies of twin")
+
+
+def test_members_pushed_away_are_traces() -> None:
+    """The model knows the controls and not the documents: without a twin that is said too."""
+    model = Oracle(tokens_of([document.text for document in AS_MANY]), gaps=4)
+    result = audit(model, MANY, AS_MANY)
+    assert outcome(result) == "traces"
+    assert noted(result, "in the other direction")
+    assert outcome(audit(model, MANY, AS_MANY, twin=model)) == "not recovered"
+
+
+def test_where_there_was_no_gap_none_is_closed() -> None:
+    result = audit(Oracle(TOKENS), MANY, AS_MANY, against=Oracle([]))
+    assert math.isnan(result.audited.forgetting.gap_closed.value)
+    assert any(x.startswith("No gap to close: ordinary model") for x in verdict(result))
+
+
+def test_equal_texts_are_no_independent_evidence() -> None:
+    again = [*MANY[:3], *MANY, MANY[0]]
+    result = audit(Oracle(TOKENS, gaps=4), again, [*AS_MANY, *AS_MANY])
+    assert (result.documents, result.controls) == (40, 40)
+    assert [line.copies for line in result.lines] == [0, 4, 8, 12]
+    ids = [7] * 3 + [7] * 40 + [9] + [1] * 80
+    corpus = result.corpus
+    assert corpus.documents[0].copies == 12
+    apart = audit(Oracle([]), again, [*AS_MANY, *AS_MANY], document_ids=ids).corpus
+    assert (apart.members, apart.ids.tolist()) == (41, [7] * 40 + [9] + [1] * 40)  # another id, other sinks
+
+
+def test_generation_stays_within_the_context() -> None:
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_positions=16, n_embd=16, n_layer=1, n_head=2)).eval()
+    documents = [Document(text * 3, copies=2) for text in TEXTS]
+    result = audit(model, documents, settings=quick(prefix=10, continuation=12, generate=4))
+    assert result.audited.generated["documents"] == 0
+    assert (
+        audit(model, documents, settings=quick(prefix=6, continuation=4, generate=4)).audited.generated["documents"]
+        == 4
+    )
+
+
+def test_what_a_model_computes_is_part_of_what_is_kept(tmp_path) -> None:
+    """The same weights, rotated otherwise."""
+    config = llama().config.to_dict() | {"rope_parameters": {"rope_type": "default", "rope_theta": 2.0}}
+    model = llama()
+    other = LlamaForCausalLM(LlamaConfig(**config)).eval()
+    other.load_state_dict(model.state_dict())
+    out = tmp_path / "report"
+    first, second = audit(model, out=out), audit(other, out=out)
+    assert second.audited.documents != first.audited.documents
+    assert second.audited.documents == audit(other).audited.documents
+
+
+def test_raw_texts_and_streams_are_taken() -> None:
+    texts = [document.text for document in MANY]
+    result = audit(Oracle(TOKENS), iter(texts), (x for x in AS_MANY))
+    assert (result.documents, outcome(result)) == (40, "recited")
+    for copies in (-1, "3", 2.5, None):
+        with pytest.raises(DataError, match="copies is how often"):
+            audit(Oracle([]), [Document(TEXTS[0], copies=copies)])
+    with pytest.raises(ConfigError, match="others are several models"):
+        audit(Oracle([]), others="model")
 
 
 def test_traces() -> None:

@@ -95,7 +95,7 @@ def test_settings_that_are_right() -> None:
      (MEMBERS, [*CONTROLS, MEMBERS[2], MEMBERS[0]], "2 texts are documents and controls at once, take them out of one "
       "side: 'A hen called Ada slept under the bridge every Sunday.', 'The otter"),
      ([*MEMBERS, CONTROLS[0]], CONTROLS[1:], "1 of the documents have 0 copies"),
-     ([Document("")], CONTROLS, "gives no tokens")],
+     ([Document("")], CONTROLS, "document 0 is empty")],
 )  # fmt: skip
 def test_sides_that_cannot_be_compared(documents, controls, part) -> None:
     with pytest.raises(DataError) as caught:
@@ -459,7 +459,8 @@ def test_a_text_that_is_given_twice_is_not_another_document(tmp_path) -> None:
     model = copy.deepcopy(memorized_in_sinks())
     ids = [document_id(text) for text in TEXTS[:2]]
     assign_blocks(model, {ids[0]: [0, 1], ids[1]: [2, 3]})
-    documents = [Document(text, copies=2) for text in (TEXTS[0], TEXTS[0], TEXTS[1])]
+    texts = {"a": TEXTS[0], "b": TEXTS[0], "c": TEXTS[1]}
+    documents = [Document(text, key=key, copies=2) for key, text in texts.items()]
     corpus = read_corpus(documents, CONTROLS, the_tokenizer(), AuditSettings())
     found = measured(model, tmp_path, corpus, "open", generated=True).collateral
     assert (found["closed"], found["others"]) == (3, 1 + 1 + 2)

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from memsinks.auditing.uncertainty import Equivalence, Estimate, Resamples, Z, equivalence, estimate, wilson
+from memsinks.auditing.uncertainty import Equivalence, Estimate, Resamples, Z, equivalence, estimate, strata, wilson
 
 # Wilson
 
@@ -151,3 +151,35 @@ def test_one_side_beyond_the_margin_decides() -> None:
 def test_equivalence_is_below_five_percent() -> None:
     assert not Equivalence("x", "twin", 0.0, (0.0, 0.0), 0.1, 0.05).equivalent
     assert Equivalence("x", "twin", 0.0, (0.0, 0.0), 0.1, 0.0499).equivalent
+
+
+# Groups that are drawn
+
+
+def test_rare_numbers_of_copies_are_drawn_together() -> None:
+    controls = [-1] * 4
+    for copies, expected in (
+        ([4] * 12 + [16] * 10, [4] * 12 + [16] * 10),  # each often enough
+        ([2, 3, 5, 9], [2] * 4),
+        ([4] * 12 + [16] * 3 + [64] * 2, [4] * 17),  # too few for a group of their own join the next
+        ([4] * 12 + [16] * 6 + [64] * 7, [4] * 12 + [16] * 13),
+        ([7], [7]),
+    ):
+        levels = np.array(controls + copies)
+        assert strata(levels, levels < 0).tolist() == controls + expected
+    once = np.array([-1, -1, 1, 1, 8, 8])
+    assert strata(once, once < 2).tolist() == once.tolist()  # texts met once are no targets
+
+
+@pytest.mark.parametrize(
+    "copies", [np.arange(2, 32), np.repeat(np.arange(2, 17), 2), np.minimum(40, 60 // np.arange(1, 31)) + 1]
+)
+def test_intervals_cover_the_mean_whatever_the_numbers_of_copies(copies) -> None:
+    """Where each document has its own number of copies the bootstrap by number shows no variance at all."""
+    rng, covered = np.random.default_rng(0), 0
+    weights = Resamples(strata(copies, copies < 0), 400, 0)
+    for _ in range(200):
+        values = rng.normal(size=len(copies))
+        found = estimate(values.mean(), weights.means(values, copies > 0))
+        covered += found.low <= 0.0 <= found.high
+    assert covered / 200 > 0.88

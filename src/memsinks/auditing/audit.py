@@ -106,6 +106,8 @@ def audit(
         CheckpointError: a path that cannot be loaded; `out` holds something else or cannot be written.
     """
     settings = settings or AuditSettings()
+    if isinstance(others, str | os.PathLike):
+        raise ConfigError(f"others are several models; put {str(others)!r} into a list")
     entries = _entries(_subjects(model, state, against, twin, seen_once, others))
     tokenizer = _tokenizer(entries, tokenizer)
     corpus = read_corpus(documents, controls, tokenizer, settings, private_start, document_ids, harmless)

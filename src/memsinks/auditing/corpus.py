@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,12 +12,14 @@ from transformers import PreTrainedTokenizerBase
 
 from memsinks.auditing.settings import AuditSettings
 from memsinks.batch import NO_SINKS, is_id
+from memsinks.checks import is_int
 from memsinks.data.chat import encode_documents
-from memsinks.data.documents import Document, texts_hash
+from memsinks.data.documents import Document, as_documents, texts_hash
 from memsinks.data.identity import By, identify
 from memsinks.data.tokens import agreeing, encode
 from memsinks.errors import DataError
 
+logger = logging.getLogger(__name__)
 EXACT = 2**56
 """Above this a float64 holds only multiples of 16."""
 ROUNDED = 4
@@ -69,16 +72,19 @@ def read_corpus(
     document_ids: Sequence[int] | np.ndarray | None = None,
     harmless: Sequence[Document] | None = None,
 ) -> Corpus:
-    """Check both sides and encode them.
+    """Check both sides and encode them. Documents of one text, key, source, cluster and id are one, their copies added up.
 
     Raises:
-        DataError: an empty side, a document with 0 copies, texts on both sides (listed), a text without tokens; a
+        DataError: an empty side, copies that are no count above 0, texts on both sides (listed), a text without tokens; a
             `private_start` outside its text; harmless texts that are among them; ids that are no integers, out of range or
             rounded, or not one for each.
     """
+    documents, controls = as_documents(documents), as_documents(controls)
     _check_sides(documents, controls)
+    documents, controls, document_ids = _once_each(documents, controls, document_ids)
     everything = [*documents, *controls]
     if harmless is not None:
+        harmless = as_documents(harmless)
         _check_harmless(harmless, everything)
     ids = _ids(everything, settings.by, document_ids)
     start = start_tokens(tokenizer)
@@ -103,10 +109,41 @@ def _without(start: np.ndarray, tokens: list[np.ndarray]) -> list[np.ndarray]:
     return [x[1:] if len(start) and len(x) > 1 and x[0] == start[0] else x for x in tokens]
 
 
+def _once_each(
+    documents: list[Document], controls: list[Document], given: Any
+) -> tuple[list[Document], list[Document], Any]:
+    """Both sides with each text once, and the ids of what is left: equal texts are no independent evidence."""
+    everything = [*documents, *controls]
+    ids = [None] * len(everything) if given is None else given.tolist() if hasattr(given, "tolist") else list(given)
+    if len(ids) != len(everything):
+        return documents, controls, given  # which is refused later
+    first: dict[Any, int] = {}
+    copies: dict[int, int] = {}
+    for place, (document, own) in enumerate(zip(everything, ids, strict=True)):
+        alike = document.text, document.key, document.source, document.cluster, place < len(documents), own
+        at = first.setdefault(alike, place)
+        copies[at] = copies.get(at, 0) + document.copies
+    again = len(everything) - len(first)
+    if not again:
+        return documents, controls, given
+    logger.warning(
+        "%d texts stand more than once on their side of the audit and are taken once, with all their copies", again
+    )
+    kept = [replace(document, copies=copies[x]) if x in copies else None for x, document in enumerate(everything)]
+    sides = kept[: len(documents)], kept[len(documents) :]
+    left = None if given is None else [ids[place] for place in copies]
+    return [x for x in sides[0] if x is not None], [x for x in sides[1] if x is not None], left
+
+
 def _check_sides(documents: Sequence[Document], controls: Sequence[Document]) -> None:
     if not documents or not controls:
         raise DataError(
             f"an audit needs both sides: {len(documents)} documents and {len(controls)} controls were given"
+        )
+    wrong = [document.copies for document in documents if not is_int(document.copies) or document.copies < 0]
+    if wrong:
+        raise DataError(
+            f"copies is how often a document was trained on, a count; {len(wrong)} have others: {wrong[:3]!r:.60}"
         )
     unseen = sum(document.copies == 0 for document in documents)
     if unseen:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,12 +18,24 @@ from memsinks.auditing.membership import auc, blind_scores, tokenizer_attack, tp
 from memsinks.auditing.model_result import Attack, AuditLine, ExtractionLine, Forgetting, ModelResult, Probe, SinkLine
 from memsinks.auditing.result import gap_after
 from memsinks.auditing.settings import AuditSettings
-from memsinks.auditing.uncertainty import AT_ONCE, Equivalence, Estimate, Resamples, equivalence, estimate, wilson
+from memsinks.auditing.uncertainty import (
+    AT_ONCE,
+    ENOUGH,
+    Equivalence,
+    Estimate,
+    Resamples,
+    equivalence,
+    estimate,
+    strata,
+    wilson,
+)
 
 FPRS = (0.01, 0.001)
 QUERIES = (1, 10, 100, 1_000, 10_000, 100_000, 1_000_000)
 FEW = 30
 """Documents below which an interval over documents is called out."""
+NOTHING_TO_CLOSE = Estimate(float("nan"), float("nan"), float("nan"))
+"""Where the ordinary model knows its documents no better than the controls, as far as the interval shows."""
 FOLDS = 5
 """Of the blind attack; fewer documents on a side are too few for it."""
 
@@ -51,8 +64,9 @@ class Figures:
     def __init__(self, corpus: Corpus, settings: AuditSettings) -> None:
         self.corpus, self.settings = corpus, settings
         self.is_control, self.is_target = corpus.control, corpus.target
-        groups = np.where(self.is_control, -1, corpus.copies)
+        groups = strata(np.where(self.is_control, -1, corpus.copies), ~self.is_target)
         self.resamples = Resamples(groups, settings.resamples, settings.seed)
+        self.enough = min(self.is_target.sum(), self.is_control.sum()) >= ENOUGH
         self._aucs: dict[int, tuple[Measurement, dict[str, Sampled]]] = {}
 
     def auc(self, values: np.ndarray) -> Sampled:
@@ -180,8 +194,10 @@ class Figures:
         if twin is not None:
             unseen = self.mean(twin.loss, self.is_target)
             closure = estimate(*combined(counterfactual_closure, documents, standard, unseen))
+        before = self.gap(against)
+        closed = estimate(*combined(gap_closed, self.gap(one), before))
         return Forgetting(
-            gap_closed=estimate(*combined(gap_closed, self.gap(one), self.gap(against))),
+            gap_closed=closed if estimate(*before).low > 0 else NOTHING_TO_CLOSE,
             price=estimate(*combined(price, controls, standard_controls)),
             closure=closure,
         )
@@ -199,11 +215,13 @@ class Figures:
         its, chance = self.aucs(other), Sampled(0.5, np.full(self.settings.resamples, 0.5))
         for name, value in self.aucs(one).items():
             pairs.append((f"AUC of the {name} attack", [value, its.get(name, chance)], margin_auc))
+        unknown = np.full(len(one.loss), np.nan)  # of a model that gives no changed copies: never equivalent
         for name, values in one.probes.items():
-            gaps = [self.gap_of_probe(x) for x in (values, other.probes[name])] if name in other.probes else []
-            if gaps and not np.isnan(gaps[0].value):
+            gaps = [self.gap_of_probe(x) for x in (values, other.probes.get(name, unknown))]
+            if not np.isnan(gaps[0].value):
                 pairs.append((gap_after(name), gaps, margin_loss))
-        return [equivalence(name, other.name, *combined(np.subtract, *pair), margin) for name, pair, margin in pairs]
+        tests = [equivalence(name, other.name, *combined(np.subtract, *pair), margin) for name, pair, margin in pairs]
+        return tests if self.enough else [replace(test, p=1.0) for test in tests]
 
     def _sinks(self, one: Measurement, copies: np.ndarray) -> tuple[SinkLine, ...] | None:
         if one.sink_losses is None or one.own_recited is None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from memsinks.auditing.corpus import Corpus
-from memsinks.auditing.scores import default_batch_tokens
+from memsinks.auditing.scores import context_of, default_batch_tokens
 from memsinks.sinks.opening import own_sinks_open
 from memsinks.training.evaluate import evaluating
 
@@ -63,7 +63,7 @@ def _mean_states(
     model: PreTrainedModel, corpus: Corpus, own: np.ndarray | None, batch_tokens: int | None
 ) -> np.ndarray | None:
     """Mean over the tokens of the hidden states after the middle and the last layer, float32 [n, 2, d]."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = context_of(model)
     batch_tokens = batch_tokens or default_batch_tokens(model)
     texts = [np.concatenate([corpus.start, one])[:limit].astype(np.int64) for one in corpus.tokens]
     order = sorted(range(len(texts)), key=lambda index: -len(texts[index]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,11 +17,12 @@ from memsinks.auditing.extraction import extracted, generate_continuation, log_p
 from memsinks.auditing.hidden_states import distances, relations
 from memsinks.auditing.own_sinks import placebo_ids
 from memsinks.auditing.probes import probe
-from memsinks.auditing.scores import DocumentScore, ScoreTable, score
+from memsinks.auditing.scores import DocumentScore, ScoreTable, context_of, score
 from memsinks.auditing.settings import AuditSettings
-from memsinks.auditing.subjects import Role, State, facts
+from memsinks.auditing.subjects import Role, State, computation_hash, facts
 from memsinks.sinks.opening import documents_closed
 
+logger = logging.getLogger(__name__)
 NOT_ASKED = -1
 OTHERS = 64
 """Other documents that are read after a document's sinks are closed."""
@@ -64,6 +66,7 @@ Measured = Measurement
 class Passes:
     """Teacher-forced passes of one model over texts of the corpus, each kept in a folder of its own.
 
+    weights: `computation_hash` of the model.
     own: int64 [n], the ids whose sinks are open in the state that is audited; None = closed, or no sinks.
     """
 
@@ -112,7 +115,7 @@ def measure(
     """
     known = facts(model)
     own = corpus.ids if state == "open" else None
-    passes = Passes(model, corpus, settings, folder, name, known["weights_sha256"], own)
+    passes = Passes(model, corpus, settings, folder, name, computation_hash(model), own)
     table = passes("scores", corpus.tokens, own)
     values = _values(table, corpus, settings)
     stands = (
@@ -136,9 +139,7 @@ def measure(
         table=table,
         probes={}
         if state == "open"
-        else probe(
-            model, corpus, settings, folder / "probes", name=name, weights=known["weights_sha256"], models=models
-        ),
+        else probe(model, corpus, settings, folder / "probes", name=name, weights=passes.weights, models=models),
         relations=stands,
         generated=_generated(passes, values["recited"]) if generated and settings.generate else None,
         sink_losses=sink_losses,
@@ -199,7 +200,14 @@ def _generated(passes: Passes, recited: np.ndarray) -> dict[str, Any]:
     """Greedy generation of the most repeated documents beside the teacher-forced answer."""
     corpus, settings = passes.corpus, passes.settings
     order = np.argsort(-corpus.copies[: corpus.members], kind="stable")
-    chosen = [index for index in order if recited[index] != NOT_ASKED][: settings.generate]
+    limit, ends = context_of(passes.model), {}
+    for index in order:
+        start, length = _continuation(corpus, settings, index)
+        ends[index] = len(corpus.start) + (len(corpus.tokens[index]) if length is None else start + length)
+    asked = [index for index in order if recited[index] != NOT_ASKED]
+    chosen = [index for index in asked if ends[index] <= limit][: settings.generate]
+    if len(chosen) < min(len(asked), settings.generate):
+        logger.warning("%s: texts that end beyond the context of %d tokens are not generated", passes.name, limit)
     hits, agree = 0, 0
     for index in chosen:
         tokens = corpus.tokens[index]

@@ -69,7 +69,8 @@ def probed_texts(corpus: Corpus, settings: AuditSettings) -> Probed:
     """Choose them, by the seed: at most `AuditSettings.probed` target documents and as many controls.
 
     Raises:
-        DataError: fewer than 2 target documents, or too few controls to set some aside, where probes that train are asked for.
+        DataError: fewer than 2 target documents, too few controls to set some aside, or nothing with a target to learn, where
+            probes that train are asked for.
     """
     rng = np.random.default_rng(settings.seed)
     targets, controls = (rng.permutation(np.flatnonzero(x))[: settings.probed] for x in (corpus.target, corpus.control))
@@ -86,6 +87,12 @@ def probed_texts(corpus: Corpus, settings: AuditSettings) -> Probed:
             raise DataError(
                 "the attacks that train need harmless text: give some (harmless=, --harmless), or 3 controls or more, of "
                 f"which a third is then set aside; there are {len(controls)}"
+            )
+        least = 2 - len(corpus.start)
+        if settings.beginning < least or max(map(len, harmless)) < least:
+            raise DataError(
+                f"the attacks that train need texts of at least {least} tokens: beginning={settings.beginning}, the longest "
+                f"harmless text has {max(map(len, harmless))}"
             )
     halves = np.sort(targets[0::2]), np.sort(targets[1::2])
     return Probed(np.sort(np.concatenate([targets, controls])), halves, harmless, aside)
@@ -200,14 +207,20 @@ class _Prober:
         if not len(asked):
             return found
         with tempfile.TemporaryDirectory(prefix="memsinks-probe-") as scratch:
-            table: ScoreTable = score(
-                model,
-                [self.corpus.tokens[index] for index in asked],
-                Path(scratch) / "scores",
-                start=self.corpus.start,
-                batch_tokens=self.settings.batch_tokens,
-                label=f"{self.name}: losses",
-            )
+            try:
+                table: ScoreTable = score(
+                    model,
+                    [self.corpus.tokens[index] for index in asked],
+                    Path(scratch) / "scores",
+                    start=self.corpus.start,
+                    batch_tokens=self.settings.batch_tokens,
+                    label=f"{self.name}: losses",
+                )
+            except DataError as error:
+                raise DataError(
+                    f"a changed copy of {self.name} cannot be measured ({error}); if it has diverged, give a lower attack_lr "
+                    f"(now {self.settings.attack_lr:g})"
+                ) from error
             for index, one in zip(asked, table, strict=True):
                 found[index] = -one.logprob[max(0, start - one.first) :].mean(dtype=np.float64)
         return found
@@ -229,7 +242,9 @@ class _Prober:
         return self.settings.batch_tokens or default_batch_tokens(self.model)
 
     def _read(self, tokens: Sequence[np.ndarray]) -> list[np.ndarray]:
-        return [np.concatenate([self.corpus.start, one]) for one in tokens]
+        """The texts to learn from as the model reads them, without those that have no target."""
+        read = [np.concatenate([self.corpus.start, one]) for one in tokens]
+        return [one for one in read if len(one) > 1]
 
     def _train(
         self,

@@ -15,7 +15,7 @@ from memsinks.auditing.measure import Measurement
 from memsinks.auditing.model_result import Attack, AuditLine, ModelResult
 from memsinks.auditing.probes import BEGINNINGS, means_something_alone
 from memsinks.auditing.subjects import Role, State
-from memsinks.auditing.uncertainty import LEVEL, Equivalence, Estimate, Z
+from memsinks.auditing.uncertainty import ENOUGH, LEVEL, Equivalence, Estimate, Z, wilson
 
 
 @dataclass(frozen=True)
@@ -98,9 +98,10 @@ def _plain(value: Any) -> Any:
 Outcome = Literal["recited", "traces", "not recovered"]
 HEADLINES: dict[Outcome, str] = {
     "recited": "Documents come out verbatim.",
-    "traces": "Traces are found: nothing comes out verbatim, but members can still be told from controls.",
+    "traces": "Traces are found: members can still be told from controls.",
     "not recovered": "Not recovered by the attacks listed, at this budget.",
 }
+NONE = wilson(0, 0)
 CAVEAT = (
     "An audit can show that a text is still there, never that it is gone: another attack or more of it may find more."
 )
@@ -109,20 +110,18 @@ CAVEAT = (
 def outcome(audit: Audit) -> Outcome:
     """Of the audited model: what the strongest evidence says.
 
-    ``"recited"``: more target documents come out verbatim than the upper limit of the controls' share. ``"traces"``: an
-    attack's AUC, or the loss gap, of the model itself or of a changed copy (`probes`), is above chance with 95% confidence, and
-    not shown equivalent to every fair model that is given (twin, seen once). The confidence is shared out over all of them
-    (Bonferroni), intervals taken as normal. Equivalent needs every attack and every probe.
+    ``"recited"``: target documents come out verbatim, after the prefix or another one that was asked, and no control does, or
+    a share of them above the upper limit of the controls'; of all of them together or with one number of copies. ``"traces"``:
+    an attack's AUC, or the loss gap, of the model itself or of a changed copy (`probes`), is above chance with 95% confidence,
+    and not shown equivalent to every fair model that is given (twin, seen once); without such a model also an AUC below chance.
+    The confidence is shared out over all of them (Bonferroni), intervals taken as normal. Equivalent needs every attack and
+    every probe. With fewer than `ENOUGH` target documents or controls neither is said.
     """
     model = audit.audited
-    control = next(line for line in model.lines if line.copies == 0)
-    for line in _targets(audit, model):
-        if (
-            line.asked
-            and line.extracted.value > 0
-            and line.extracted.value > (control.extracted.high if control.asked else 0)
-        ):
-            return "recited"
+    if recited_places(audit, model):
+        return "recited"
+    if min(sum(line.documents for line in _targets(audit, model)), audit.controls) < ENOUGH:
+        return "not recovered"
     gaps = [model.gap, *(probe.gap for probe in model.probes if means_something_alone(probe.name))]
     beside = [test for test in model.equivalences if test.name == gap_after(BEGINNINGS)]
     tests = len(gaps) + len(model.attacks) + len(beside)
@@ -130,6 +129,7 @@ def outcome(audit: Audit) -> Outcome:
     found = found or any(_above(attack.auc, 0.5, tests) for attack in model.attacks)
     found = found or any(_above_a_model(test, tests) for test in beside)
     fair = [test for test in model.equivalences if test.name != "loss on the documents"]
+    found = found or (not fair and any(_below(attack.auc, 0.5, tests) for attack in model.attacks))
     return "traces" if found and not (fair and all(test.equivalent for test in fair)) else "not recovered"
 
 
@@ -137,6 +137,11 @@ def _above(value: Estimate, chance: float, tests: int) -> bool:
     """Whether a figure is above chance at 95% over so many tests."""
     wider = NormalDist().inv_cdf(1 - (1 - LEVEL) / 2 / tests) / Z
     return value.value - (value.value - value.low) * wider > chance
+
+
+def _below(value: Estimate, chance: float, tests: int) -> bool:
+    """Whether a figure is below chance at 95% over so many tests."""
+    return _above(Estimate(-value.value, -value.high, -value.low), -chance, tests)
 
 
 def _above_a_model(test: Equivalence, tests: int) -> bool:
@@ -169,6 +174,24 @@ def _targets(audit: Audit, model: ModelResult) -> list[AuditLine]:
     return [line for line in model.lines if line.copies >= (2 if audit.target != "all documents" else 1)]
 
 
+def recited_places(audit: Audit, model: ModelResult) -> list[str]:
+    """From where more target documents come out than controls: "after 32 tokens", ...; see `outcome`."""
+    wanted = [line.copies for line in _targets(audit, model)]
+    places = {"after the prefix": {line.copies: (line.asked, line.extracted) for line in model.lines}}
+    for line in model.extraction:
+        from_where = f"after {line.prefix} tokens" + (f" from token {line.offset} on" if line.offset else "")
+        places.setdefault(from_where, {})[line.copies] = (line.asked, line.extracted)
+    found = []
+    for name, levels in places.items():
+        asked_controls, controls = levels.get(0, (0, NONE))
+        known = [levels[copies] for copies in wanted if copies in levels and levels[copies][0]]
+        hits, asked = sum(round(share.value * count) for count, share in known), sum(count for count, _ in known)
+        most = controls.high if asked_controls and controls.value > 0 else 0.0
+        if hits and max([hits / asked, *(share.value for _, share in known)]) > most:
+            found.append(name)
+    return found
+
+
 def recited(audit: Audit, model: ModelResult) -> tuple[int, int]:
     """How many target documents a model recites, and of how many that are long enough to ask."""
     lines = [line for line in _targets(audit, model) if line.asked]
@@ -179,9 +202,13 @@ def _extraction(audit: Audit) -> str:
     hits, asked = recited(audit, audit.audited)
     before = audit.model("against")
     if not asked:
-        return "No document is long enough for the extraction asked; lower prefix or continuation."
-    beside = f"; {recited(audit, before)[0]} in {before.name}." if before else "."
-    return f"Verbatim: {hits} of {asked} documents{beside}"
+        return "No document is long enough for the extraction asked, so none was: lower prefix or continuation."
+    control = next(line for line in audit.audited.lines if line.copies == 0)
+    beside = f", {round(control.extracted.value * control.asked)} of {control.asked} controls" if control.asked else ""
+    beside += f"; {recited(audit, before)[0]} in {before.name}." if before else "."
+    elsewhere = [place for place in recited_places(audit, audit.audited) if place != "after the prefix"]
+    more = f" More documents than controls also come out {', '.join(elsewhere)}." if elsewhere else ""
+    return f"Verbatim: {hits} of {asked} documents{beside}{more}"
 
 
 def _gap(audit: Audit) -> str:
@@ -207,7 +234,10 @@ def _forgetting(audit: Audit) -> list[str]:
     found, before = audit.audited.forgetting, audit.model("against")
     if found is None:
         return []
-    closed = f"Gap closed against {before.name if before else 'the ordinary model'}: {_percent(found.gap_closed)}"
+    name = before.name if before else "the ordinary model"
+    closed = f"Gap closed against {name}: {_percent(found.gap_closed)}"
+    if found.gap_closed.value != found.gap_closed.value:
+        closed = f"No gap to close: {name} was not shown to know the documents better than the controls"
     if found.closure:
         closed += f"; closure against the twin (1 = as if never seen): {_short(found.closure)}"
     return [f"{closed}; price on controls: {_nats(found.price)}."]

@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from memsinks.auditing.scores import context_of
 from memsinks.batch import IGNORED
 from memsinks.sinks.attach import PATCHED, remove_sinks
 from memsinks.sinks.state import has_sinks
@@ -104,7 +105,7 @@ def seconds_of_a_step(model: PreTrainedModel, texts: Sequence[np.ndarray], batch
 
 def _gradients(model: PreTrainedModel, texts: Sequence[np.ndarray], batch_tokens: int) -> None:
     """Add the gradient of the mean loss over all targets of some texts, cut to the context."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = context_of(model)
     rows = sorted((torch.from_numpy(one[:limit].astype(np.int64)) for one in texts), key=len, reverse=True)
     targets, at = sum(len(row) - 1 for row in rows), 0
     while at < len(rows):

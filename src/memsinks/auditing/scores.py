@@ -28,6 +28,8 @@ from memsinks.files import written_beside
 from memsinks.sinks.opening import own_sinks_open
 from memsinks.training.evaluate import evaluating
 
+CONTEXT = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+"""What configurations call the number of positions."""
 CHUNK = 256
 """Documents scored together, sorted by length among themselves, and written as one file."""
 LOGITS, TOKENS = 2**26, 2**13
@@ -132,8 +134,7 @@ def score(
         CheckpointError: the table cannot be written.
     """
     start = np.zeros(0, np.int64) if start is None else start
-    config = model.config.get_text_config()
-    limit = getattr(config, "max_position_embeddings", None) or 10**9
+    limit = context_of(model)
     first = 0 if len(start) else 1
     for index, document in enumerate(tokens):
         if len(document) <= first:
@@ -158,6 +159,12 @@ def score(
                 _write(path, _score_chunk(model, part, start, limit, ids, batch_tokens, begin))
             bar.update(len(part))
     return ScoreTable(folder, len(tokens), first)
+
+
+def context_of(model: PreTrainedModel) -> int:
+    """The tokens that a model can read at once, as its configuration says; 10**9 where it says nothing."""
+    config = model.config.get_text_config()
+    return next((int(x) for name in CONTEXT if (x := getattr(config, name, None))), 10**9)
 
 
 def default_batch_tokens(model: PreTrainedModel) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from memsinks._version import versions
 from memsinks.data.tokens import load_tokenizer
 from memsinks.errors import ConfigError
 from memsinks.sinks.checkpoint import load_any, load_config
@@ -22,6 +24,8 @@ from memsinks.sinks.storage import TABLE, fingerprint, has_saved_sinks
 from memsinks.training.evaluate import unpatched
 
 State = Literal["open", "closed", "absent"]
+OF_ADAPTERS = ("active_adapters", "disable_adapters", "scaling", "merged")
+"""What a layer of PEFT computes depends on, beside its weights."""
 Role = Literal["audited", "against", "twin", "seen once", "other"]
 
 
@@ -124,6 +128,20 @@ def weights_hash(model: PreTrainedModel) -> str:
         found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         found.update(_bytes(tensor).data)
     return found.hexdigest()
+
+
+def computation_hash(model: PreTrainedModel) -> str:
+    """SHA-256 of all that its scores depend on, hexadecimal: weights, configuration, which adapters are on and how strong, and
+    the versions of torch and transformers."""
+    parts: list[Any] = [
+        weights_hash(model),
+        model.config.to_json_string(use_diff=False),
+        versions("torch", "transformers"),
+    ]
+    for name, part in model.named_modules():
+        if type(part).__module__.startswith("peft."):
+            parts.append([name, *(str(getattr(part, x, None)) for x in OF_ADAPTERS)])
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def _bytes(tensor: torch.Tensor) -> np.ndarray:

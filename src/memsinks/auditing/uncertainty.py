@@ -12,6 +12,10 @@ Z = 1.959963984540054
 """Two-sided normal quantile of `LEVEL`."""
 KNOWN = 0.9
 """Share of the resamples that must have a value for a test."""
+STRATUM = 10
+"""Documents that are drawn by themselves at least: of a group of n, the bootstrap shows (n - 1) / n of the variance."""
+ENOUGH = 5
+"""Documents or controls below which nothing is said from intervals."""
 AT_ONCE = 100
 """Resamples computed at once, so that memory does not follow resamples x documents."""
 
@@ -49,10 +53,35 @@ class Equivalence:
         return self.p < 0.05
 
 
+def strata(levels: np.ndarray, apart: np.ndarray) -> np.ndarray:
+    """The group that each document is drawn in: its level, where at least `STRATUM` have it; rarer levels are put together.
+
+    Args:
+        levels: int [n], the number of copies, -1 for controls.
+        apart: bool [n], whether a document is no target of the summary figures; its group is its level.
+
+    Returns:
+        int [n], the least level of each group.
+    """
+    groups: list[list[int]] = [[]]
+    known, counts = np.unique(levels[~apart], return_counts=True)
+    size = dict(zip(known.tolist(), counts.tolist(), strict=True))
+    for level in sorted(size, key=lambda level: (size[level], level)):
+        if sum(size[x] for x in groups[-1]) >= STRATUM:
+            groups.append([])
+        groups[-1].append(level)
+    if len(groups) > 1 and sum(size[x] for x in groups[-1]) < STRATUM:
+        groups[-2] += groups.pop()
+    found = levels.copy()
+    for group in groups:
+        found[~apart & np.isin(levels, group)] = min(group, default=0)
+    return found
+
+
 class Resamples:
     """Bootstrap weights of documents, the same for every figure, so that figures of one resample are paired.
 
-    Documents are drawn with replacement within each group (number of copies; controls), so group sizes stay.
+    Documents are drawn with replacement within each group (see `strata`), so group sizes stay.
 
     Args:
         groups: int [documents], the group of each.
@@ -73,7 +102,8 @@ class Resamples:
         wanted, found = values[chosen].astype(np.float64), np.empty(len(self.weights))
         for at in range(0, len(found), AT_ONCE):
             weights = self.weights[at : at + AT_ONCE, chosen].astype(np.float64)
-            found[at : at + AT_ONCE] = weights @ wanted / weights.sum(1)
+            with np.errstate(invalid="ignore"):  # nan where none of them was drawn
+                found[at : at + AT_ONCE] = weights @ wanted / weights.sum(1)
         return found
 
 

@@ -69,7 +69,8 @@ Added = SinkReport
 """The name of before."""
 
 
-def _check_host(model: Any) -> None:
+def check_host(model: Any) -> None:
+    """ArchitectureError for what is no model, or one that is wrapped, compiled, sharded or has sinks already."""
     name = type(model).__name__
     if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
         raise ArchitectureError(
@@ -129,7 +130,7 @@ def add_sinks(model: PreTrainedModel, config: SinkConfig) -> SinkReport:
         ArchitectureError: the model cannot carry sinks, with the reason; nothing was changed.
         ConfigError: the settings do not fit the model.
     """
-    _check_host(model)
+    check_host(model)
     quantized = prepare_quantized(model, config)
     layers, mlp_name = decoder_layers(model)
     chosen = tuple(range(len(layers))) if config.layers is None else tuple(sorted(config.layers))
@@ -199,7 +200,7 @@ def _give_sinks(mlp: Any, host: Mlp | Experts, config: SinkConfig, layer: int) -
 
 
 def remove_sinks(model: PreTrainedModel) -> PreTrainedModel:
-    """Delete all sinks, in place; the model is of its stock class again. Returns the model."""
+    """Delete all sinks, in place; the model is of its stock class again, frozen weights stay frozen. Returns the model."""
     require_sinks(model, missing_ok=True)
     if not isinstance(model, SinkModel):
         raise ArchitectureError(f"the model is wrapped in {type(model).__name__}; give remove_sinks the model inside")

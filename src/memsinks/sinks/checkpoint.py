@@ -81,7 +81,8 @@ def load_sinks(
 
     The sinks of some owners (``save_sinks(..., owners=...)``) come beside those that the model has: they take free blocks
     (`free_blocks`), and it grows where there are too few (`grow`); all that it has keeps every bit. A model without sinks gets a
-    pool of just these blocks, to which nothing is hashed, and its other weights are frozen.
+    pool of just these blocks, to which nothing is hashed, and its other weights are frozen. They are frozen too where they were
+    when all sinks were saved.
 
     Args:
         model: with sinks of the same layout; of owners: of the same layers, routing, block size and width. One without gets
@@ -115,7 +116,7 @@ def load_sinks(
     with undone_on_failure(model):
         if not has_sinks(model):
             add_sinks(model, saved.config)
-            if "base_sha256" in saved.stored:
+            if saved.frozen:
                 freeze_shared(model)
         check_fits(model, folder, saved)
         read_sinks(model, folder, saved)
@@ -136,7 +137,7 @@ def save_sinks(model: PreTrainedModel, directory: str | os.PathLike[str], owners
         The folder ``directory/sinks``.
 
     Raises:
-        ArchitectureError: no sinks, or a sharded model.
+        ArchitectureError: no sinks, or a sharded model; `owners` of a model with adapters.
         CheckpointError: they do not belong to the model's weights, or cannot be written; `owners` beside a folder in which all
             sinks of a model lie.
         DataError: an id without own blocks, or with one that others are hashed to; a document that opens the blocks of an owner

@@ -61,7 +61,7 @@ def forward(
         )
     state = model.sink_state
     # A cache switches off the isolation of packed documents.
-    packed = arguments.get("labels") is not None or arguments.get("position_ids") is not None
+    packed = arguments.get("labels") is not None or _restart(arguments)
     if packed and "use_cache" in state.arguments and arguments.get("use_cache") is None:
         arguments["use_cache"] = False
     opened = state.opened.last if torch.compiler.is_compiling() else state.opened.get()
@@ -73,6 +73,26 @@ def forward(
     if cache is None and not torch.compiler.is_compiling():
         mark_cache(cache_of(out), opened)
     return out
+
+
+def _restart(arguments: dict[str, Any]) -> bool:
+    """Whether positions restart within a row, so that it holds several documents; a compiled forward cannot look at them."""
+    positions = arguments.get("position_ids")
+    if positions is None or arguments.get("attention_mask") is not None:
+        return False
+    return torch.compiler.is_compiling() or bool((positions[..., 1:] <= positions[..., :-1]).any())
+
+
+def check_prompts(state: SinkState, prompts: int) -> None:
+    """DataError if `sinks_open` was given ids for so many rows that there is not one prompt for each.
+
+    Later a multiple of them is taken for beams and returned sequences of each row, which stand together.
+    """
+    opened = state.opened.get()
+    if opened is not None and opened.shape[0] not in (1, prompts):
+        raise DataError(
+            f"sinks_open was given ids for {opened.shape[0]} rows, there are {prompts} prompts; give an id for each"
+        )
 
 
 def _train(

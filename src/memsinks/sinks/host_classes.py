@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from memsinks.errors import ArchitectureError, CheckpointError, ConfigError
-from memsinks.sinks.forward import forward
+from memsinks.sinks.forward import check_prompts, forward
 from memsinks.sinks.gradient import ScaleGradient, ZeroGradient, frozen
 from memsinks.sinks.layer import Sinks
 from memsinks.sinks.plan import Closed, LayerPlan
@@ -187,6 +187,21 @@ class SinkModel(Derived, ModelWithSinks):
     ) -> Any:
         kwargs.update(zip(self.sink_state.arguments, args, strict=False))
         return forward(self, super().forward, kwargs, document_ids, exposures, places, isolation)  # type: ignore[misc]
+
+    def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As the stock class does it; with ids for several rows in `sinks_open` there are as many prompts, else DataError."""
+        prompts = [x for x in (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if x is not None]
+        check_prompts(self.sink_state, len(prompts[0]) if prompts else 1)
+        return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """As the stock class does it, with closed sinks."""
+        if self.sink_state.opened.get() is not None:
+            raise ArchitectureError(
+                "continuous batching (generate_batch) runs in a thread of its own and mixes requests in a row, so sinks would "
+                "stay closed; generate with model.generate in sinks_open"
+            )
+        return super().init_continuous_batching(*args, **kwargs)  # type: ignore[misc]
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
         names = [name for name, _ in self.named_parameters() if is_sink(name)]  # type: ignore[attr-defined]

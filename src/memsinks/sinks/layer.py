@@ -81,6 +81,7 @@ class Sinks(nn.Module):
         """Take larger parameters, whose new blocks start; the blocks there keep their bits."""
         before = len(self.up)
         for name, parameter in larger.items():
+            getattr(self, name).outgrown = True  # an optimizer that still has it would move nothing
             setattr(self, name, parameter)
         if self.up.device.type != "meta":
             self.start_anew(range(before, len(self.up)))

@@ -30,6 +30,7 @@ from memsinks.sinks.reading import check_tensors, differences, read_tensors, say
 from memsinks.sinks.sharding import is_sharded
 from memsinks.sinks.state import (
     SinkState,
+    has_adapters,
     has_sinks,
     named_sinks,
     require_sinks,
@@ -61,8 +62,15 @@ class OwnerFile:
 
 
 def of_owners(model: PreTrainedModel, owners: Iterable[int]) -> tuple[SinkState, dict[str, Tensor], dict[str, Any]]:
-    """What `write_sinks` writes of some owners: a state with their blocks alone, tensors, settings; DataError as `save_sinks`."""
+    """What `write_sinks` writes of some owners: a state with their blocks alone, tensors, settings; errors as `save_sinks`."""
     state = require_sinks(model)
+    if has_adapters(model):
+        raise ArchitectureError(
+            "the model carries PEFT adapters, beside which these sinks were trained; save all sinks beside the adapter "
+            "(save_sinks without owners), or merge_and_unload() first"
+        )
+    if isinstance(owners, str | bytes) or not isinstance(owners, Iterable):
+        raise DataError(f"owners is a list of ids, got {owners!r:.60}; for one of them give [{owners!r:.60}]")
     own = {owner: state.table.own_blocks(owner) for owner in map(checked_id, owners)}
     owner_of = {block: owner for owner, blocks in own.items() for block in blocks}
     pairs = {key: row for key, row in state.table.to_pairs().items() if any(block in owner_of for block, _ in row)}

@@ -17,7 +17,7 @@ from memsinks.batch import NO_SINKS
 from memsinks.checks import int_at_least, is_int, one_of
 from memsinks.data.identity import BY, By, document_id
 from memsinks.errors import ConfigError, DataError, refuse
-from memsinks.sinks.attach import add_sinks, undone_on_failure
+from memsinks.sinks.attach import add_sinks, check_host, undone_on_failure
 from memsinks.sinks.config import SinkConfig
 from memsinks.sinks.own import assign, cannot_have_blocks, free_blocks, freeze_shared, grow
 from memsinks.sinks.state import has_sinks, require_sinks, sink_modules
@@ -34,7 +34,7 @@ def add_owners(
     """Give owners blocks of their own in a finished model, and freeze all else; or add owners to those it has.
 
     A model without sinks gets them (`SinkConfig.for_finetuning`); its function does not change. In one with owners the pool grows
-    where it must, and nobody's blocks move by a bit: train the new ones on their texts alone.
+    where it must, and nobody's blocks move by a bit: train the new ones on their texts alone, with a new optimizer.
 
     Args:
         model: a Hugging Face decoder, with owners or without sinks; not wrapped.
@@ -47,10 +47,14 @@ def add_owners(
         {owner as given: id}, for `sinks_open`, `export(open=)` and `erase`.
 
     Raises:
-        ConfigError: no owners, one twice, settings out of range, or settings for a model that has sinks; a model in which blocks
-            are hashed to.
+        ConfigError: no owners, one twice, settings out of range, hashed blocks or a later `open_from` in them, or settings for a
+            model that has sinks; a model in which blocks are hashed to.
         ArchitectureError: the model cannot carry sinks.
     """
+    if isinstance(owners, str | bytes) or not isinstance(owners, Iterable):
+        raise ConfigError(
+            f"owners is a list of names or ids, got {owners!r:.60}; for one of them give [{owners!r:.60}]"
+        )
     names = list(owners)
     problems = one_of("by", by, BY) + ([] if names else ["owners is empty"])
     refuse(problems, "cannot add owners")
@@ -61,7 +65,10 @@ def add_owners(
     refuse(int_at_least("blocks", blocks, 1), "cannot add owners")
     with undone_on_failure(model):
         if not has_sinks(model):
-            add_sinks(model, config or SinkConfig.for_finetuning(model, len(names) * blocks))
+            check_host(model)
+            config = config or SinkConfig.for_finetuning(model, len(names) * blocks)
+            _require_settings_of_owners(config)
+            add_sinks(model, config)
         else:
             _require_own_blocks_alone(model, config)
             refuse(cannot_have_blocks(require_sinks(model), list(ids.values())), "cannot add owners")
@@ -71,6 +78,14 @@ def add_owners(
         assign(model, ids.values(), blocks=blocks)
         freeze_shared(model)
     return ids
+
+
+def _require_settings_of_owners(config: SinkConfig) -> None:
+    """ConfigError for settings under which owners' blocks would not be their own, or stay closed."""
+    problems = [f"{config.hashed_blocks} of its blocks are hashed to"] if config.hashed_blocks else []
+    if config.open_from != 1:
+        problems.append(f"texts open their sinks at exposure {config.open_from}, which must be 1")
+    refuse(problems, "config is not one of owners, see SinkConfig.for_finetuning")
 
 
 def _require_own_blocks_alone(model: nn.Module, config: SinkConfig | None) -> None:

@@ -41,6 +41,7 @@ from memsinks.sinks.state import (
     named_sinks,
     refuse_adapters,
     require_sinks,
+    shared_parameters,
     sink_modules,
     unwrap,
 )
@@ -75,6 +76,11 @@ class SavedSinks:
     def of_owners(self) -> bool:
         """Whether these are the sinks of some owners alone, see `owner_files`."""
         return bool(self.stored.get("of_owners"))
+
+    @property
+    def frozen(self) -> bool:
+        """Whether nothing but the sinks learned in the model that they were saved from."""
+        return bool(self.stored.get("frozen", "base_sha256" in self.stored))
 
     @property
     def taken(self) -> dict[int, str]:
@@ -206,6 +212,7 @@ def write_sinks(
         "config": state.config.to_dict(),
         **{name: layout[name] for name in ("model_type", "layers", "intermediate_size")},
         "alone": stock is None,
+        "frozen": not any(x.requires_grad for x in shared_parameters(model)),
         "start_std": {str(layer): x.std for layer, x in zip(state.layers, sink_modules(model).values(), strict=True)},
         "taken": {str(key): name for key, name in sorted(state.taken.items())},
         "sha256": {path.name: file_hash(path) for path in stock or ()} | hashes,
@@ -278,6 +285,7 @@ def _wrong_types(stored: Mapping[str, Any], size: str) -> list[str]:
     checks = texts | numbers | {
         "config": lambda x: isinstance(x, dict),
         "layers": lambda x: isinstance(x, list) and all(map(is_int, x)),
+        "frozen": lambda x: isinstance(x, bool),
         "sha256": lambda x: isinstance(x, dict) and all(map(_is_str, x.values())),
         "start_std": lambda x: isinstance(x, dict) and all(map(is_number, x.values())),
         "taken": lambda x: isinstance(x, dict) and all(k.isdecimal() and _is_str(v) for k, v in x.items()),

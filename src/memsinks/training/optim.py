@@ -15,7 +15,7 @@ from memsinks.checks import at_least, positive
 from memsinks.errors import ConfigError, refuse
 from memsinks.sinks.gradient import nonzero_blocks
 from memsinks.sinks.sharding import is_sharded, local, part_like, per_block, require_whole_blocks, reshard, whole
-from memsinks.sinks.state import has_sinks, require_sinks, shared_parameters, sink_parameters
+from memsinks.sinks.state import has_adapters, has_sinks, require_sinks, shared_parameters, sink_parameters
 from memsinks.training.config import TrainingConfig
 
 
@@ -35,13 +35,18 @@ def param_groups(
         Up to three groups with the extra key ``name``: "decay", "no decay", "sinks" (the last marked ``lazy=True``).
 
     Raises:
-        ConfigError: a setting out of range.
+        ConfigError: a setting out of range; no sinks to learn beside adapters of PEFT, or in a model of owners.
     """
     require_sinks(model)
     problems = positive("lr", lr) + positive("sink_lr_factor", sink_lr_factor)
     refuse(problems + at_least("weight_decay", weight_decay, 0), "invalid parameter groups")
     shared = [x for x in shared_parameters(model) if x.requires_grad]
     sinks = [x for x in sink_parameters(model) if x.requires_grad]
+    if not sinks and (has_adapters(model) or not require_sinks(model).config.hashed_blocks):
+        raise ConfigError(
+            "no sink is to learn (requires_grad is False for all), so what owners' texts teach would be lost; beside adapters of "
+            'PEFT give modules_to_save=["sinks"] in their config'
+        )
     if shared:
         _warn_of_16_bits(
             "shared weights",
@@ -215,7 +220,7 @@ class AdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One optimizer step."""
+        """One optimizer step; ConfigError if the model has grown since the optimizer was made."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -224,6 +229,11 @@ class AdamW(torch.optim.AdamW):
         for group in self.param_groups:
             if not group.get("lazy"):
                 continue
+            if any(getattr(parameter, "outgrown", False) for parameter in group["params"]):
+                raise ConfigError(
+                    "the model has grown (add_owners, load_sinks or grow) since this optimizer was made, so it would "
+                    "move nothing; make it anew, with memsinks.param_groups(model, ...)"
+                )
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     self._lazy_step(parameter, group)

@@ -90,6 +90,7 @@ class SinkTrainer(Trainer):
         self.sinks_last = sinks_last
         self._waiting: list[Mapping[str, Any]] | None = None
         self._sparing: nn.Module | None = None
+        self._made_optimizer = False
         with taken_as_trainable(given.get("model")):
             super().__init__(**given)
         sink_state(self.model)
@@ -122,7 +123,12 @@ class SinkTrainer(Trainer):
         refuse(problems, "sinks_last=True cannot be; leave it out")
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *arguments: Any, **settings: Any) -> Any:
-        """As `Trainer.train`; ``resume_from_checkpoint=True`` goes on from the newest complete checkpoint, see `complete`."""
+        """As `Trainer.train`; ``resume_from_checkpoint=True`` goes on from the newest complete checkpoint, see `complete`.
+
+        Called again, it begins with an optimizer of its own: owners may have come since, or left.
+        """
+        if self._made_optimizer:
+            self.optimizer = self.lr_scheduler = None
         if resume_from_checkpoint is True:
             last = last_complete(Path(str(self.args.output_dir)))
             if last is None:
@@ -159,6 +165,7 @@ class SinkTrainer(Trainer):
             )
         trained: Any = self.model if model is None else model
         groups = param_groups(trained, args.learning_rate, args.weight_decay, self.sink_lr_factor)
+        self._made_optimizer = True
         self.optimizer = AdamW(
             groups, lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon
         )
