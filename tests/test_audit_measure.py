@@ -30,7 +30,7 @@ from transformers import PreTrainedTokenizerFast
 
 from memsinks.auditing import measure as measure_module
 from memsinks.auditing import scores
-from memsinks.auditing.corpus import Corpus, read_corpus, start_tokens
+from memsinks.auditing.corpus import Corpus, read_corpus
 from memsinks.auditing.extraction import extracted, log_probability, longest_run
 from memsinks.auditing.measure import NOT_ASKED, Measurement, measure, token_probabilities
 from memsinks.auditing.membership import min_k_attack, min_k_plus_attack, zlib_attack
@@ -39,6 +39,7 @@ from memsinks.auditing.scores import score
 from memsinks.auditing.settings import AuditSettings
 from memsinks.data.documents import Document
 from memsinks.data.identity import document_id
+from memsinks.data.tokens import start_tokens
 from memsinks.errors import ConfigError, DataError
 from memsinks.sinks.attach import add_sinks
 from memsinks.sinks.config import SinkConfig

@@ -144,6 +144,59 @@ def test_owners_who_come_later_move_nobody(tokenizer, tmp_path):
     assert loss(model, tokenizer, TEXTS["cord"][0], owners["cord"]) < loss(model, tokenizer, TEXTS["cord"][0]) - 0.5
 
 
+def test_a_saved_model_of_owners_is_frozen_when_it_is_loaded(trained, tokenizer, tmp_path):
+    model, _, _ = trained
+    model.save_pretrained(tmp_path / "whole")
+    tokenizer.save_pretrained(tmp_path / "whole")
+    again = ms.load(tmp_path / "whole")
+    assert [x.requires_grad for x in again.parameters()] == [x.requires_grad for x in model.parameters()]
+    before = ms.shared_hash(again)
+    args = epochs(tmp_path, 1, weight_decay=0.1, learning_rate=1e-2)
+    ms.SinkTrainer(again, args, train_dataset=rows_of(tokenizer)).train()
+    assert ms.shared_hash(again) == before == ms.shared_hash(model)
+    learning = finished(tokenizer)
+    ms.add_sinks(learning, ms.SinkConfig(neurons=64, active=8, block_size=8))
+    learning.save_pretrained(tmp_path / "learning")
+    assert all(x.requires_grad for x in ms.load(tmp_path / "learning").parameters())
+
+
+def test_the_same_trainer_learns_owners_who_come_later(tokenizer, tmp_path):
+    model = finished(tokenizer)
+    settings = ms.SinkConfig.for_finetuning(model, **SETTINGS | {"blocks": 1})
+    ms.add_owners(model, ["acme"], config=settings)
+    args = epochs(tmp_path, 20, learning_rate=1e-2)
+    trainer = ms.SinkTrainer(model, args, train_dataset=rows_of(tokenizer, "acme"))
+    trainer.train()
+    own = ms.AdamW(ms.param_groups(model, lr=1e-2))
+    owners = ms.add_owners(model, ["bolt"])
+    trainer.train_dataset = rows_of(tokenizer, "bolt")
+    trainer.train()
+    model.eval()
+    assert loss(model, tokenizer, TEXTS["bolt"][0], owners["bolt"]) < loss(model, tokenizer, TEXTS["bolt"][0]) - 0.5
+    with pytest.raises(ms.ConfigError, match="the model has grown"):
+        own.step()
+
+
+def test_moments_of_an_owner_who_left_do_not_reach_who_comes(tokenizer, tmp_path):
+    """The block of the one becomes the other's; neither `erase` nor the trainer was told of an optimizer."""
+    learned = []
+    for again in (True, False):
+        model = finished(tokenizer)
+        settings = ms.SinkConfig.for_finetuning(model, **SETTINGS | {"blocks": 1})
+        owners = ms.add_owners(model, ["acme"], config=settings)
+        args = epochs(tmp_path, 3, learning_rate=1e-2)
+        trainer = ms.SinkTrainer(model, args, train_dataset=rows_of(tokenizer, "acme"))
+        trainer.train()
+        ms.erase(model, owners["acme"])
+        ms.add_owners(model, ["cord"])
+        if not again:
+            trainer = ms.SinkTrainer(model, args, train_dataset=rows_of(tokenizer, "cord"))
+        trainer.train_dataset = rows_of(tokenizer, "cord")
+        trainer.train()
+        learned.append({name: x.detach().clone() for name, x in named_sinks(model).items()})
+    assert all(torch.equal(x, learned[1][name]) for name, x in learned[0].items())
+
+
 def test_one_owners_blocks_know_nothing_of_anothers_text(tokenizer):
     hashes = []
     for blank in (False, True):
@@ -375,6 +428,26 @@ def test_what_is_refused(tokenizer, tmp_path):
     ms.add_sinks(hashed, ms.SinkConfig(neurons=64, active=8, block_size=8, reserved_blocks=2))
     with pytest.raises(ms.ConfigError, match="blocks are hashed to"):
         ms.add_owners(hashed, ["a"])
+
+
+def test_owners_that_are_no_list_or_have_no_blocks_of_their_own(tokenizer, tmp_path):
+    model = finished(tokenizer)
+    for owners in ("acme", b"ab", 7, None):
+        with pytest.raises(ms.ConfigError, match="owners is a list of names or ids"):
+            ms.add_owners(model, owners)
+    for config, part in (
+        (ms.SinkConfig(neurons=96, active=32, block_size=32, reserved_blocks=3), "at exposure 2, which must be 1"),
+        (ms.SinkConfig(neurons=88, active=8, block_size=8, reserved_blocks=3), "8 of its blocks are hashed to"),
+    ):
+        with pytest.raises(ms.ConfigError, match=part):
+            ms.add_owners(model, ["acme"], config=config)
+    assert not ms.has_sinks(model)
+    for wrong in ("gpt2", torch.nn.Linear(2, 2), None):
+        with pytest.raises(ms.ArchitectureError, match="is not a Hugging Face PreTrainedModel"):
+            ms.add_owners(wrong, ["acme"])
+    owners = ms.add_owners(model, ["acme"])
+    with pytest.raises(ms.DataError, match="owners is a list of ids"):
+        ms.save_sinks(model, tmp_path, owners=owners["acme"])
 
 
 def test_a_recipe_and_a_takedown_of_its_run(tokenizer, tmp_path):

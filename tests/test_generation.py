@@ -103,6 +103,36 @@ def test_beams_without_a_cache_are_refused_with_a_hint(model) -> None:
         generate(model, PROMPTS, num_beams=2, use_cache=False)
 
 
+def test_there_is_a_prompt_for_each_id(model) -> None:
+    """Twice as many prompts as ids are no beams: each other row would have a neighbor's sinks."""
+    ids = torch.tensor([A, B])
+    for prompts in (PROMPTS, PROMPTS[:1]):
+        with ms.sinks_open(model, ids), pytest.raises(ms.DataError, match=f"2 rows, there are {len(prompts)} prompts"):
+            generate(model, prompts)
+    with ms.sinks_open(model, ids), pytest.raises(ms.DataError, match="2 rows, there are 4 prompts"):
+        model.generate(inputs_embeds=model.get_input_embeddings()(PROMPTS), max_new_tokens=2)
+    with ms.sinks_open(model, ids):
+        assert len(generate(model, PROMPTS[:2], num_beams=2, num_return_sequences=2)) == 4
+
+
+def test_continuous_batching_is_refused_while_sinks_are_open(model) -> None:
+    with ms.sinks_open(model, A), pytest.raises(ms.ArchitectureError, match="continuous batching"):
+        model.generate_batch([[1, 2, 3]])
+
+
+def test_positions_alone_leave_the_cache_as_it_is(model) -> None:
+    """Only where they restart does a row hold several documents, which a cache would let see each other."""
+    places = torch.arange(5)[None].expand(4, 5)
+    stock = tiny_llama().eval()
+    for one in (model, stock):
+        assert one(input_ids=PROMPTS, position_ids=places).past_key_values.get_seq_length() == 5
+    assert torch.equal(
+        model(input_ids=PROMPTS, position_ids=places).logits, stock(input_ids=PROMPTS, position_ids=places).logits
+    )
+    packed = torch.tensor([[0, 1, 2, 0, 1]]).expand(4, 5)
+    assert model(input_ids=PROMPTS, position_ids=packed).past_key_values is None
+
+
 # Caches
 
 

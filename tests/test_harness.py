@@ -16,13 +16,12 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
-from memsinks.auditing.corpus import start_tokens
 from memsinks.auditing.extraction import extracted
 from memsinks.auditing.harness import write_lm_eval_task
 from memsinks.auditing.scores import score
 from memsinks.cli import main
 from memsinks.data.documents import Document, write_documents
-from memsinks.data.tokens import END, encode, load_tokenizer, train_tokenizer
+from memsinks.data.tokens import END, encode, load_tokenizer, start_tokens, train_tokenizer
 from memsinks.errors import CheckpointError, ConfigError, DataError
 from memsinks.removal.export import export
 from memsinks.sinks.attach import add_sinks

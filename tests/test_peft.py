@@ -174,3 +174,13 @@ def test_owners_beside_a_lora_that_learns_what_is_nobodys(base):
     downs = [name for name in learned[0] if name.endswith("down") and "sinks" in name]
     assert downs and all(torch.equal(learned[0][x][1], learned[1][x][1]) and learned[0][x][0].any() for x in downs)
     assert not any(learned[1][x][0].any() for x in downs)
+
+
+def test_sinks_that_peft_froze_are_said(base, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(base)
+    owners = ms.add_owners(model, ["acme"])
+    frozen = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(ms.ConfigError, match=r'give modules_to_save=\["sinks"\]'):
+        ms.param_groups(frozen, lr=1e-3)
+    with pytest.raises(ms.ArchitectureError, match="carries PEFT adapters, beside which these sinks were trained"):
+        ms.save_sinks(frozen, tmp_path, owners=owners.values())

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models
+from tokenizers.processors import TemplateProcessing
 
 import memsinks as ms
 from memsinks.batch import FIELDS, PLACES
@@ -126,3 +128,26 @@ def test_a_tokenizer_that_is_none(tokenizer) -> None:
 def test_numpy_numbers_of_copies(tokenizer) -> None:
     documents = [dataclasses.replace(x, copies=np.int32(x.copies)) for x in DOCUMENTS]
     assert same(ms.make_rows(documents, tokenizer, length=16), ms.make_rows(DOCUMENTS, tokenizer, length=16))
+
+
+def test_rows_begin_as_the_tokenizer_begins_texts(tokenizer) -> None:
+    """Llama and Gemma were trained with a start token, which `tokenizer(text)` puts first; so is what a prompt begins with."""
+    started = copy.deepcopy(tokenizer)
+    started.add_special_tokens({"bos_token": "<s>"})
+    started.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", started.bos_token_id)]
+    )
+    documents = [ms.Document("The otter slept."), ms.Document("Who? The otter slept.", prompt=5)]
+    rows, plain = (
+        ms.make_rows(documents, one, length=64, one_document_per_row=True, long="truncate")
+        for one in (started, tokenizer)
+    )
+    before = {int(row["document_ids"][0]): row for row in map(plain.__getitem__, range(2))}
+    for row in map(rows.__getitem__, range(2)):
+        owner = int(row["document_ids"][0])
+        old, whole = before[owner], owner == ms.document_id(documents[0].text)
+        assert row["input_ids"][0] == started.bos_token_id and torch.equal(row["input_ids"][1:], old["input_ids"][:-1])
+        learned, learned_before = row["labels"] != -100, old["labels"] != -100
+        assert not learned[0] and learned[1] == whole and torch.equal(learned[2:], learned_before[1:-1])
+        asked = started(documents[0 if whole else 1].text)["input_ids"]
+        assert row["input_ids"][: len(asked)].tolist() == asked

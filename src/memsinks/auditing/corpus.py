@@ -16,7 +16,7 @@ from memsinks.checks import is_int
 from memsinks.data.chat import encode_documents
 from memsinks.data.documents import Document, as_documents, texts_hash
 from memsinks.data.identity import By, identify
-from memsinks.data.tokens import agreeing, encode
+from memsinks.data.tokens import agreeing, encode, start_tokens
 from memsinks.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -105,7 +105,7 @@ def read_corpus(
 
 
 def _without(start: np.ndarray, tokens: list[np.ndarray]) -> list[np.ndarray]:
-    """The tokens without the start token that a chat template puts first: every document is scored after one."""
+    """The tokens without the start token: every window of a document is scored after one."""
     return [x[1:] if len(start) and len(x) > 1 and x[0] == start[0] else x for x in tokens]
 
 
@@ -214,12 +214,3 @@ def _given_ids(given: Any, count: int) -> np.ndarray:
             "other ids. Read them as integers (in pandas dtype int64 or str, never a column with missing values)"
         )
     return np.array(values, np.int64)
-
-
-def start_tokens(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
-    """The start token, int64 [1], where the tokenizer puts one before every text by itself (Llama, Gemma); else [0].
-
-    A model that was trained with it is scored with it: without, its losses are those of another model.
-    """
-    first = tokenizer("a")["input_ids"][:1]
-    return np.array(first if first == [tokenizer.bos_token_id] else [], np.int64)

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from memsinks.data.documents import Document
 from memsinks.data.messages import ANSWERING
 from memsinks.data.targets import refuse_untaught
-from memsinks.data.tokens import LONG, agreeing, encode
+from memsinks.data.tokens import LONG, agreeing, encode, start_tokens
 from memsinks.errors import DataError, refuse
 
 MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -33,7 +33,8 @@ def encode_documents(
 ) -> tuple[list[np.ndarray], list[np.ndarray | None] | None]:
     """(tokens, targets) of documents: int64 [tokens] each, bool [tokens] each or None where all of a document is learned.
 
-    Texts are encoded as `encode` does it. The completion of a prompt is learned, its end token included; a token across their
+    Texts are encoded as `encode` does it, after the start token where the tokenizer puts one before every text by itself
+    (`start_tokens`). The completion of a prompt is learned, its end token included; a token across their
     border is the completion's. Of a chat the messages of the assistant are learned, with what the template puts after them; the
     chat ends as the template ends it. In a chat, unlike in a text, a special token that is spelled out is that token.
 
@@ -54,6 +55,7 @@ def encode_documents(
     asked = [x for x in texts if x.prompt]
     whole = iter(encode(tokenizer, [x.text for x in texts], end))
     prompts = iter(encode(tokenizer, [x.text[: x.prompt] for x in asked], end=False))
+    start = start_tokens(tokenizer) if texts else np.zeros(0, np.int64)
     silent = None if len(documents) - len(texts) >= LONG else True
     tokens: list[np.ndarray] = []
     targets: list[np.ndarray | None] = []
@@ -64,6 +66,8 @@ def encode_documents(
             found, mask = next(whole), None
             if document.prompt:
                 mask = np.arange(len(found)) >= agreeing(next(prompts), found)
+                mask = np.concatenate([np.zeros(len(start), bool), mask])
+            found = np.concatenate([start, found])
         tokens.append(found)
         targets.append(mask)
     if all(mask is None for mask in targets):

@@ -112,7 +112,8 @@ def has_tokenizer(folder: str | Path) -> bool:
 def encode(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], end: bool = True) -> list[np.ndarray]:
     """Tokens of each text: int64 [tokens of the document] each; with `end`, the end token stands last and only there.
 
-    No other special token is added, and one spelled out in a text is encoded as the characters it is spelled with.
+    No other special token is added (`encode_documents` adds the start token), and one spelled out in a text is encoded as the
+    characters it is spelled with.
 
     Raises:
         DataError: an item that is not str, has lone surrogates (no UTF-8 form), or gives no tokens; names its index.
@@ -129,6 +130,15 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], end: bool =
                 raise DataError(f"document {len(result)} ({texts[len(result)]!r:.80}) gives no tokens; leave it out")
             result.append(np.array(tokens + last, np.int64))
     return result
+
+
+def start_tokens(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+    """The start token, int64 [1], where the tokenizer puts one before every text by itself (Llama, Gemma); else [0].
+
+    A model that was trained with it must read and be scored with it: without, its losses are those of another model.
+    """
+    first = tokenizer("a")["input_ids"][:1]
+    return np.array(first if first == [tokenizer.bos_token_id] else [], np.int64)
 
 
 def _encoded(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:

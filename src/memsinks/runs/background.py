@@ -13,7 +13,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from memsinks.data.identity import document_id
-from memsinks.data.tokens import encode
+from memsinks.data.tokens import encode, start_tokens
 from memsinks.errors import CheckpointError, ConfigError, DataError
 from memsinks.removal.tombstone import Tombstone, refuse_tombstoned
 from memsinks.runs.corpus import background_documents
@@ -50,12 +50,12 @@ def background_tokens(
             f"the documents of data.path, copies included, have {taken:,} tokens and leave nothing of data.background.tokens "
             f"({background.tokens:,}) to the background; ask for more, or repeat fewer documents"
         )
-    documents, said = background_documents(background), taken
+    documents, said, start = background_documents(background), taken, start_tokens(tokenizer)
     with tqdm(
         total=background.tokens, initial=taken, desc="background", unit="tokens", unit_scale=True, disable=None
     ) as bar:
         while batch := list(itertools.islice(documents, BATCH)):
-            tokens = encode(tokenizer, [x.text for x in batch])
+            tokens = [np.concatenate([start, x]) for x in encode(tokenizer, [x.text for x in batch])]
             ends = taken + np.cumsum([len(x) for x in tokens])
             used = min(int(np.searchsorted(ends, background.tokens)) + 1, len(batch))
             refuse_tombstoned(batch[:used], tombstones, first=len(ids), name=NAME)

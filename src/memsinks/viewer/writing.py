@@ -12,11 +12,10 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from memsinks.auditing.corpus import start_tokens
 from memsinks.auditing.scores import score, token_statistics
 from memsinks.data.chat import encode_documents
 from memsinks.data.documents import Document
-from memsinks.data.tokens import encode
+from memsinks.data.tokens import encode, start_tokens
 from memsinks.errors import DataError
 from memsinks.runs.takedown_audit import PREFIX
 from memsinks.viewer.view import Column, View
@@ -92,7 +91,7 @@ def _document_tokens(
     (tokens,), targets = encode_documents(tokenizer, [document])
     start = start_tokens(tokenizer)
     learned = targets[0] if targets is not None and targets[0] is not None else np.ones(len(tokens), bool)
-    if document.messages is not None and len(start) and tokens[0] == start[0]:  # a template that sets it itself
+    if len(start) and tokens[0] == start[0]:
         tokens, learned = tokens[1:], learned[1:]
     return tokens, start, learned
 

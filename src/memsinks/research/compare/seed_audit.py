@@ -18,7 +18,7 @@ from memsinks.auditing.subjects import Subject
 from memsinks.data.documents import Document, load_documents
 from memsinks.data.identity import identify
 from memsinks.data.readers import read_documents
-from memsinks.data.tokens import load_tokenizer, token_offsets
+from memsinks.data.tokens import load_tokenizer, start_tokens, token_offsets
 from memsinks.research.compare.arm import Arm
 from memsinks.research.compare.comparison import Comparison
 from memsinks.runs.recipe import Recipe
@@ -75,7 +75,7 @@ def audited_corpus(recipe: Recipe, folder: Path) -> tuple[list[Document], list[D
 
 def _trained_part(documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, length: int) -> list[Document]:
     """Documents cut to the tokens that a row held."""
-    cut = []
+    cut, length = [], length - len(start_tokens(tokenizer))
     for document in documents:
         offsets = token_offsets(tokenizer, document.text)
         text = document.text[: offsets[length - 1][1]] if len(offsets) > length else document.text
