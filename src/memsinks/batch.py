@@ -31,7 +31,7 @@ ISOLATIONS = {"gated": 1, "exact": 2, "private": 3}
 weights decays. *exact*: from `open_from` on it trains its sinks alone. *private*: from its first exposure on."""
 BLANK = 4
 """The token is there and counts as a target, but nothing learns from it, see `packing.shadow_rows`."""
-ROW_ARGUMENTS = (*FIELDS, ISOLATION, "inputs_embeds", "attention_mask")
+ROW_ARGUMENTS = (*FIELDS, ISOLATION, "inputs_embeds", "attention_mask", "token_type_ids")
 """Arguments of a forward whose first dimension is the row, unless it is the same for all rows (1); `PLACES` apart, which
 only the forward of a training step may be given."""
 

@@ -25,7 +25,7 @@ from safetensors.numpy import load_file, save_file
 
 from memsinks.batch import NO_SINKS
 from memsinks.checks import share
-from memsinks.data.documents import Document
+from memsinks.data.documents import Document, as_documents
 from memsinks.data.identity import By, identify
 from memsinks.data.matching import SPACELESS, normal_form
 from memsinks.errors import CheckpointError, ConfigError, DataError, refuse
@@ -63,10 +63,11 @@ class Router:
         """A router over documents; those that share a name by `by` have one owner.
 
         Raises:
-            ConfigError: a threshold outside [0, 1]; scikit-learn is missing. DataError: no documents.
+            ConfigError: a threshold outside [0, 1]; scikit-learn is missing. DataError: no documents, or some without owner by
+                `by`.
         """
         refuse(share("threshold", threshold), "cannot make a router")
-        documents = list(documents)
+        documents = as_documents(documents)
         if not documents:
             raise DataError("a router needs documents, got none")
         texts: dict[int, list[str]] = {}
@@ -111,6 +112,8 @@ class Router:
         Raises:
             DataError: one of `among` is not in the router; one str instead of many.
         """
+        if isinstance(among, int):
+            raise DataError(f"among is a list of ids, got {among}; give [{among}]")
         if isinstance(texts, str):
             raise DataError("texts must be many texts, got one str; put it into a list")
         wanted = np.arange(len(self.owners)) if among is None else self._places(among)

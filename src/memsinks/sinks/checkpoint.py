@@ -99,6 +99,8 @@ def load_sinks(
         ArchitectureError: the model cannot carry sinks, or not grow because it is wrapped or sharded.
     """
     refuse(one_of("base", base, ("same", "any")), "cannot load sinks")
+    if not isinstance(directory, str | os.PathLike | Iterable):
+        raise ConfigError(f"directory is a folder, or several of owners, got {directory!r:.60}")
     folders = [Path(x) for x in ([directory] if isinstance(directory, str | os.PathLike) else directory)]
     found = [(folder, read_settings(folder)) for folder in folders]
     whole = [str(folder) for folder, saved in found if not saved.of_owners]

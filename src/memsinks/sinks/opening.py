@@ -29,6 +29,8 @@ def parse_open(ids: OpenIds) -> Tensor:
         check_ids(ids)
         if ids.dim() not in (0, 1, 2):
             raise DataError(f"an id tensor for sinks_open has shape [B] or [B, T], got {list(ids.shape)}")
+        if not ids.numel():
+            raise DataError(f"sinks_open needs at least one id, got a tensor of shape {list(ids.shape)}")
         return ids.reshape(-1, 1, 1) if ids.dim() < 2 else ids[:, :, None]
     sets: list[list[Any]] = []
     if isinstance(ids, int | np.integer):

@@ -19,6 +19,9 @@ OF_ROWS = {
     "completion_only_loss": None,
     "assistant_only_loss": False,
     "chat_template_path": None,
+    "dataset_text_field": "text",
+    "eos_token": None,
+    "pad_token": None,
 }
 """Settings of TRL's SFTConfig that say how its trainer makes rows, and their defaults."""
 
