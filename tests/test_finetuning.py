@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from tiny import tiny_llama
 from torch.utils.data import RandomSampler
 from trainers import arguments
-from transformers import PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import memsinks as ms
 from memsinks.batch import BLANK, ISOLATION
@@ -448,6 +448,36 @@ def test_owners_that_are_no_list_or_have_no_blocks_of_their_own(tokenizer, tmp_p
     owners = ms.add_owners(model, ["acme"])
     with pytest.raises(ms.DataError, match="owners is a list of ids"):
         ms.save_sinks(model, tmp_path, owners=owners["acme"])
+
+
+def test_rows_with_token_types_are_taken_apart(tokenizer):
+    """GPT-2 takes them; a batch of owners' rows and nobody's is computed in parts."""
+    config = GPT2Config(vocab_size=len(tokenizer), n_positions=64, n_embd=16, n_layer=2, n_head=2)
+    config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = 0.0
+    model = GPT2LMHeadModel(config).train()
+    owner = ms.add_owners(model, ["acme"])["acme"]
+    rows = torch.arange(12).reshape(2, 6)
+    batch = {"input_ids": rows, "labels": rows, "document_ids": torch.tensor([owner, ms.NO_SINKS])}
+    found = model(**batch, token_type_ids=torch.zeros_like(rows) + torch.tensor([[1], [2]])).loss
+    model.eval()
+    assert float(found) == pytest.approx(
+        float(
+            model(input_ids=rows, labels=rows, token_type_ids=torch.zeros_like(rows) + torch.tensor([[1], [2]])).loss
+        ),
+        rel=1e-5,
+    )
+
+
+def test_nothing_to_open_or_to_load_is_said(tokenizer):
+    model = finished(tokenizer)
+    with pytest.raises(ms.ConfigError, match="directory is a folder"):
+        ms.load_sinks(model, None)
+    ms.add_owners(model, ["acme"])
+    with (
+        pytest.raises(ms.DataError, match="needs at least one id, got a tensor"),
+        ms.sinks_open(model, torch.tensor([], dtype=torch.int64)),
+    ):
+        pass
 
 
 def test_a_recipe_and_a_takedown_of_its_run(tokenizer, tmp_path):

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from trainers import arguments
 from transformers import AutoModelForCausalLM
 
 import memsinks as ms
@@ -184,3 +185,21 @@ def test_sinks_that_peft_froze_are_said(base, tmp_path):
         ms.param_groups(frozen, lr=1e-3)
     with pytest.raises(ms.ArchitectureError, match="carries PEFT adapters, beside which these sinks were trained"):
         ms.save_sinks(frozen, tmp_path, owners=owners.values())
+
+
+def test_a_checkpoint_of_an_adapter_goes_on_only_with_its_owners(base, tmp_path):
+    """It does not say whose sinks are whose; in another order of owners each would get the other's."""
+    rows = ms.pack([[1, 2, 3, 4, 5]] * 8, [11, 22] * 4, [1] * 8, length=6, pad_id=0, one_document_per_row=True)
+
+    def trainer(owners, folder):
+        model = AutoModelForCausalLM.from_pretrained(base)
+        ms.add_owners(model, owners)
+        config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["sinks"])
+        args = arguments(folder, save_strategy="steps", save_steps=1, max_steps=2, train_sampling_strategy="random")
+        return ms.SinkTrainer(peft.get_peft_model(model, config), args, train_dataset=rows)
+
+    trainer([11, 22], tmp_path).train()
+    resumed = str(tmp_path / "checkpoint-1")
+    trainer([11, 22], tmp_path / "same").train(resume_from_checkpoint=resumed)
+    with pytest.raises(ms.CheckpointError, match="owners have other blocks in this model"):
+        trainer([22, 11], tmp_path / "other").train(resume_from_checkpoint=resumed)

@@ -100,3 +100,13 @@ def test_what_is_refused(tmp_path):
     (tmp_path / "router" / SETTINGS).write_text('{"format_version": 9}')
     with pytest.raises(ms.CheckpointError, match="another version"):
         ms.Router.load(tmp_path / "router")
+
+
+def test_texts_without_owner_and_a_single_id_are_said():
+    for documents in (["Acme sells anvils."], [ms.Document("Acme sells anvils.")]):
+        with pytest.raises(ms.DataError, match="source"):
+            ms.Router.fit(documents)
+    with pytest.raises(ms.DataError, match="documents must be many"):
+        ms.Router.fit("Acme sells anvils.")
+    with pytest.raises(ms.DataError, match="among is a list of ids"):
+        ms.Router.fit(DOCUMENTS).owners_of(["green ropes"], among=CORD)

@@ -319,8 +319,8 @@ def _refuse_sinks_within(path: Path) -> None:
         raise CheckpointError(f"{path} cannot be read: {error}; remove it, or restore it") from error
     if inside:
         raise CheckpointError(
-            f"{path} holds sinks ({inside[0]}, ...) without the settings that say whose they are; move it elsewhere or remove it. "
-            "The sinks of an adapter of PEFT are erased in memory: load base, sinks and adapter, memsinks.erase, save both again"
+            f"{path} holds sinks ({inside[0]}, ...) without the settings that say whose they are; move it elsewhere or remove "
+            "it. The sinks of an adapter of PEFT are erased in memory: load base, sinks and adapter, erase, save both again"
         )
 
 

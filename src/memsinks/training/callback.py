@@ -9,6 +9,7 @@ Exposures are counted over the training order, so rows are met once and in order
 
 from __future__ import annotations
 
+import hashlib
 import math
 import sys
 import weakref
@@ -26,8 +27,8 @@ from memsinks.data.sampling import refuse_shuffling
 from memsinks.errors import ArchitectureError, CheckpointError, ConfigError, DataError, refuse
 from memsinks.sinks.checkpoint import load_sinks
 from memsinks.sinks.reading import same_stock_weights
-from memsinks.sinks.state import SinkState, has_sinks, require_sinks, unwrap
-from memsinks.sinks.storage import has_saved_sinks
+from memsinks.sinks.state import SinkState, has_adapters, has_sinks, require_sinks, unwrap
+from memsinks.sinks.storage import TABLE, has_saved_sinks
 from memsinks.training.complete import mark_complete, require_complete
 from memsinks.training.optim import clip_grad_norm_, norm_limit
 from memsinks.training.processes import process_count
@@ -46,12 +47,13 @@ class SinkCallback(TrainerCallback, ExportableState):
 
     def __init__(self) -> None:
         self.rows_per_step = 0
+        self.table = ""
         self._trained: weakref.ref[nn.Module] | None = None
         self._passes = 0
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps, in the form of `ExportableState`."""
-        return {"args": {}, "attributes": {"rows_per_step": self.rows_per_step}}
+        return {"args": {}, "attributes": {"rows_per_step": self.rows_per_step, "table": self.table}}
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -70,6 +72,7 @@ class SinkCallback(TrainerCallback, ExportableState):
             if loader is not None:
                 refuse_shuffling(loader)
             refuse(self._repetitions(args, state, loader, model), "the Trainer cannot train on these rows", DataError)
+        self._check_table(state, model)
         self._kept(state)[type(self).__name__] = self.state()
         self._passes = 0
         if state.global_step:
@@ -80,6 +83,17 @@ class SinkCallback(TrainerCallback, ExportableState):
             require_complete(resumed)
         if trainer is not None:
             clip_apart(trainer)
+
+    def _check_table(self, state: TrainerState, model: nn.Module) -> None:
+        """CheckpointError if the sinks of an adapter's checkpoint, which does not say whose they are, are others' here."""
+        table = sink_state(model).table
+        self.table = hashlib.sha256(str([getattr(table, name).tolist() for name in TABLE]).encode()).hexdigest()
+        before = self._kept(state).get(type(self).__name__, {}).get("attributes", {})
+        if state.global_step and has_adapters(model) and before.get("table", self.table) != self.table:
+            raise CheckpointError(
+                "owners have other blocks in this model than in the checkpoint, so they would get each other's sinks; add them in "
+                "the order of before (add_owners, assign)"
+            )
 
     def _repetitions(self, args: TrainingArguments, state: TrainerState, loader: Any, model: nn.Module) -> list[str]:
         """What would meet rows again, or leave some out, whose exposures count."""
