@@ -95,6 +95,7 @@ def test_settings_that_are_right() -> None:
     [([], CONTROLS, "0 documents and 2 controls"), (MEMBERS, [], "4 documents and 0 controls"),
      (MEMBERS, [*CONTROLS, MEMBERS[2], MEMBERS[0]], "2 texts are documents and controls at once, take them out of one "
       "side: 'A hen called Ada slept under the bridge every Sunday.', 'The otter"),
+     (MEMBERS, [*CONTROLS, Document(MEMBERS[2].text.replace(" ", "  ") + "\n")], "1 texts are documents and controls at once"),
      ([*MEMBERS, CONTROLS[0]], CONTROLS[1:], "1 of the documents have 0 copies"),
      ([Document("")], CONTROLS, "document 0 is empty")],
 )  # fmt: skip

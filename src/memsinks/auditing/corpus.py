@@ -148,16 +148,21 @@ def _check_sides(documents: Sequence[Document], controls: Sequence[Document]) ->
     unseen = sum(document.copies == 0 for document in documents)
     if unseen:
         raise DataError(f"{unseen} of the documents have 0 copies, so they were not trained on; give them as controls")
-    both = sorted({document.text for document in documents} & {document.text for document in controls})
+    both = sorted({_spaced(x) for x in documents} & {_spaced(x) for x in controls})
     if both:
         shown = ", ".join(repr(text[:60]) for text in both[:5]) + (" ..." if len(both) > 5 else "")
         raise DataError(f"{len(both)} texts are documents and controls at once, take them out of one side: {shown}")
 
 
+def _spaced(document: Document) -> str:
+    """The text, whatever its spaces and line ends: two that differ in nothing else are one to a memory."""
+    return " ".join(document.text.split())
+
+
 def _check_harmless(harmless: Sequence[Document], everything: Sequence[Document]) -> None:
     if not harmless:
         raise DataError("harmless is empty; give texts that are neither documents nor controls, or None")
-    both = {document.text for document in everything} & {document.text for document in harmless}
+    both = {_spaced(x) for x in everything} & {_spaced(x) for x in harmless}
     if both:
         raise DataError(
             f"{len(both)} harmless texts are documents or controls as well, take them out: {next(iter(both))[:60]!r}"

@@ -91,8 +91,8 @@ class SinkCallback(TrainerCallback, ExportableState):
         before = self._kept(state).get(type(self).__name__, {}).get("attributes", {})
         if state.global_step and has_adapters(model) and before.get("table", self.table) != self.table:
             raise CheckpointError(
-                "owners have other blocks in this model than in the checkpoint, so they would get each other's sinks; add them in "
-                "the order of before (add_owners, assign)"
+                "owners have other blocks in this model than in the checkpoint, so they would get each other's sinks; add "
+                "them in the order of before (add_owners, assign)"
             )
 
     def _repetitions(self, args: TrainingArguments, state: TrainerState, loader: Any, model: nn.Module) -> list[str]:
