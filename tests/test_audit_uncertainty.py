@@ -163,6 +163,7 @@ def test_rare_numbers_of_copies_are_drawn_together() -> None:
         ([2, 3, 5, 9], [2] * 4),
         ([4] * 12 + [16] * 3 + [64] * 2, [4] * 17),  # too few for a group of their own join the next
         ([4] * 12 + [16] * 6 + [64] * 7, [4] * 12 + [16] * 13),
+        ([4] * 6 + [16] * 7 + [64] * 9, [4] * 22),  # nor does what is left over
         ([7], [7]),
     ):
         levels = np.array(controls + copies)

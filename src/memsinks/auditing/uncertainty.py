@@ -71,7 +71,8 @@ def strata(levels: np.ndarray, apart: np.ndarray) -> np.ndarray:
             groups.append([])
         groups[-1].append(level)
     if len(groups) > 1 and sum(size[x] for x in groups[-1]) < STRATUM:
-        groups[-2] += groups.pop()
+        rest = groups.pop()
+        groups[-1] += rest
     found = levels.copy()
     for group in groups:
         found[~apart & np.isin(levels, group)] = min(group, default=0)
