@@ -618,8 +618,7 @@ def test_recited() -> None:
     assert outcome(result) == "recited"
     assert verdict(result)[:2] == [
         HEADLINES["recited"],
-        "Verbatim: 40 of 40 documents, 0 of 40 controls; 40 in ordinary model. More documents than controls also come out after "
-        "5 tokens.",
+        "Verbatim: 40 of 40 documents, 0 of 40 controls; 40 in ordinary model.",
     ]
 
 
@@ -649,7 +648,10 @@ def test_what_comes_out_after_another_prefix_is_recited() -> None:
     result = audit(Late(late, 7), MANY, AS_MANY, settings=quick(prefix=2, prefixes=(2, 8), continuation=3))
     assert result.lines[1].extracted.value == 0.0
     assert outcome(result) == "recited"
-    assert "More documents than controls also come out after 8 tokens." in verdict(result)[1]
+    assert "More documents than controls come out after 8 tokens." in verdict(result)[1]
+    short = audit(Late(late, 7), MANY, AS_MANY, settings=quick(prefix=500, prefixes=(8,), continuation=3))
+    assert outcome(short) == "recited"
+    assert "come out after 8 tokens." in verdict(short)[1] and "No document is long enough" in verdict(short)[1]
 
 
 def test_no_headline_says_what_was_not_asked() -> None:
@@ -698,11 +700,31 @@ def test_equal_texts_are_no_independent_evidence() -> None:
     result = audit(Oracle(TOKENS, gaps=4), again, [*AS_MANY, *AS_MANY])
     assert (result.documents, result.controls) == (40, 40)
     assert [line.copies for line in result.lines] == [0, 4, 8, 12]
-    ids = [7] * 3 + [7] * 40 + [9] + [1] * 80
+    keyed = [Document(x.text, key=str(place), copies=2) for place, x in enumerate([*MANY, *MANY])]
+    others = [Document(x.text, key=f"c{place}", copies=0) for place, x in enumerate(AS_MANY)]
+    assert audit(Oracle([]), keyed, others).documents == 40
+    assert audit(Oracle([]), keyed, others, settings=quick(by="key")).documents == 80
+    ids = iter([7] * 3 + [7] * 40 + [9] + [1] * 80)
     corpus = result.corpus
     assert corpus.documents[0].copies == 12
     apart = audit(Oracle([]), again, [*AS_MANY, *AS_MANY], document_ids=ids).corpus
     assert (apart.members, apart.ids.tolist()) == (41, [7] * 40 + [9] + [1] * 40)  # another id, other sinks
+
+
+def test_a_folder_whose_tokenizer_begins_texts_is_audited(tmp_path) -> None:
+    """As Llama's and Gemma's do; the tokenizer is read again for each model that has one."""
+    tokenizer = copy.deepcopy(the_tokenizer())
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", tokenizer.bos_token_id)]
+    )
+    for name in ("one", "two"):
+        llama().save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    result = ms.audit(tmp_path / "one", MEMBERS, CONTROLS, twin=tmp_path / "two", settings=QUICK)
+    assert result.settings["start_token"]
+    the_tokenizer().save_pretrained(tmp_path / "two")
+    with pytest.raises(DataError, match="gives other tokens"):
+        ms.audit(tmp_path / "one", MEMBERS, CONTROLS, twin=tmp_path / "two", settings=QUICK)
 
 
 def test_generation_stays_within_the_context() -> None:

@@ -462,7 +462,7 @@ def test_a_text_that_is_given_twice_is_not_another_document(tmp_path) -> None:
     ids = [document_id(text) for text in TEXTS[:2]]
     assign_blocks(model, {ids[0]: [0, 1], ids[1]: [2, 3]})
     texts = {"a": TEXTS[0], "b": TEXTS[0], "c": TEXTS[1]}
-    documents = [Document(text, key=key, copies=2) for key, text in texts.items()]
+    documents = [Document(text, kind=kind, copies=2) for kind, text in texts.items()]
     corpus = read_corpus(documents, CONTROLS, the_tokenizer(), AuditSettings())
     found = measured(model, tmp_path, corpus, "open", generated=True).collateral
     assert (found["closed"], found["others"]) == (3, 1 + 1 + 2)

@@ -159,11 +159,11 @@ def test_equivalence_is_below_five_percent() -> None:
 def test_rare_numbers_of_copies_are_drawn_together() -> None:
     controls = [-1] * 4
     for copies, expected in (
-        ([4] * 12 + [16] * 10, [4] * 12 + [16] * 10),  # each often enough
+        ([4] * 12 + [16] * 8, [4] * 12 + [16] * 8),  # each often enough
         ([2, 3, 5, 9], [2] * 4),
         ([4] * 12 + [16] * 3 + [64] * 2, [4] * 17),  # too few for a group of their own join the next
-        ([4] * 12 + [16] * 6 + [64] * 7, [4] * 12 + [16] * 13),
-        ([4] * 6 + [16] * 7 + [64] * 9, [4] * 22),  # nor does what is left over
+        ([4] * 12 + [16] * 4 + [64] * 6, [4] * 12 + [16] * 10),
+        ([4] * 4 + [16] * 5 + [64] * 6, [4] * 15),  # and what is left over the one before
         ([7], [7]),
     ):
         levels = np.array(controls + copies)

@@ -154,10 +154,11 @@ def test_a_saved_model_of_owners_is_frozen_when_it_is_loaded(trained, tokenizer,
     args = epochs(tmp_path, 1, weight_decay=0.1, learning_rate=1e-2)
     ms.SinkTrainer(again, args, train_dataset=rows_of(tokenizer)).train()
     assert ms.shared_hash(again) == before == ms.shared_hash(model)
-    learning = finished(tokenizer)
-    ms.add_sinks(learning, ms.SinkConfig(neurons=64, active=8, block_size=8))
-    learning.save_pretrained(tmp_path / "learning")
-    assert all(x.requires_grad for x in ms.load(tmp_path / "learning").parameters())
+    for frozen in (False, True):  # as for inference
+        learning = finished(tokenizer)
+        ms.add_sinks(learning, ms.SinkConfig(neurons=64, active=8, block_size=8))
+        learning.requires_grad_(not frozen).save_pretrained(tmp_path / "learning")
+        assert all(x.requires_grad for x in ms.load(tmp_path / "learning").parameters())
 
 
 def test_the_same_trainer_learns_owners_who_come_later(tokenizer, tmp_path):
@@ -175,6 +176,17 @@ def test_the_same_trainer_learns_owners_who_come_later(tokenizer, tmp_path):
     assert loss(model, tokenizer, TEXTS["bolt"][0], owners["bolt"]) < loss(model, tokenizer, TEXTS["bolt"][0]) - 0.5
     with pytest.raises(ms.ConfigError, match="the model has grown"):
         own.step()
+
+
+def test_an_optimizer_that_was_prepared_is_used(tokenizer, tmp_path):
+    """Made, changed and scheduled by hand before the first training."""
+    model = finished(tokenizer)
+    ms.add_owners(model, ["acme"], config=ms.SinkConfig.for_finetuning(model, **SETTINGS | {"blocks": 1}))
+    trainer = ms.SinkTrainer(model, epochs(tmp_path, 2), train_dataset=rows_of(tokenizer, "acme"))
+    trainer.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(trainer.create_optimizer(), lambda step: 0.0)
+    before = {name: x.detach().clone() for name, x in named_sinks(model).items()}
+    trainer.train()
+    assert all(torch.equal(x, before[name]) for name, x in named_sinks(model).items())
 
 
 def test_moments_of_an_owner_who_left_do_not_reach_who_comes(tokenizer, tmp_path):

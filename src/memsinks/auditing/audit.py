@@ -16,7 +16,7 @@ import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from memsinks._version import versions
-from memsinks.auditing.corpus import Corpus, read_corpus
+from memsinks.auditing.corpus import Corpus, read_corpus, without_start
 from memsinks.auditing.examples import examples
 from memsinks.auditing.figures import Figures
 from memsinks.auditing.measure import Measurement, measure
@@ -29,6 +29,7 @@ from memsinks.auditing.settings import AuditSettings
 from memsinks.auditing.subjects import Role, State, Subject
 from memsinks.data.chat import encode_documents
 from memsinks.data.documents import Document
+from memsinks.data.tokens import start_tokens
 from memsinks.errors import CheckpointError, ConfigError, DataError
 from memsinks.files import written_beside
 
@@ -236,10 +237,10 @@ def _check_tokenizers(
         own = entry.subject.tokenizer()
         if own is None or own is tokenizer:
             continue
-        for mine, its in zip(
-            corpus.tokens[sample], encode_documents(own, corpus.documents[sample], settings.end)[0], strict=True
-        ):
-            if mine.tolist() != its.tolist():
+        start = start_tokens(own)
+        others = without_start(start, encode_documents(own, corpus.documents[sample], settings.end)[0])
+        for mine, its in zip(corpus.tokens[sample], others, strict=True):
+            if mine.tolist() != its.tolist() or start.tolist() != corpus.start.tolist():
                 raise DataError(
                     f"the tokenizer of {entry.role} ({entry.subject.path}) gives other tokens than that of the audit; losses "
                     "per token cannot be compared. Audit it on its own"

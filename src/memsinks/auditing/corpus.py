@@ -72,7 +72,7 @@ def read_corpus(
     document_ids: Sequence[int] | np.ndarray | None = None,
     harmless: Sequence[Document] | None = None,
 ) -> Corpus:
-    """Check both sides and encode them. Documents of one text, key, source, cluster and id are one, their copies added up.
+    """Check both sides and encode them. Documents of one text and id are one, their copies added up.
 
     Raises:
         DataError: an empty side, copies that are no count above 0, texts on both sides (listed), a text without tokens; a
@@ -81,14 +81,16 @@ def read_corpus(
     """
     documents, controls = as_documents(documents), as_documents(controls)
     _check_sides(documents, controls)
-    documents, controls, document_ids = _once_each(documents, controls, document_ids)
+    ids = _ids([*documents, *controls], settings.by, document_ids)
+    documents, controls, ids = _once_each(documents, controls, ids)
     everything = [*documents, *controls]
     if harmless is not None:
         harmless = as_documents(harmless)
         _check_harmless(harmless, everything)
-    ids = _ids(everything, settings.by, document_ids)
     start = start_tokens(tokenizer)
-    tokens = [x.astype(np.int32) for x in _without(start, encode_documents(tokenizer, everything, settings.end)[0])]
+    tokens = [
+        x.astype(np.int32) for x in without_start(start, encode_documents(tokenizer, everything, settings.end)[0])
+    ]
     private = None if private_start is None else _private(everything, tokens, tokenizer, private_start)
     copies = np.array([document.copies for document in documents] + [0] * len(controls))
     return Corpus(
@@ -100,39 +102,34 @@ def read_corpus(
         start,
         private,
         texts_hash(everything),
-        None if harmless is None else _without(start, encode_documents(tokenizer, harmless, settings.end)[0]),
+        None if harmless is None else without_start(start, encode_documents(tokenizer, harmless, settings.end)[0]),
     )
 
 
-def _without(start: np.ndarray, tokens: list[np.ndarray]) -> list[np.ndarray]:
+def without_start(start: np.ndarray, tokens: list[np.ndarray]) -> list[np.ndarray]:
     """The tokens without the start token: every window of a document is scored after one."""
     return [x[1:] if len(start) and len(x) > 1 and x[0] == start[0] else x for x in tokens]
 
 
 def _once_each(
-    documents: list[Document], controls: list[Document], given: Any
-) -> tuple[list[Document], list[Document], Any]:
-    """Both sides with each text once, and the ids of what is left: equal texts are no independent evidence."""
-    everything = [*documents, *controls]
-    ids = [None] * len(everything) if given is None else given.tolist() if hasattr(given, "tolist") else list(given)
-    if len(ids) != len(everything):
-        return documents, controls, given  # which is refused later
+    documents: list[Document], controls: list[Document], ids: np.ndarray
+) -> tuple[list[Document], list[Document], np.ndarray]:
+    """Both sides and their ids with each text of an id once: equal texts are no independent evidence."""
     first: dict[Any, int] = {}
     copies: dict[int, int] = {}
-    for place, (document, own) in enumerate(zip(everything, ids, strict=True)):
-        alike = document.text, document.key, document.source, document.cluster, place < len(documents), own
+    for place, (document, own) in enumerate(zip([*documents, *controls], ids.tolist(), strict=True)):
+        alike = document.text, document.messages is None, document.kind, place < len(documents), own
         at = first.setdefault(alike, place)
         copies[at] = copies.get(at, 0) + document.copies
-    again = len(everything) - len(first)
+    again = len(ids) - len(first)
     if not again:
-        return documents, controls, given
+        return documents, controls, ids
     logger.warning(
         "%d texts stand more than once on their side of the audit and are taken once, with all their copies", again
     )
-    kept = [replace(document, copies=copies[x]) if x in copies else None for x, document in enumerate(everything)]
-    sides = kept[: len(documents)], kept[len(documents) :]
-    left = None if given is None else [ids[place] for place in copies]
-    return [x for x in sides[0] if x is not None], [x for x in sides[1] if x is not None], left
+    members = [replace(documents[place], copies=copies[place]) for place in copies if place < len(documents)]
+    left = [controls[place - len(documents)] for place in copies if place >= len(documents)]
+    return members, left, ids[list(copies)]
 
 
 def _check_sides(documents: Sequence[Document], controls: Sequence[Document]) -> None:

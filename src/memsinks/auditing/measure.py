@@ -115,7 +115,7 @@ def measure(
     """
     known = facts(model)
     own = corpus.ids if state == "open" else None
-    passes = Passes(model, corpus, settings, folder, name, computation_hash(model), own)
+    passes = Passes(model, corpus, settings, folder, name, computation_hash(model, known["weights_sha256"]), own)
     table = passes("scores", corpus.tokens, own)
     values = _values(table, corpus, settings)
     stands = (

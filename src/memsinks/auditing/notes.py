@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from memsinks.auditing.attacks import HIDDEN_STATES
+from memsinks.auditing.attacks import HIDDEN_STATES, is_supervised
 from memsinks.auditing.attacks_supervised import LEAST
 from memsinks.auditing.figures import FEW, FPRS, Figures
 from memsinks.auditing.hidden_states import LEAST as ANCHORED
@@ -79,7 +79,8 @@ def _kind(one: Measurement) -> str:
 def _of_the_attacks(figures: Figures, audited: Measurement, fair: Sequence[Measurement]) -> Iterator[str]:
     if "reference" not in audited.attacks:
         yield "No reference attack: it needs a twin."
-    if not fair and any(estimate(*auc).high < 0.5 for auc in figures.aucs(audited).values()):
+    aucs = {name: estimate(*auc) for name, auc in figures.aucs(audited).items() if not is_supervised(name)}
+    if not fair and any(auc.high < 0.5 for auc in aucs.values()):
         yield (
             "Members are told from controls in the other direction, as texts that the model knows less of: without a twin it "
             "cannot be said whether they are harder or were pushed away."

@@ -158,7 +158,7 @@ def pareto(audit: Audit, axes: Any) -> None:
     color, marker, _ = look[before.name]
     axes.plot([0], [0], marker=marker, color=color, ls="", label=before.name, markersize=8)
     for model in audit.models:
-        if model.forgetting is None or model.state == "open":
+        if model.forgetting is None or model.state == "open" or np.isnan(model.forgetting.gap_closed.value):
             continue
         color, marker, _ = look[model.name]
         x, y = model.forgetting.price, model.forgetting.gap_closed

@@ -115,7 +115,7 @@ def outcome(audit: Audit) -> Outcome:
     an attack's AUC, or the loss gap, of the model itself or of a changed copy (`probes`), is above chance with 95% confidence,
     and not shown equivalent to every fair model that is given (twin, seen once); without such a model also an AUC below chance.
     The confidence is shared out over all of them (Bonferroni), intervals taken as normal. Equivalent needs every attack and
-    every probe. With fewer than `ENOUGH` target documents or controls neither is said.
+    every probe. With fewer than `ENOUGH` target documents or controls traces are not judged.
     """
     model = audit.audited
     if recited_places(audit, model):
@@ -123,13 +123,14 @@ def outcome(audit: Audit) -> Outcome:
     if min(sum(line.documents for line in _targets(audit, model)), audit.controls) < ENOUGH:
         return "not recovered"
     gaps = [model.gap, *(probe.gap for probe in model.probes if means_something_alone(probe.name))]
-    beside = [test for test in model.equivalences if test.name == gap_after(BEGINNINGS)]
+    beside = [x for x in model.equivalences if x.name == gap_after(BEGINNINGS) and x.difference == x.difference]
     tests = len(gaps) + len(model.attacks) + len(beside)
     found = any(_above(gap, 0.0, tests) for gap in gaps)
     found = found or any(_above(attack.auc, 0.5, tests) for attack in model.attacks)
     found = found or any(_above_a_model(test, tests) for test in beside)
     fair = [test for test in model.equivalences if test.name != "loss on the documents"]
-    found = found or (not fair and any(_below(attack.auc, 0.5, tests) for attack in model.attacks))
+    one_sided = [attack.auc for attack in model.attacks if not attack.labeled]  # what learned its side has no other one
+    found = found or (not fair and any(_below(auc, 0.5, tests) for auc in one_sided))
     return "traces" if found and not (fair and all(test.equivalent for test in fair)) else "not recovered"
 
 
@@ -200,14 +201,15 @@ def recited(audit: Audit, model: ModelResult) -> tuple[int, int]:
 
 def _extraction(audit: Audit) -> str:
     hits, asked = recited(audit, audit.audited)
-    before = audit.model("against")
+    before, usual = audit.model("against"), f"after {audit.settings.get('prefix')} tokens"
+    said = {"after the prefix", "" if audit.settings.get("private_part") else usual}
+    elsewhere = [place for place in recited_places(audit, audit.audited) if place not in said]
+    more = f" More documents than controls come out {', '.join(elsewhere)}." if elsewhere else ""
     if not asked:
-        return "No document is long enough for the extraction asked, so none was: lower prefix or continuation."
+        return f"No document is long enough for the extraction asked, so none was: lower prefix or continuation.{more}"
     control = next(line for line in audit.audited.lines if line.copies == 0)
     beside = f", {round(control.extracted.value * control.asked)} of {control.asked} controls" if control.asked else ""
     beside += f"; {recited(audit, before)[0]} in {before.name}." if before else "."
-    elsewhere = [place for place in recited_places(audit, audit.audited) if place != "after the prefix"]
-    more = f" More documents than controls also come out {', '.join(elsewhere)}." if elsewhere else ""
     return f"Verbatim: {hits} of {asked} documents{beside}{more}"
 
 
@@ -260,11 +262,10 @@ def _equivalences(audit: Audit) -> list[str]:
         ]
         for kind, several in kinds.items():
             if several:
-                farthest = max(several, key=lambda test: abs(test.difference))
-                words.append(
-                    f"{sum(test.equivalent for test in several)} of {len(several)} {kind} equivalent, the farthest: "
-                    f"{farthest.name} ({farthest.difference:+.3f}, margin {farthest.margin:g})"
-                )
+                words.append(f"{sum(test.equivalent for test in several)} of {len(several)} {kind} equivalent")
+            if known := [test for test in several if test.difference == test.difference]:
+                farthest = max(known, key=lambda test: abs(test.difference))
+                words[-1] += f", the farthest: {farthest.name} ({farthest.difference:+.3f}, margin {farthest.margin:g})"
         sentences.append(f"Beside {other}: {'; '.join(words)}.")
     return sentences
 

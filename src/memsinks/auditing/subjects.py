@@ -24,6 +24,8 @@ from memsinks.sinks.storage import TABLE, fingerprint, has_saved_sinks
 from memsinks.training.evaluate import unpatched
 
 State = Literal["open", "closed", "absent"]
+WHERE = ("_name_or_path", "transformers_version")
+"""What a configuration says of where it comes from."""
 OF_ADAPTERS = ("active_adapters", "disable_adapters", "scaling", "merged")
 """What a layer of PEFT computes depends on, beside its weights."""
 Role = Literal["audited", "against", "twin", "seen once", "other"]
@@ -130,18 +132,15 @@ def weights_hash(model: PreTrainedModel) -> str:
     return found.hexdigest()
 
 
-def computation_hash(model: PreTrainedModel) -> str:
-    """SHA-256 of all that its scores depend on, hexadecimal: weights, configuration, which adapters are on and how strong, and
-    the versions of torch and transformers."""
-    parts: list[Any] = [
-        weights_hash(model),
-        model.config.to_json_string(use_diff=False),
-        versions("torch", "transformers"),
-    ]
+def computation_hash(model: PreTrainedModel, weights: str) -> str:
+    """SHA-256 of the hash of its weights, its configuration, which adapters are on and how strong, and the versions of torch and
+    transformers, hexadecimal."""
+    config = {name: value for name, value in model.config.to_dict().items() if name not in WHERE}
+    parts: list[Any] = [weights, config, versions("torch", "transformers")]
     for name, part in model.named_modules():
         if type(part).__module__.startswith("peft."):
             parts.append([name, *(str(getattr(part, x, None)) for x in OF_ADAPTERS)])
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _bytes(tensor: torch.Tensor) -> np.ndarray:

@@ -12,8 +12,8 @@ Z = 1.959963984540054
 """Two-sided normal quantile of `LEVEL`."""
 KNOWN = 0.9
 """Share of the resamples that must have a value for a test."""
-STRATUM = 10
-"""Documents that are drawn by themselves at least: of a group of n, the bootstrap shows (n - 1) / n of the variance."""
+STRATUM = 8
+"""Documents of a group that is drawn by itself, at least: of n, the bootstrap shows (n - 1) / n of the variance."""
 ENOUGH = 5
 """Documents or controls below which nothing is said from intervals."""
 AT_ONCE = 100
@@ -54,7 +54,8 @@ class Equivalence:
 
 
 def strata(levels: np.ndarray, apart: np.ndarray) -> np.ndarray:
-    """The group that each document is drawn in: its level, where at least `STRATUM` have it; rarer levels are put together.
+    """The group that each document is drawn in: its level; rare ones, that fewer than `STRATUM` have, are put together, and with
+    the next larger one if they are still too few.
 
     Args:
         levels: int [n], the number of copies, -1 for controls.

@@ -55,7 +55,9 @@ def background_tokens(
         total=background.tokens, initial=taken, desc="background", unit="tokens", unit_scale=True, disable=None
     ) as bar:
         while batch := list(itertools.islice(documents, BATCH)):
-            tokens = [np.concatenate([start, x]) for x in encode(tokenizer, [x.text for x in batch])]
+            tokens = [
+                np.concatenate([start, x]) for x in encode(tokenizer, [x.text for x in batch])
+            ]  # chats as their text
             ends = taken + np.cumsum([len(x) for x in tokens])
             used = min(int(np.searchsorted(ends, background.tokens)) + 1, len(batch))
             refuse_tombstoned(batch[:used], tombstones, first=len(ids), name=NAME)

@@ -38,7 +38,7 @@ from memsinks.data.rows import rows_of
 from memsinks.data.targets import as_bits, from_bits
 from memsinks.data.token_store import StoredTokens, write_tokens
 from memsinks.data.tokenized import TokenizedDocuments
-from memsinks.data.tokens import load_tokenizer, pad_token, save_tokenizer
+from memsinks.data.tokens import load_tokenizer, pad_token, save_tokenizer, start_tokens
 from memsinks.errors import CheckpointError, ConfigError, DataError
 from memsinks.files import file_hash, file_hashes, verify_files, written_beside
 from memsinks.provenance import refuse_other_settings
@@ -249,6 +249,12 @@ def _from_folder(recipe: Recipe, folder: Path, tombstones: Sequence[Tombstone]) 
         raise
     except (EOFError, OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
         raise CheckpointError(f"{folder} is damaged ({error}); remove it, and it is made anew") from error
+    start = start_tokens(corpus.tokenizer)
+    chat = bool(corpus.members) and corpus.members[0].messages is not None
+    if len(start) and not chat and int(corpus.documents.tokens[0][0]) != int(start[0]):
+        raise CheckpointError(
+            f"{folder} was prepared when texts did not begin with the tokenizer's start token; remove it, and it is made anew"
+        )
     later = [x for x in tombstones if x.sha256 not in facts["tombstones"]]
     refuse_tombstoned([*corpus.members, *corpus.unseen, *corpus.fresh], later)
     if recipe.data.background is not None and later:

@@ -10,7 +10,7 @@ import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from memsinks.auditing.extraction import extracted
-from memsinks.auditing.scores import score
+from memsinks.auditing.scores import context_of, score
 from memsinks.data.chat import encode_documents
 from memsinks.data.documents import Document
 from memsinks.removal.erase import Erased, erase, together
@@ -87,7 +87,7 @@ def placebo_blocks(model: PreTrainedModel, erased: Sequence[Erased], seed: int) 
 def _tokens(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document]
 ) -> list[np.ndarray]:
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**9
+    limit = context_of(model)
     return [tokens[:limit] for tokens in encode_documents(tokenizer, documents)[0]] if documents else []
 
 

@@ -43,6 +43,7 @@ from memsinks.sinks.state import (
     require_sinks,
     shared_parameters,
     sink_modules,
+    sink_parameters,
     unwrap,
 )
 from memsinks.sinks.table import TABLE_VERSION
@@ -212,12 +213,18 @@ def write_sinks(
         "config": state.config.to_dict(),
         **{name: layout[name] for name in ("model_type", "layers", "intermediate_size")},
         "alone": stock is None,
-        "frozen": not any(x.requires_grad for x in shared_parameters(model)),
+        "frozen": _only_sinks_learn(model, state),
         "start_std": {str(layer): x.std for layer, x in zip(state.layers, sink_modules(model).values(), strict=True)},
         "taken": {str(key): name for key, name in sorted(state.taken.items())},
         "sha256": {path.name: file_hash(path) for path in stock or ()} | hashes,
     } | more
     (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def _only_sinks_learn(model: nn.Module, state: SinkState) -> bool:
+    """Whether the shared weights are frozen; not where all weights are, as for inference, unless it is a model of owners."""
+    learning = any(x.requires_grad for x in sink_parameters(model)) or not state.config.hashed_blocks
+    return learning and not any(x.requires_grad for x in shared_parameters(model))
 
 
 @contextmanager

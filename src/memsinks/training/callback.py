@@ -86,13 +86,17 @@ class SinkCallback(TrainerCallback, ExportableState):
 
     def _check_table(self, state: TrainerState, model: nn.Module) -> None:
         """CheckpointError if the sinks of an adapter's checkpoint, which does not say whose they are, are others' here."""
-        table = sink_state(model).table
-        self.table = hashlib.sha256(str([getattr(table, name).tolist() for name in TABLE]).encode()).hexdigest()
+        if not has_adapters(model):
+            return
+        table, found = sink_state(model).table, hashlib.sha256()
+        for name in TABLE:
+            found.update(getattr(table, name).numpy().tobytes())
+        self.table = found.hexdigest()
         before = self._kept(state).get(type(self).__name__, {}).get("attributes", {})
-        if state.global_step and has_adapters(model) and before.get("table", self.table) != self.table:
+        if state.global_step and before.get("table", self.table) != self.table:
             raise CheckpointError(
-                "owners have other blocks in this model than in the checkpoint, so they would get each other's sinks; add "
-                "them in the order of before (add_owners, assign)"
+                "owners have other blocks in this model than in the checkpoint, so some would get another's sinks; give it the "
+                "owners of then, in the order of then (add_owners, assign), none taken out since"
             )
 
     def _repetitions(self, args: TrainingArguments, state: TrainerState, loader: Any, model: nn.Module) -> list[str]:

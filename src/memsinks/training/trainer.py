@@ -91,6 +91,7 @@ class SinkTrainer(Trainer):
         self._waiting: list[Mapping[str, Any]] | None = None
         self._sparing: nn.Module | None = None
         self._made_optimizer = False
+        self._used_optimizer: Any = None
         with taken_as_trainable(given.get("model")):
             super().__init__(**given)
         sink_state(self.model)
@@ -125,10 +126,11 @@ class SinkTrainer(Trainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *arguments: Any, **settings: Any) -> Any:
         """As `Trainer.train`; ``resume_from_checkpoint=True`` goes on from the newest complete checkpoint, see `complete`.
 
-        Called again, it begins with an optimizer of its own: owners may have come since, or left.
+        Called again, it makes another optimizer in place of the one that it made: owners may have come since, or left.
         """
-        if self._made_optimizer:
+        if self.optimizer is not None and self.optimizer is self._used_optimizer:
             self.optimizer = self.lr_scheduler = None
+        self._made_optimizer = self._made_optimizer and self.optimizer is not None
         if resume_from_checkpoint is True:
             last = last_complete(Path(str(self.args.output_dir)))
             if last is None:
@@ -136,7 +138,10 @@ class SinkTrainer(Trainer):
             resume_from_checkpoint = str(last)
         elif resume_from_checkpoint:
             require_complete(Path(resume_from_checkpoint))
-        return super().train(resume_from_checkpoint, *arguments, **settings)
+        try:
+            return super().train(resume_from_checkpoint, *arguments, **settings)
+        finally:
+            self._used_optimizer = self.optimizer if self._made_optimizer else None
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
