@@ -104,8 +104,6 @@ def compare_with_oracles(found: Found) -> None:
         oracles = {x["seed"]: x for x in found.get(oracle_of(arm.removesuffix(ALL_OPEN)), [])}
         for values in seeds:
             oracle = oracles.get(values["seed"], {})
-            if "truth ratios" not in values and "truth ratios" in oracle:
-                values.pop("forget quality", None)
             if "truth ratios" in values and "truth ratios" in oracle:
                 values["forget quality"] = forget_quality(values["truth ratios"], oracle["truth ratios"])
 
