@@ -203,3 +203,21 @@ def test_a_checkpoint_of_an_adapter_goes_on_only_with_its_owners(base, tmp_path)
     trainer([11, 22], tmp_path / "same").train(resume_from_checkpoint=resumed)
     with pytest.raises(ms.CheckpointError, match="owners have other blocks in this model"):
         trainer([22, 11], tmp_path / "other").train(resume_from_checkpoint=resumed)
+
+
+def test_who_is_erased_is_in_no_adapter_and_not_in_what_was_before(base):
+    """PEFT keeps the sinks that it found beside a copy for each adapter; taking the adapters off would bring him back."""
+    model = AutoModelForCausalLM.from_pretrained(base)
+    owners = ms.add_owners(model, ["acme", "bolt"])
+    with torch.no_grad():
+        for parameter in sink_parameters(model):
+            parameter.fill_(0.5)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["sinks"])
+    model = peft.get_peft_model(model, config, adapter_name="one")
+    model.add_adapter("two", config)
+    gone, kept = (model.get_base_model().sink_state.table.own_blocks(owners[x])[0] for x in ("acme", "bolt"))
+    ms.erase(model, owners["acme"])
+    downs = [x for name, x in model.named_parameters() if ".sinks." in name and name.endswith("down")]
+    assert len(downs) == 3  # of before, and of each adapter
+    assert not any(x[gone].any() for x in downs) and all((x[kept] == 0.5).all() for x in downs)
+    assert not any(x[gone].any() for name, x in named_sinks(model.unload()).items() if name.endswith("down"))

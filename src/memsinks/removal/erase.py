@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from memsinks.batch import checked_id
 from memsinks.errors import ConfigError, DataError
+from memsinks.sinks.layer import Sinks
 from memsinks.sinks.opening import opened_blocks
-from memsinks.sinks.state import SinkState, require_sinks, sink_modules
+from memsinks.sinks.state import SinkState, require_sinks
 from memsinks.sinks.table import AssignmentTable, open_mask
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
@@ -130,7 +131,8 @@ def erase(
     """Erase an owner, in place; all other blocks and all shared weights keep every bit.
 
     His blocks get the values that they started with, their moments and gradients become zero, own ones are free again
-    (`free_blocks`), and his ids can be opened no more, neither in training nor by `sinks_open`.
+    (`free_blocks`), and his ids can be opened no more, neither in training nor by `sinks_open`. In a model with adapters of PEFT
+    that goes for the sinks of every adapter, and for those of before.
 
     Args:
         model: with sinks, in any mode, wrapped or not.
@@ -143,14 +145,13 @@ def erase(
     """
     erased = blocks_of(model, owner)
     state = require_sinks(model)
-    for sinks in sink_modules(model).values() if optimizer is not None else ():
+    copies = [part for part in model.modules() if isinstance(part, Sinks)]
+    for sinks in copies if optimizer is not None else ():
         for parameter in sinks.parameters():
             forget(_state_of(optimizer, parameter), [])
-    place = {layer: index for index, layer in enumerate(state.layers)}
-    modules = list(sink_modules(model).values())
     with torch.no_grad():
-        for layer, blocks in erased.blocks.items():
-            sinks = modules[place[layer]]
+        for sinks in copies:
+            blocks = erased.blocks.get(sinks.layer, [])
             sinks.start_anew(blocks)
             for parameter in sinks.parameters():
                 if parameter.grad is not None:
