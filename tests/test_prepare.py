@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from tokenizers.processors import TemplateProcessing
 
 from memsinks.batch import FIELDS
+from memsinks.data import chat
 from memsinks.data.identity import document_id
 from memsinks.data.token_store import StoredTokens, write_tokens
 from memsinks.data.tokens import encode, train_tokenizer
@@ -105,6 +107,28 @@ def test_a_folder_gives_the_rows_that_memory_gives_and_is_made_once(corpus, tmp_
     assert encode(again.tokenizer, ["s1 s2"])[0].tolist() == encode(memory.tokenizer, ["s1 s2"])[0].tolist()
     other = prepare(recipe_of(corpus, tmp_path, data={"long": "split", "one_document_per_row": True}), folder=folder)
     assert len(other.rows) > len(again.rows)  # how rows are cut is not part of the folder
+
+
+def test_a_folder_from_before_texts_had_a_start_token_is_made_anew(corpus, tmp_path, monkeypatch) -> None:
+    tokenizer = train_tokenizer([text("s", n, 9) for n in range(30)], 300)
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+    )
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    recipe = dataclasses.replace(
+        recipe_of(corpus, tmp_path), tokenizer=TokenizerRecipe(path=str(tmp_path / "tokenizer"))
+    )
+    for folder in (None, tmp_path / "data", tmp_path / "data"):
+        documents = prepare(recipe, folder=folder).rows.documents
+        assert len(documents) > 40
+        assert all(documents[index][0] == tokenizer.bos_token_id for index in range(len(documents)))
+    with monkeypatch.context() as patch:
+        for where in (chat, background_module, module):
+            patch.setattr(where, "start_tokens", lambda _: np.zeros(0, np.int64))
+        prepare(recipe, folder=tmp_path / "before")
+    with pytest.raises(CheckpointError, match="was prepared when texts did not begin"):
+        prepare(recipe, folder=tmp_path / "before")
 
 
 @pytest.mark.parametrize("long", ["fill", "split", "truncate"])
