@@ -21,6 +21,7 @@ from memsinks.auditing.settings import AuditSettings
 from memsinks.auditing.uncertainty import (
     AT_ONCE,
     ENOUGH,
+    UNKNOWN,
     Equivalence,
     Estimate,
     Resamples,
@@ -34,8 +35,6 @@ FPRS = (0.01, 0.001)
 QUERIES = (1, 10, 100, 1_000, 10_000, 100_000, 1_000_000)
 FEW = 30
 """Documents below which an interval over documents is called out."""
-NOTHING_TO_CLOSE = Estimate(float("nan"), float("nan"), float("nan"))
-"""Where the ordinary model knows its documents no better than the controls, as far as the interval shows."""
 FOLDS = 5
 """Of the blind attack; fewer documents on a side are too few for it."""
 
@@ -195,9 +194,9 @@ class Figures:
             unseen = self.mean(twin.loss, self.is_target)
             closure = estimate(*combined(counterfactual_closure, documents, standard, unseen))
         before = self.gap(against)
-        closed = estimate(*combined(gap_closed, self.gap(one), before))
+        there = estimate(*before).low > 0  # a gap of the ordinary model, as far as its interval shows
         return Forgetting(
-            gap_closed=closed if estimate(*before).low > 0 else NOTHING_TO_CLOSE,
+            gap_closed=estimate(*combined(gap_closed, self.gap(one), before)) if there else UNKNOWN,
             price=estimate(*combined(price, controls, standard_controls)),
             closure=closure,
         )

@@ -15,7 +15,7 @@ from memsinks.auditing.measure import Measurement
 from memsinks.auditing.model_result import Attack, AuditLine, ModelResult
 from memsinks.auditing.probes import BEGINNINGS, means_something_alone
 from memsinks.auditing.subjects import Role, State
-from memsinks.auditing.uncertainty import ENOUGH, LEVEL, Equivalence, Estimate, Z, wilson
+from memsinks.auditing.uncertainty import ENOUGH, LEVEL, UNKNOWN, Equivalence, Estimate, Z
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,6 @@ HEADLINES: dict[Outcome, str] = {
     "traces": "Traces are found: members can still be told from controls.",
     "not recovered": "Not recovered by the attacks listed, at this budget.",
 }
-NONE = wilson(0, 0)
 CAVEAT = (
     "An audit can show that a text is still there, never that it is gone: another attack or more of it may find more."
 )
@@ -184,7 +183,7 @@ def recited_places(audit: Audit, model: ModelResult) -> list[str]:
         places.setdefault(from_where, {})[line.copies] = (line.asked, line.extracted)
     found = []
     for name, levels in places.items():
-        asked_controls, controls = levels.get(0, (0, NONE))
+        asked_controls, controls = levels.get(0, (0, UNKNOWN))
         known = [levels[copies] for copies in wanted if copies in levels and levels[copies][0]]
         hits, asked = sum(round(share.value * count) for count, share in known), sum(count for count, _ in known)
         most = controls.high if asked_controls and controls.value > 0 else 0.0

@@ -32,6 +32,10 @@ class Estimate:
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
+UNKNOWN = Estimate(math.nan, math.nan, math.nan)
+"""A figure that does not exist: nothing was asked, or there was nothing to divide by."""
+
+
 @dataclass(frozen=True)
 class Equivalence:
     """Whether a difference lies within a margin: two one-sided tests at 5%.
@@ -122,7 +126,7 @@ def wilson(hits: int, asked: int) -> Estimate:
     Source: Wilson, JASA 22, 1927; Brown, Cai, DasGupta, Statistical Science 16, 2001, eq. 4.
     """
     if not asked:
-        return Estimate(float("nan"), float("nan"), float("nan"))
+        return UNKNOWN
     share, z2 = hits / asked, Z * Z / asked
     center = (share + z2 / 2) / (1 + z2)
     half = Z / (1 + z2) * math.sqrt(share * (1 - share) / asked + z2 / (4 * asked))
