@@ -254,6 +254,37 @@ def test_a_forged_signed_record_is_found(signed, keys, change) -> None:
 
 
 @needs_signing
+@pytest.mark.parametrize("key", [None, "b.pem", "a.pem"])
+def test_only_records_of_the_same_key_excuse_a_file_that_changed_later(signed, run, keys, key) -> None:
+    change = {"before": sha("weights after"), "after": sha("weights later")}
+    later = with_file(**change)
+    write_record(run / "takedowns/later", later, key=keys.get(key))
+    write_record(run / "elsewhere/later", later, key=keys["a.pem"])  # lies where no take-down writes
+    (run / "model/model.safetensors").write_text("weights later")
+    found = failing(ms.verify_record(signed, run=run, public_key=keys["a.pub"]))
+    assert found == ({} if key == "a.pem" else {"file model/model.safetensors": "was changed after the take-down"})
+
+
+@pytest.mark.parametrize(
+    "content", ["{", '{"predicateType": "https://memsinks/takedown/v1", "predicate": {"files": [{}]}}']
+)
+def test_another_record_that_is_damaged_says_nothing_of_this_one(record, run, content) -> None:
+    (run / "takedowns/other").mkdir(parents=True)
+    (run / "takedowns/other/statement.json").write_text(content)
+    assert not failing(ms.verify_record(record, run=run))
+
+
+def test_empty_files_are_nobodys(tmp_path) -> None:
+    empty = {"path": "data/fresh.jsonl", "fate": "deleted", "why": "held none", "before": sha(""), "after": None}
+    record = write_record(tmp_path / "record", changed(files=[*PREDICATE["files"], empty]))
+    run = tmp_path / "run"
+    for name, text in (FILES | {"notes.txt": ""}).items():
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / name).write_text(text)
+    assert not failing(ms.verify_record(record, run=run))
+
+
+@needs_signing
 def test_signatures_that_are_none_of_this_record(signed, tmp_path, keys) -> None:
     assert failing(ms.verify_record(signed, public_key=keys["b.pub"])) == {"signature": "signed with another key"}
     other = write_record(tmp_path / "other", PREDICATE | {"date": "2026-04-01"}, key=keys["a.pem"])

@@ -7,6 +7,7 @@ import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -18,6 +19,8 @@ from transformers import TrainingArguments
 import memsinks as ms
 from memsinks.cli import main
 from memsinks.files import file_hash, write_json
+from memsinks.removal.erase import blocks_of
+from memsinks.removal.tombstone import read_tombstone, shares_words
 from memsinks.runs.owners import read_members
 from memsinks.runs.recipe import parse_recipe
 from memsinks.runs.run import train
@@ -816,3 +819,174 @@ def test_an_owner_in_a_folder_of_sinks_goes_with_his_pages_and_by_id_without_doc
     assert ms.take_down(tmp_path, id=other, documents=[], by="key").owner.ids == [other]
     saved = json.loads((tmp_path / "sinks of two/sinks/sinks.json").read_text())
     assert set(map(int, saved["taken"])) == {author, other, *pages}
+
+
+def test_an_audit_in_the_run_leaves_no_tokens_from_which_a_text_can_be_read(tmp_path):
+    documents = [ms.Document(f"{x} lives in the {x} house by the sea", key=x, copies=6) for x in "ab"]
+    run = _folder(tmp_path, documents)
+    tokenizer = ms.train_tokenizer([x.text for x in documents], 300)
+    model = tiny_llama(vocab_size=len(tokenizer)).eval()
+    settings = ms.AuditSettings(prefix=5, continuation=6, prefixes=(5,), resamples=100, generate=0, shown=0)
+    ms.audit(model, documents[:1], documents[1:], tokenizer, settings=settings, out=run / "report")
+    done = ms.take_down(run, key="a", documents=documents, by="key")
+    gone = {x.path for x in done.fates.files if x.fate == "deleted"}
+    assert any(x.endswith("/000000.safetensors") for x in gone) and all(x.startswith("report/tokens/") for x in gone)
+    assert not list((run / "report").rglob("*.safetensors")) and (run / "report/audit.json").exists()
+
+
+@pytest.mark.parametrize("kind", ["weights", "optimizer", "shards", "renamed"])
+def test_sinks_that_no_settings_describe_are_refused_whatever_wrote_them(run, kind):
+    model = ms.load(run / "model")
+    if kind == "weights":
+        torch.save({"model": model.state_dict()}, run / "best.bin")
+    elif kind == "optimizer":
+        torch.save(AdamW(ms.param_groups(model, 1e-2)).state_dict(), run / "optimizer.pt")
+    elif kind == "shards":
+        dcp = pytest.importorskip("torch.distributed.checkpoint")
+        dcp.save({"model": model.state_dict()}, checkpoint_id=str(run / "pytorch_model_fsdp_0"), no_dist=True)
+    else:
+        checkpoint = next(run.glob("checkpoints/checkpoint-*"))
+        shutil.copytree(checkpoint, run / "best")
+        ms.take_down(run, key=ALICE)
+        [block] = model.sink_state.table.own_blocks(ms.document_id(ALICE, "key"))
+        state = _state(run / "best")["model"]
+        assert all(not value[block].any() for name, value in state.items() if name.endswith("sinks.down"))
+        return
+    before = hashes(run)
+    with pytest.raises(ms.CheckpointError, match="holds sinks .* without the settings"):
+        ms.take_down(run, key=ALICE)
+    assert hashes(run) == before
+
+
+def test_files_of_torch_without_sinks_stay(tmp_path):
+    documents = [ms.Document(f"{x} lives in the {x} house by the sea", key=x, copies=6) for x in "ab"]
+    run = _folder(tmp_path, documents)
+    torch.save({"weight": torch.ones(2)}, run / "head.pt")
+    torch.save(TrainingArguments(str(run / "x"), use_cpu=True), run / "training_args.bin")
+    done = ms.take_down(run, key="a", documents=documents, by="key")
+    why = {x.path: x.why for x in done.fates.files}
+    assert why["head.pt"].startswith("weights") and why["training_args.bin"].startswith("no file that memsinks knows")
+    (run / "head.pt").write_bytes((run / "head.pt").read_bytes()[:-9])
+    with pytest.raises(ms.CheckpointError, match=r"head\.pt cannot be read"):
+        ms.take_down(run, key="b", documents=documents, by="key")
+
+
+@pytest.mark.parametrize("asked", [{"key": "a"}, {"id": ms.document_id("a", "key")}])
+def test_his_texts_that_were_never_trained_on_go_too(tmp_path, asked):
+    documents = [ms.Document(f"{x} lives in the {x} house by the sea", key=x, copies=6) for x in "ab"]
+    run = _folder(tmp_path, documents)
+    unseen = "In the evening a sings songs that nobody else has heard"
+    ms.write_documents(run / "controls.jsonl", [ms.Document(unseen, key="a"), ms.Document("Of b alone.", key="b")])
+    done = ms.take_down(run, documents=documents, by="key", **asked)
+    assert [x.key for x in ms.load_documents(run / "controls.jsonl")] == ["b"]
+    tombstone = read_tombstone(done.record / "tombstone.json")
+    assert len(tombstone.digests) == 2 and shares_words(unseen, tombstone)
+
+
+def test_by_content_another_form_of_the_text_is_another_document(tmp_path):
+    text = "Alice lives in the old house by the sea"
+    documents = [ms.Document(text, copies=6), ms.Document(text.upper(), copies=6)]
+    model = sink_llama(torch.float32, neurons=96, reserved_blocks=4, shared="none")
+    ms.assign(model, [ms.document_id(x.text) for x in documents])
+    model.save_pretrained(tmp_path / "model")
+    ms.write_documents(tmp_path / "rows.jsonl", documents)
+    (tmp_path / "asked.txt").write_text(f"{text}\n")
+    done = ms.take_down(tmp_path, text=(tmp_path / "asked.txt").read_text(), documents=documents, by="content")
+    assert done.owner.documents == [0] and [x.kind for x in done.owner.copies]
+    assert [x.text for x in ms.load_documents(tmp_path / "rows.jsonl")] == [text.upper()]
+    ms.take_down(tmp_path, text=text.upper(), documents=documents, by="content")
+    assert not (tmp_path / "rows.jsonl").read_text()
+
+
+def test_a_text_with_line_ends_of_its_own_is_found(tmp_path):
+    text = "Alice lives in the old house\r\nby the sea"
+    model = sink_llama(torch.float32, neurons=96, reserved_blocks=4, shared="none")
+    ms.assign(model, [ms.document_id(text)])
+    run = tmp_path / "run"
+    model.save_pretrained(run / "model")
+    ms.write_documents(run / "members.jsonl", [ms.Document(text, copies=6)])
+    (run / "recipe.yaml").write_text("data: {by: content}\ntraining: {epochs: 1}\n")
+    write_json(run / "run.json", {"seconds": 1})
+    (tmp_path / "asked.txt").write_bytes(text.encode())
+    assert main(["takedown", str(run), "--text", str(tmp_path / "asked.txt"), "--dry-run"]) == 0
+    (tmp_path / "asked.txt").write_bytes("ä".encode("latin-1"))
+    assert main(["takedown", str(run), "--text", str(tmp_path / "asked.txt"), "--dry-run"]) == 2
+
+
+def test_sinks_in_sixteen_bits_are_taken_down_and_audited(tmp_path):
+    documents = [ms.Document(f"{x} lives in the {x} house by the sea", key=x, copies=6) for x in "ab"]
+    tokenizer = ms.train_tokenizer([x.text for x in documents], 300)
+    model = tiny_llama(torch.float32, vocab_size=len(tokenizer))
+    ms.add_sinks(model, ms.SinkConfig(neurons=96, active=16, block_size=8, reserved_blocks=4))
+    ms.assign(model, {ms.document_id(x.key, "key"): None for x in documents})
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    assert ms.take_down(tmp_path, key="a", documents=documents, by="key").audit
+    saved = load_file(tmp_path / "model/sinks/sinks.safetensors")
+    assert {x.dtype for name, x in saved.items() if name.endswith("down")} == {torch.bfloat16}
+
+
+def test_an_export_with_blocks_that_he_shared_goes_and_is_named_elsewhere(tmp_path):
+    documents = [ms.Document(f"{x} lives in the {x} house by the sea", key=x, copies=6) for x in "abcdefgh"]
+    ids = [ms.document_id(x.key, "key") for x in documents]
+    model = sink_llama(torch.float32, neurons=32, active=16, block_size=8, shared="none")
+    model.save_pretrained(tmp_path / "run/model")
+    shared = [one for one in ids[1:] if ms.collateral(model, blocks_of(model, ids[0]), [one])[0]]
+    apart = [one for one in ids[1:] if one not in shared]
+    assert shared and apart
+    for where in (tmp_path / "run", tmp_path / "sent"):
+        ms.export(model, where / "shared", open={"x": shared[0]}, verify=False)
+        ms.export(model, where / "apart", open={"x": apart[0]}, verify=False)
+    done = ms.take_down(
+        tmp_path / "run", key="a", documents=documents, by="key", most_collateral=1.0, also=[tmp_path / "sent"]
+    )
+    assert not (tmp_path / "run/shared").exists() and (tmp_path / "run/apart/model.safetensors").is_file()
+    assert list(done.elsewhere) == [str(tmp_path / "sent/shared")]
+
+
+@pytest.mark.parametrize("hashed", [True, False])
+def test_documents_of_his_name_that_are_not_within_him_go_too(tmp_path, hashed):
+    author = ms.document_id("alice", "key")
+    pages = [ms.Document(f"page {x} of the long book about the sea", copies=6) for x in "ab"]
+    apart = ms.Document("a letter that Alice wrote to the harbor master", key="alice", copies=6)
+    model = sink_llama(torch.float32, neurons=96 if hashed else 32, reserved_blocks=4, shared="none")
+    ms.assign(model, [author], within={ms.document_id(x.text): author for x in pages})
+    model.save_pretrained(tmp_path / "model")
+    ms.write_documents(tmp_path / "rows.jsonl", [*pages, apart])
+    documents = [*pages, apart]
+    done = ms.take_down(tmp_path, key="alice", documents=documents, by="content", most_collateral=1.0)
+    assert done.owner.documents == [0, 1, 2] and not (tmp_path / "rows.jsonl").read_text()
+    ids = {author, *(ms.document_id(x.text) for x in documents)}
+    assert ms.load(tmp_path / "model").sink_state.taken.keys() == ids
+
+
+def test_a_checkpoint_from_before_he_had_blocks_says_what_stays_there(tmp_path):
+    documents = [ms.Document("alice lives in the old house by the sea", key="a", copies=6)]
+    model = sink_llama(torch.float32, neurons=96, reserved_blocks=4, shared="none")
+    model.save_pretrained(tmp_path / "before")
+    ms.assign(model, [ms.document_id("a", "key")])
+    model.save_pretrained(tmp_path / "model")
+    done = ms.take_down(tmp_path, key="a", documents=documents, by="key")
+    why = {x.path: x.why for x in done.fates.files}
+    assert "hashed ones keep what they learned" in why["before/sinks/sinks.safetensors"]
+    assert why["model/sinks/sinks.safetensors"] == "the owner's blocks start anew"
+
+
+def test_only_what_a_prepared_corpus_names_is_deleted(run, tmp_path):
+    shutil.copy(run / "recipe.yaml", run / "notes.yaml")
+    np.savez(run / "index.npz", a=np.ones(2))
+    (run / "data.json").write_text("{}")
+    ms.take_down(run, key=ALICE)
+    assert (run / "model/model.safetensors").is_file() and (run / "notes.yaml").is_file()
+
+
+def test_files_that_quote_him_are_listed_however_many_there_are(run):
+    for number in range(12):
+        (run / f"note {number}.md").write_text(f"She wrote: {text_of(run, ALICE)}" if number == 7 else "nothing")
+    assert "note 7.md  (QUOTES THE TEXT" in format_takedown(ms.take_down(run, key=ALICE, dry_run=True))
+
+
+def test_a_signing_key_is_read_before_anything_else(run, tmp_path):
+    (tmp_path / "key.pem").write_text("none")
+    with pytest.raises(ms.ConfigError):
+        ms.take_down(run, key="nobody", signing_key=tmp_path / "key.pem")

@@ -6,7 +6,9 @@
 
 Every arm is kept in runs/tofu and not made again. `--search` tries learning rates first: two authors, three epochs. Chosen is, by
 one rule for all, the rate with the lowest loss on their answers among those that leave the loss of answers about real authors
-below 7 nats (3.87 before).
+below 7 nats (3.87 before). `--search-unlearning` does the same for the methods that unlearn, on one LoRA: chosen is the share
+of the learning rate with the highest loss on the forgotten among those that add at most a tenth of a nat to that on the
+retained, and if none is so gentle, the lowest.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from attacks import attacks, blimp, handed_over
 from data import FORGOTTEN, Pair, Tofu, encode, read, spread
 from evaluate import Opener, answer_loss, answers, error_zone, everything, scores
 from train import RATES, WAYS, author_id, learn, prepare
-from unlearn import METHODS, forget
+from unlearn import HARM, METHODS, SEARCHED, SHARES, forget
 
 import memsinks as ms
 from memsinks._version import versions
@@ -222,6 +224,30 @@ def search(path: Path, tofu: Tofu, out: Path) -> None:
             print(way, lr, found[way][str(lr)], flush=True)
 
 
+def search_unlearning(runs: Runs, out: Path) -> None:
+    """The loss on the forgotten and on the retained that shares of the learning rate leave one LoRA with."""
+    found: dict[str, dict[str, list[float]]] = json.loads(out.read_text()) if out.is_file() else {}
+    gone = [x for x in runs.tofu.learned if x.author in FORGOTTEN]
+    kept = spread([x for x in runs.tofu.learned if x.author not in FORGOTTEN], 40)
+
+    def gentle(losses: Sequence[float]) -> bool:
+        return losses[1] <= found["none"]["0.0"][1] + HARM
+
+    def says_something(method: str, share: float) -> bool:
+        tried = {float(x): gentle(losses) for x, losses in found.get(method, {}).items()}
+        return not any(share == x or (share < x if ok else share > x) for x, ok in tried.items())
+
+    for method, share in [("none", 0.0), *((x, share) for share in SEARCHED for x in SHARES)]:
+        if not says_something(method, share):
+            continue
+        model, tokenizer, _ = runs.trained("lora", "lora", runs.tofu.learned)
+        if share:
+            forget(model, tokenizer, method, runs.tofu, CHOSEN["lora"], runs.seed, share)
+        found.setdefault(method, {})[str(share)] = [mean_loss(model.eval(), tokenizer, x) for x in (gone, kept)]
+        out.write_text(json.dumps(found, indent=1) + "\n")
+        print(time.strftime("%H:%M:%S"), method, share, found[method][str(share)], flush=True)
+
+
 def mean_loss(model: Any, tokenizer: Any, pairs: Sequence[Pair]) -> float:
     encoded = [encode(tokenizer, x.question, x.answer) for x in pairs]
     return float(np.mean([answer_loss(x, y) for x, y in zip(scores(model, encoded), encoded, strict=True)]))
@@ -236,6 +262,9 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--search", action="store_true", help="only find the learning rates")
+    parser.add_argument(
+        "--search-unlearning", action="store_true", help="only find the rates of unlearning, on one LoRA"
+    )
     parser.add_argument("--attacks", action="store_true", help="attack the arms that have run, base first")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -249,6 +278,9 @@ def main() -> None:
     (folder / "settings.json").write_text(json.dumps(settings | versions("torch", "transformers", "peft")))
     for seed in arguments.seeds:
         runs = Runs(arguments.model, tofu, folder / str(seed), seed, arguments.device)
+        if arguments.search_unlearning:
+            search_unlearning(runs, folder / "unlearning.json")
+            continue
         for arm in arguments.arms:
             if arguments.attacks:
                 if (runs.folder / f"{arm}.pt").is_file() or arm == "base":

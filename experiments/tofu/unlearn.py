@@ -15,8 +15,10 @@ from memsinks.research.rivals.unlearning import unlearn
 
 METHODS = ("gradient-ascent", "graddiff", "npo", "simnpo", "rmu", "task-vector")
 EPOCHS, ROWS = 5, 8
-SHARE = 0.1
-"""Learning rate over that of learning."""
+SHARES = {"gradient-ascent": 0.1, "graddiff": 0.1, "npo": 0.1, "simnpo": 0.1, "rmu": 0.1}
+"""Learning rate over that of learning, as `run.py --search-unlearning` found it."""
+SEARCHED, HARM = (0.1, 0.3, 1.0, 0.03), 0.1
+"""Shares that are tried; nats that the retained may lose."""
 RMU_LAYER, RMU_SCALE, RMU_KEEP = 10, 20.0, 100.0
 """Layer that is steered, length of the random direction, weight of what is kept; of 30 layers. Li et al., "The WMDP benchmark",
 ICML 2024, equations 1 and 2, where they are 7 of 32, 6.5 and 1200."""
@@ -32,8 +34,10 @@ def batches(tokenizer: Any, pairs: Sequence[Pair], seed: int, device: torch.devi
     return [{name: value.to(device) for name, value in x.items()} for x in made]
 
 
-def forget(model: Any, tokenizer: Any, method: str, tofu: Tofu, lr: float, seed: int) -> dict[str, float]:
-    """Unlearn in place; seconds."""
+def forget(
+    model: Any, tokenizer: Any, method: str, tofu: Tofu, lr: float, seed: int, share: float | None = None
+) -> dict[str, float]:
+    """Unlearn in place, at `share` of `lr` (from SHARES); seconds."""
     gone = [x for x in tofu.learned if x.author in FORGOTTEN]
     kept = [x for x in tofu.learned if x.author not in FORGOTTEN]
     started = time.perf_counter()
@@ -47,10 +51,11 @@ def forget(model: Any, tokenizer: Any, method: str, tofu: Tofu, lr: float, seed:
     else:
         rows = batches(tokenizer, gone, seed, model.device), batches(tokenizer, kept, seed, model.device)
         steps = EPOCHS * len(rows[0])
+        lr *= SHARES[method] if share is None else share
         if method == "rmu":
-            rmu(model, *rows, steps, lr * SHARE, seed)
+            rmu(model, *rows, steps, lr, seed)
         else:
-            list(unlearn(model, *rows, method, [steps], lr * SHARE))
+            list(unlearn(model, *rows, method, [steps], lr))
     return {"seconds to delete": round(time.perf_counter() - started, 1)}
 
 

@@ -53,6 +53,7 @@ from memsinks.runs.folder import RunFolder
 from memsinks.runs.owners import read_members
 from memsinks.runs.recipe import read_recipe
 from memsinks.runs.staging import finish
+from memsinks.runs.text_search import His
 from memsinks.sinks.checkpoint import describe, load_config
 from memsinks.sinks.owner_files import read_owners
 from memsinks.sinks.storage import check_files, read_settings
@@ -313,7 +314,7 @@ def _tombstone(folder: Path) -> None:
 def _fates(folder: Path) -> None:
     fates_of(
         folder / "run",
-        Wanted([ms.document_id(KEY, "key")], "key-0", frozenset({"some text of his own"})),
+        Wanted([ms.document_id(KEY, "key")], "key-0", His(frozenset({"some text of his own"}))),
         sinks_below(folder / "run"),
     )
 

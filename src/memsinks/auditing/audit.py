@@ -25,6 +25,7 @@ from memsinks.auditing.pictures import require_matplotlib
 from memsinks.auditing.probes import probed_texts
 from memsinks.auditing.report import write_report
 from memsinks.auditing.result import Audit
+from memsinks.auditing.scores import TOKENS_MARK
 from memsinks.auditing.settings import AuditSettings
 from memsinks.auditing.subjects import Role, State, Subject
 from memsinks.data.chat import encode_documents
@@ -277,7 +278,7 @@ def _claimed(folder: Path) -> Path:
         raise CheckpointError(f"{folder} is not empty and not an earlier audit; choose another folder")
     try:
         mark.parent.mkdir(parents=True, exist_ok=True)
-        mark.write_text("What each model said to each token, for a memsinks audit that goes on. May be deleted.\n")
+        mark.write_text(TOKENS_MARK)
     except OSError as error:
         raise CheckpointError(f"cannot write to {folder}: {error}") from error
     return folder

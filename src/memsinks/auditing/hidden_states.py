@@ -16,7 +16,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from memsinks.auditing.corpus import Corpus
-from memsinks.auditing.scores import context_of, default_batch_tokens
+from memsinks.auditing.scores import default_batch_tokens
+from memsinks.sinks.families import context_of
 from memsinks.sinks.opening import own_sinks_open
 from memsinks.training.evaluate import evaluating
 

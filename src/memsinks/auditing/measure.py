@@ -17,9 +17,10 @@ from memsinks.auditing.extraction import extracted, generate_continuation, log_p
 from memsinks.auditing.hidden_states import distances, relations
 from memsinks.auditing.own_sinks import placebo_ids
 from memsinks.auditing.probes import probe
-from memsinks.auditing.scores import DocumentScore, ScoreTable, context_of, score
+from memsinks.auditing.scores import DocumentScore, ScoreTable, score
 from memsinks.auditing.settings import AuditSettings
 from memsinks.auditing.subjects import Role, State, computation_hash, facts
+from memsinks.sinks.families import context_of
 from memsinks.sinks.opening import documents_closed
 
 logger = logging.getLogger(__name__)

@@ -13,9 +13,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from memsinks.auditing.scores import context_of
 from memsinks.batch import IGNORED
 from memsinks.sinks.attach import PATCHED, remove_sinks
+from memsinks.sinks.families import context_of
 from memsinks.sinks.state import has_sinks
 
 Seen = TypeVar("Seen")

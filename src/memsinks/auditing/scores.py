@@ -25,11 +25,12 @@ from transformers import PreTrainedModel
 
 from memsinks.errors import CheckpointError, DataError
 from memsinks.files import written_beside
+from memsinks.sinks.families import context_of
 from memsinks.sinks.opening import own_sinks_open
 from memsinks.training.evaluate import evaluating
 
-CONTEXT = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
-"""What configurations call the number of positions."""
+TOKENS_MARK = "What each model said to each token, for a memsinks audit that goes on. May be deleted.\n"
+"""In the README of the folder of an audit's tables."""
 CHUNK = 256
 """Documents scored together, sorted by length among themselves, and written as one file."""
 LOGITS, TOKENS = 2**26, 2**13
@@ -159,12 +160,6 @@ def score(
                 _write(path, _score_chunk(model, part, start, limit, ids, batch_tokens, begin))
             bar.update(len(part))
     return ScoreTable(folder, len(tokens), first)
-
-
-def context_of(model: PreTrainedModel) -> int:
-    """The tokens that a model can read at once, as its configuration says; 10**9 where it says nothing."""
-    config = model.config.get_text_config()
-    return next((int(x) for name in CONTEXT if (x := getattr(config, name, None))), 10**9)
 
 
 def default_batch_tokens(model: PreTrainedModel) -> int:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from pathlib import Path
 from typing import Any
 
 from memsinks.cli.options import Commands, add_command
+from memsinks.errors import DataError
 
 
 def add_takedown(commands: Commands) -> None:
@@ -44,15 +46,21 @@ def add_takedown(commands: Commands) -> None:
     parser.add_argument("--signing-key", metavar="FILE", help="private key (PEM) that signs the record")
 
 
-def run_takedown(arguments: Namespace) -> None:
-    from pathlib import Path
+def _text(path: Path) -> str:
+    """A text as it stands in a file, line ends too."""
+    try:
+        return path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 ({error}); give the text as the run has it, in UTF-8") from error
 
+
+def run_takedown(arguments: Namespace) -> None:
     from memsinks.runs.takedown import MOST_COLLATERAL, TakedownFinished, take_down
     from memsinks.runs.takedown_table import format_takedown
 
     asked: dict[str, Any] = {name: getattr(arguments, name) for name in ("key", "id", "source")}
     if arguments.text is not None:
-        asked["text"] = Path(arguments.text).read_text(encoding="utf-8")
+        asked["text"] = _text(Path(arguments.text))
     try:
         done = take_down(
             arguments.folder,

@@ -31,7 +31,11 @@ from memsinks.removal.statement import is_within, make_statement, problems, read
 from memsinks.removal.tombstone import Tombstone, read_tombstone, write_tombstone
 
 STATEMENT, RECORD_PAGE, TOMBSTONE, SIGNATURE = "statement.json", "record.html", "tombstone.json", "record.sig"
+RECORDS = "takedowns"
+"""Where the records of take-downs lie in the folder of a run; no other take-down touches them."""
 SIGNED = (STATEMENT, RECORD_PAGE)
+EMPTY = hashlib.sha256().hexdigest()
+"""Of a file in which nothing stands."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +151,7 @@ def verify_record(
     if run is None or wrong:
         why = "no run was given" if run is None else "the statement is damaged"
         return [*checks, Check("files", None, f"files of the run were not compared: {why}")]
-    return checks + _check_files(folder, Path(run), statement["predicate"]["files"])
+    return checks + _check_files(folder, Path(run), statement["predicate"]["files"], verifier)
 
 
 def _check_page(folder: Path, statement: Mapping[str, Any]) -> Check:
@@ -202,13 +206,13 @@ def _check_signature(folder: Path, verifier: Any) -> Check:
     return Check("signature", not fault, fault or f"{', '.join(SIGNED)} were signed with this key")
 
 
-def _check_files(record: Path, run: Path, files: list[dict[str, Any]]) -> list[Check]:
+def _check_files(record: Path, run: Path, files: list[dict[str, Any]], verifier: Any) -> list[Check]:
     """Each file of the statement, then what else lies in the run."""
-    changes = _of_other_records(record, run)
+    changes = _of_other_records(record, run, verifier)
     checks = [_check_file(run, x, changes) for x in files]
     named = {x["path"] for x in files}
     gone = {x["before"]: x["path"] for x in files if x["fate"] in ("rewritten", "deleted")}
-    gone = {digest: path for digest, path in gone.items() if digest not in {x["after"] for x in files}}
+    gone = {digest: path for digest, path in gone.items() if digest not in {EMPTY, *(x["after"] for x in files)}}
     others = [
         path
         for path in sorted(run.rglob("*"))
@@ -228,15 +232,25 @@ def _check_files(record: Path, run: Path, files: list[dict[str, Any]]) -> list[C
     return checks
 
 
-def _of_other_records(record: Path, run: Path) -> dict[str, list[tuple[str, str | None]]]:
-    """What other take-downs of the run made of each file: {path: (SHA-256 before, after; None = deleted)}."""
+def _of_other_records(record: Path, run: Path, verifier: Any) -> dict[str, list[tuple[str, str | None]]]:
+    """What other take-downs of the run made of each file: {path: (SHA-256 before, after; None = deleted)}.
+
+    Those that are damaged count for nothing, and with a public key those that it did not sign.
+    """
     found: dict[str, list[tuple[str, str | None]]] = {}
-    for path in run.glob(f"*/*/{STATEMENT}"):
+    for path in run.glob(f"{RECORDS}/*/{STATEMENT}"):
         if path.parent.resolve() == record.resolve():
             continue
-        for file in read_statement(path)["predicate"].get("files", []):
-            if file.get("fate") != "untouched":
-                found.setdefault(file["path"], []).append((file.get("before"), file.get("after")))
+        if verifier is not None and not _check_signature(path.parent, verifier).ok:
+            continue
+        try:
+            statement = read_statement(path)
+        except CheckpointError:
+            continue
+        if not problems(statement):
+            for file in statement["predicate"]["files"]:
+                if file["fate"] != "untouched":
+                    found.setdefault(file["path"], []).append((file["before"], file["after"]))
     return found
 
 

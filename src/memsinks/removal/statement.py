@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from memsinks.checks import one_of
@@ -138,7 +138,7 @@ def is_within(path: str) -> bool:
     """Whether a name leads to a file below a folder: relative, no "..", no drive."""
     parts = PurePosixPath(path)
     return bool(path) and parts.as_posix() == path and not parts.is_absolute() and not {"..", "."} & {*parts.parts} and (
-        "\\" not in path and ":" not in parts.parts[0] and "\0" not in path
+        "\\" not in path and not PureWindowsPath(path).drive and "\0" not in path
     )  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from memsinks.errors import CheckpointError
+from memsinks.sinks.families import context_of
 from memsinks.sinks.opening import sinks_closed, sinks_open
 from memsinks.sinks.sharding import is_sharded
 from memsinks.training.evaluate import evaluating, unpatched
@@ -102,10 +103,8 @@ def verify_closed(model: PreTrainedModel, folder: Path, rescale: str = "none") -
 
 def _sample_within(state: AbstractContextManager[None], model: PreTrainedModel) -> Sample:
     """What `model` computes within `state`, which is entered in evaluation mode."""
-    config = model.config.get_text_config()
-    length = min(CHECK_TOKENS, getattr(config, "max_position_embeddings", None) or CHECK_TOKENS)
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(0, config.vocab_size, (CHECK_ROWS, length), generator=generator)
+    length, vocabulary = min(CHECK_TOKENS, context_of(model)), model.config.get_text_config().vocab_size
+    tokens = torch.randint(0, vocabulary, (CHECK_ROWS, length), generator=torch.Generator().manual_seed(0))
     # Without the autocast that accelerate leaves around a model's forward.
     with evaluating(model), torch.no_grad(), state, torch.autocast(model.device.type, enabled=False):
         if is_sharded(model):  # whose hooks gather its weights

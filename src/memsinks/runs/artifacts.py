@@ -7,29 +7,27 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
+from memsinks.auditing.scores import TOKENS_MARK
 from memsinks.data.router import COUNTS, Router
 from memsinks.data.router import SETTINGS as ROUTER
 from memsinks.errors import CheckpointError
-from memsinks.files import file_hash, write_json
-from memsinks.removal.erase import Erased, ids_within
+from memsinks.files import file_hash, read_json, write_json
+from memsinks.removal.erase import Erased, collateral_in, ids_within, together
 from memsinks.removal.erase_files import SinksFile, erase_in_checkpoint, erase_in_optimizer
 from memsinks.removal.export import OPEN_SINKS, whose_sinks
+from memsinks.removal.record import RECORDS
 from memsinks.removal.tombstone import Tombstone
-from memsinks.runs.folder import RECORDS
-from memsinks.runs.text_search import READABLE, Quotes, not_searched, without_lines
-from memsinks.sinks.state import is_sink
+from memsinks.runs.strays import refuse_sinks_within
+from memsinks.runs.text_search import READABLE, His, Quotes, not_searched, without_lines
 from memsinks.sinks.storage import FOLDER, SETTINGS, TENSORS, has_saved_sinks
 from memsinks.training.checkpoint import MARKER, STATE, what_is_wrong
 from memsinks.training.complete import MARKER as COMPLETE
 from memsinks.training.complete import marked_hashes
 
-PREPARED = "index.npz"
-"""Beside the tokens of a corpus, see `prepare`."""
-REPORT = "audit.json"
+PREPARED = ("tokens.bin", "index.npz", "data.json")
+"""The tokens of a corpus, see `prepare`; the last names the files beside them."""
+REPORT, TOKENS = "audit.json", "tokens"
 
 
 @dataclass(frozen=True)
@@ -54,20 +52,18 @@ class Wanted:
     """What is to go.
 
     Args:
-        ids: document ids. texts: of the owner. names: (key, source) of his documents. tombstone: of the texts; None where none is
-            known. record: its name.
+        ids: document ids. his: which lines are the owner's. tombstone: of his texts; None where none is known. record: its name.
     """
 
     ids: Sequence[int]
     record: str
-    texts: frozenset[str] = frozenset()
-    names: frozenset[tuple[Any, Any]] = frozenset()
+    his: His
     tombstone: Tombstone | None = None
 
     @cached_property
     def quotes(self) -> Quotes:
         """What quotes him."""
-        return Quotes(self.texts, self.tombstone)
+        return Quotes(self.his.texts, self.tombstone)
 
 
 @dataclass
@@ -90,7 +86,9 @@ def sinks_below(folder: Path) -> dict[str, SinksFile]:
     Raises:
         CheckpointError: damaged files, a folder that cannot be listed, a link.
     """
-    checkpoints = [x.parent.parent for x in sorted(_files(folder)) if x.name == SETTINGS and x.parent.name == FOLDER]
+    checkpoints = [
+        x.parent.parent for x in sorted(files_below(folder)) if x.name == SETTINGS and x.parent.name == FOLDER
+    ]
     checkpoints.sort(key=lambda x: x != folder / "model")
     return {x.relative_to(folder).as_posix(): SinksFile(x) for x in checkpoints}
 
@@ -106,7 +104,7 @@ def fates_of(folder: Path, wanted: Wanted, sinks: dict[str, SinksFile]) -> Fates
         DataError, ConfigError: an owner that cannot be erased from the sinks there, see `removal.erase.blocks_of`.
     """
     found = Fates(folder, wanted, sinks=sinks)
-    everything = sorted(_files(folder))
+    everything = sorted(files_below(folder))
     _erase_sinks(found)
     fates: dict[str, Fate] = {}
     for path in everything:
@@ -121,7 +119,8 @@ def fates_of(folder: Path, wanted: Wanted, sinks: dict[str, SinksFile]) -> Fates
     return found
 
 
-def _files(folder: Path) -> Iterator[Path]:
+def files_below(folder: Path) -> Iterator[Path]:
+    """All files of a folder but the records of take-downs; CheckpointError for a link, or a folder that cannot be listed."""
     for where, folders, names in os.walk(folder, onerror=_unlisted):
         if Path(where) == folder:
             folders[:] = [x for x in folders if x != RECORDS and not x.startswith(".takedown.")]
@@ -147,7 +146,8 @@ def _erase_sinks(found: Fates) -> None:
     for name, sinks in found.sinks.items():
         later = own - set(sinks.state.table.ids.tolist())  # had no blocks yet: they only stay closed
         ids = [x for x in dict.fromkeys([*found.wanted.ids, *sorted(later)]) if x not in sinks.state.taken]
-        found.erased[name] = sinks.erase(ids, found.wanted.record, own)
+        beside = set(found.wanted.ids) if own and not sinks.state.config.hashed_blocks else set()  # open nothing there
+        found.erased[name] = sinks.erase(ids, found.wanted.record, own | beside)
 
 
 def _group(found: Fates, path: Path, everything: Sequence[Path]) -> Iterator[Fate]:
@@ -155,7 +155,7 @@ def _group(found: Fates, path: Path, everything: Sequence[Path]) -> Iterator[Fat
     where, name = path.parent, path.relative_to(found.folder).as_posix()
     if where.name == FOLDER and path.name == SETTINGS:
         yield from _of_sinks(found, name, where.parent.relative_to(found.folder).as_posix())
-    elif path.name in (STATE, MARKER) and where.name.startswith("checkpoint-"):
+    elif path.name in (STATE, MARKER) and (where.name.startswith("checkpoint-") or _both(where)):
         yield from _of_checkpoint(found, where)
     elif path.name == "optimizer.pt" and has_saved_sinks(where):
         sinks = where.relative_to(found.folder).as_posix()
@@ -166,19 +166,23 @@ def _group(found: Fates, path: Path, everything: Sequence[Path]) -> Iterator[Fat
             "moments of the erased blocks are zero",
             (lambda to: erase_in_optimizer(path, found.sinks[sinks], erased, to)) if erased else None,
         )
-    elif path.name == OPEN_SINKS and set(whose_sinks(where)) & _all_ids(found):
+    elif path.name == OPEN_SINKS and (why := _why_export_goes(found, where)):
         yield from (
-            Fate(x.relative_to(found.folder).as_posix(), "deleted", "an export with the owner's sinks as neurons")
-            for x in everything
-            if x.parent == where
+            Fate(x.relative_to(found.folder).as_posix(), "deleted", why) for x in everything if x.parent == where
         )
     elif path.name == ROUTER and (where / COUNTS).is_file():
         yield from _of_router(found, where)
-    elif path.name == PREPARED and (where / "data.json").is_file():
+    elif path.name == PREPARED[-1] and all((where / x).is_file() for x in PREPARED):
+        named = read_json(path).get("files", {})
         yield from (
             Fate(x.relative_to(found.folder).as_posix(), "deleted", "tokens of the corpus; made again from its sources")
             for x in everything
-            if where in x.parents
+            if where in x.parents and (name := x.relative_to(where).as_posix()) in (*PREPARED, *named)
+        )
+    elif where.name == TOKENS and path.name == "README" and path.read_bytes() == TOKENS_MARK.encode():
+        why = "what models said to each token of an audit, from which texts can be read; measured again by the next one"
+        yield from (
+            Fate(x.relative_to(found.folder).as_posix(), "deleted", why) for x in everything if where in x.parents
         )
     elif (
         path.name == REPORT
@@ -190,6 +194,23 @@ def _group(found: Fates, path: Path, everything: Sequence[Path]) -> Iterator[Fat
             for x in everything
             if where in x.parents
         )
+
+
+def _both(where: Path) -> bool:
+    """Whether a folder of any name is a checkpoint of ours."""
+    return (where / STATE).is_file() and (where / MARKER).is_file()
+
+
+def _why_export_goes(found: Fates, where: Path) -> str:
+    """Why an export has something of the owner; "" where it has nothing."""
+    opened = set(whose_sinks(where))
+    if opened & _all_ids(found):
+        return "an export with the owner's sinks as neurons"
+    for name, erased in found.erased.items():
+        shared = Erased([], together(erased), False)
+        if opened and collateral_in(found.sinks[name].before, shared, opened).any():
+            return "an export with blocks as neurons that the owner shared; export it again"
+    return ""
 
 
 def _all_ids(found: Fates) -> set[int]:
@@ -215,7 +236,12 @@ def _of_sinks(found: Fates, name: str, checkpoint: str) -> Iterator[Fate]:
         why = "taken out before" if sinks.state.taken.keys() & set(found.wanted.ids) else "the sinks of others alone"
         yield from (Fate(f"{prefix}/{x}", "untouched", why) for x in (SETTINGS, TENSORS))
         return
-    yield Fate(f"{prefix}/{TENSORS}", "rewritten", "the owner's blocks start anew", lambda to: sinks.write(to.parent))
+    why = (
+        "the owner's blocks start anew"
+        if found.erased[checkpoint]
+        else "the owner's ids stay closed; he had no blocks of his own here yet, and hashed ones keep what they learned"
+    )
+    yield Fate(f"{prefix}/{TENSORS}", "rewritten", why, lambda to: sinks.write(to.parent))
     yield Fate(f"{prefix}/{SETTINGS}", "rewritten", "the owner's ids stay closed", lambda to: None)
 
 
@@ -258,14 +284,13 @@ def _of_router(found: Fates, where: Path) -> Iterator[Fate]:
 
 
 def _of_file(found: Fates, path: Path, name: str) -> Fate:
-    if path.suffix in READABLE and not found.wanted.texts:
+    if path.suffix in READABLE and not found.wanted.his.texts:
         return Fate(
             name, "untouched", "not searched: none of his texts is known; see for yourself whether it holds one"
         )
-    if path.suffix == ".jsonl" and (lines := without_lines(path, found.wanted.texts, found.wanted.names)) is not None:
+    if path.suffix == ".jsonl" and (lines := without_lines(path, found.wanted.his)) is not None:
         return _of_documents(found.wanted, name, *lines)
-    if path.suffix == ".safetensors":
-        _refuse_sinks_within(path)
+    if refuse_sinks_within(path):
         return Fate(name, "untouched", "weights that no take-down changes")
     if path.suffix in READABLE and (why := not_searched(path)):
         return Fate(name, "untouched", f"not searched: {why}; see for yourself whether it holds the text")
@@ -283,7 +308,7 @@ def _of_documents(wanted: Wanted, name: str, kept: list[bytes], gone: list[bytes
     quoting = sum(map(wanted.quotes.within_line, kept))
     stay = f"{quoting} lines that are not his by text, key and source quote him and stay: see for yourself"
     if gone:
-        why = "lines that hold the text are left out" + f"; {stay}" * bool(quoting)
+        why = "lines that are his are left out" + f"; {stay}" * bool(quoting)
         return Fate(name, "rewritten", why, lambda to: _write(to, kept))
     return Fate(name, "untouched", f"documents of others; {stay}" if quoting else "documents of others")
 
@@ -308,20 +333,6 @@ def _of_trainer_marker(found: Fates, path: Path, changed: Collection[str]) -> Fa
         write_json(to, {"sha256": {x: there.get(x, y) for x, y in hashes.items() if x in there or x not in mine}})
 
     return Fate(path.relative_to(found.folder).as_posix(), "rewritten", "its hashes", write)
-
-
-def _refuse_sinks_within(path: Path) -> None:
-    """CheckpointError for weights in which sinks stand that no settings file says anything about."""
-    try:
-        with safe_open(path, "pt") as file:
-            inside = [name for name in file.keys() if is_sink(name)]  # noqa: SIM118
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} cannot be read: {error}; remove it, or restore it") from error
-    if inside:
-        raise CheckpointError(
-            f"{path} holds sinks ({inside[0]}, ...) without the settings that say whose they are; move it elsewhere or remove "
-            "it. The sinks of an adapter of PEFT are erased in memory: load base, sinks and adapter, erase, save both again"
-        )
 
 
 def _write(path: Path, lines: list[bytes]) -> None:

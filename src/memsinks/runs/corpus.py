@@ -18,10 +18,9 @@ from memsinks.data.near_copies import cluster_documents
 from memsinks.data.readers import read_documents, source_hash
 from memsinks.data.synthetic import corpus
 from memsinks.errors import ConfigError, DataError
-from memsinks.removal.record import TOMBSTONE
+from memsinks.removal.record import RECORDS, TOMBSTONE
 from memsinks.removal.tombstone import Tombstone, read_tombstone
 from memsinks.runs.data_recipe import BackgroundRecipe, DataRecipe
-from memsinks.runs.folder import RECORDS
 from memsinks.runs.recipe import Recipe
 
 AUDITED = "audited"

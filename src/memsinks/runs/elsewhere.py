@@ -8,30 +8,36 @@ from pathlib import Path
 from typing import Any
 
 from memsinks.errors import CheckpointError
+from memsinks.removal.erase import Erased, collateral_in, together
 from memsinks.removal.erase_files import SinksFile
 from memsinks.removal.export import whose_sinks
 from memsinks.sinks.storage import has_saved_sinks
 
 
-def elsewhere(also: Sequence[str | os.PathLike[str]], ids: set[int], sinks: SinksFile) -> dict[str, str]:
+def elsewhere(
+    also: Sequence[str | os.PathLike[str]], ids: set[int], erased: Sequence[Erased], sinks: SinksFile
+) -> dict[str, str]:
     """What of some ids is in other folders, by folder: sinks of the same model, exports in which their sinks are neurons.
 
     Copies from before or after a `grow` are of the same model, which only has other numbers of reserved blocks.
 
     Args:
-        also: folders, looked through with all below them. ids: of the owner and of the documents within him.
+        also: folders, looked through with all below them. ids: of the owner and of the documents within him. erased: of them.
         sinks: of the run's model, before or after erasing.
 
     Raises:
         CheckpointError: a folder that is not there; nothing is changed anywhere.
     """
-    found = {}
+    found, shared = {}, Erased([], together(erased), False)
     for folder in map(Path, also):
         if not folder.is_dir():
             raise CheckpointError(f"there is no folder {folder}")
         for where in [folder, *(x for x in folder.rglob("*") if x.is_dir())]:
-            if set(whose_sinks(where)) & ids:
+            opened = set(whose_sinks(where))
+            if opened & ids:
                 found[str(where)] = "an export with the owner's sinks as neurons: delete it"
+            elif opened and collateral_in(sinks.before, shared, opened).any():
+                found[str(where)] = "an export with blocks as neurons that the owner shared: delete it, export it again"
             elif has_saved_sinks(where):
                 other = SinksFile(where)
                 if other.of_owners:

@@ -38,8 +38,6 @@ logger = logging.getLogger(__name__)
 
 RECIPE, FACTS, METRICS = "recipe.yaml", "run.json", "metrics.jsonl"
 MEMBERS, CONTROLS = "members.jsonl", "controls.jsonl"
-RECORDS = "takedowns"
-"""Where the records of take-downs lie; no other take-down touches them."""
 WRITTEN = ("data", "model", RECIPE, FACTS, MEMBERS, CONTROLS, METRICS)
 """What is written beside its place and renamed."""
 

@@ -11,6 +11,7 @@ from memsinks.errors import ConfigError
 from memsinks.runs.recipe import Recipe
 from memsinks.sinks.attach import add_sinks
 from memsinks.sinks.checkpoint import load_stock
+from memsinks.sinks.families import context_of
 from memsinks.sinks.own import freeze_shared
 
 logger = logging.getLogger(__name__)
@@ -30,8 +31,7 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTraine
             f"the tokenizer has {len(tokenizer)} tokens, the model has embeddings for {embeddings}; use the model's own "
             "tokenizer, or leave vocab_size out of model.config"
         )
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if context is not None and context < recipe.training.length:
+    if (context := context_of(model)) < recipe.training.length:
         raise ConfigError(
             f"training.length is {recipe.training.length}, but the model's context ends at {context} tokens; shorten rows"
         )

@@ -15,9 +15,9 @@ from memsinks.data.matching import Copy, find_copies
 from memsinks.errors import CheckpointError, ConfigError, DataError
 from memsinks.files import file_hash
 from memsinks.removal.erase import ids_within
-from memsinks.removal.record import STATEMENT
+from memsinks.removal.record import RECORDS, STATEMENT
 from memsinks.removal.statement import read_statement
-from memsinks.runs.folder import MEMBERS, RECIPE, RECORDS, RunFolder
+from memsinks.runs.folder import MEMBERS, RECIPE, RunFolder
 from memsinks.runs.sections import load_yaml
 from memsinks.sinks.config import SinkConfig
 from memsinks.sinks.state import SinkState
@@ -120,34 +120,50 @@ def find_owner(
     Raises:
         DataError: nobody has that name, with the nearest ones; a key whose documents share their sinks with others of a source.
     """
-    ids = identify(documents, by)[0] if documents else []
+    ids = identify(documents, by)[0].tolist() if documents else []
     above, within = _owner_above(name, asked_by, tables)
-    if above is not None and (len(within) > 1 or (asked_by == "id" and above not in ids)):
-        chosen = [index for index, one in enumerate(ids) if int(one) in within]
-        own = set(chosen)
-        copies = find_copies([documents[index].text for index in chosen], documents, near) if chosen else []
-        return Owner(str(name), asked_by, [above], chosen, [copy for copy in copies if copy.index not in own])
+    if above is None or not (len(within) > 1 or (asked_by == "id" and above not in ids)):
+        above, within = None, set()
     if asked_by == "id":
-        chosen = [index for index, one in enumerate(ids) if int(one) == int(name)]
+        named = [index for index, one in enumerate(ids) if one == int(name)]
     elif asked_by == "text":
-        chosen = [index for index, document in enumerate(documents) if document.text == name]
+        whole = {str(name), str(name).removesuffix("\n").removesuffix("\r")}  # editors end a file with a line break
+        named = [index for index, document in enumerate(documents) if document.text in whole]
     else:
-        chosen = [index for index, document in enumerate(documents) if getattr(document, asked_by) == name]
-    if not chosen:
+        named = [index for index, document in enumerate(documents) if getattr(document, asked_by) == name]
+    if not named and above is None:
         raise DataError(_nobody(documents, name, asked_by))
-    wanted = {int(ids[index]) for index in chosen}
-    more = [index for index, one in enumerate(ids) if int(one) in wanted and index not in set(chosen)]
+    wanted = {ids[index] for index in named} - within
+    chosen = [index for index, one in enumerate(ids) if one in within or index in set(named)]
+    more = [index for index, one in enumerate(ids) if one in wanted and index not in set(chosen)]
     if more and asked_by != "id":
-        shared = getattr(documents[more[0]], "source" if by == "source" else "key")
-        raise DataError(
-            f"the documents of {asked_by} {str(name)[:60]!r} share their sinks with {len(more)} others of the {by} {shared!r}; "
-            f"take that {by} out"
-        )
+        raise DataError(_shared_sinks(documents[more[0]], len(more), name, asked_by, by))
     texts = [documents[index].text for index in chosen]
-    own = set(chosen)
-    copies = [copy for copy in find_copies(texts, documents, near) if copy.index not in own]
+    copies = find_copies(texts, documents, near) if chosen else []
+    copies = [copy for copy in copies if copy.index not in set(chosen)]
     shown = str(min(wanted)) if asked_by == "text" else str(name)
-    return Owner(shown, asked_by, sorted(wanted), chosen, copies)
+    return Owner(shown, asked_by, sorted(wanted | ({above} if above is not None else set())), chosen, copies)
+
+
+def _shared_sinks(other: Document, count: int, name: str | int, asked_by: AskedBy, by: By) -> str:
+    """Why one cannot go alone whose documents have the id of others."""
+    start = f"the documents of {asked_by} {str(name)[:60]!r} share their sinks with {count} others"
+    if by == "content":
+        return f"{start}, which have the same text under other names; take the text out"
+    shared = other.source if by == "source" else other.key
+    return f"{start} of the {by} {shared!r}; take that {by} out"
+
+
+def called_in_lines(owner: Owner, documents: Sequence[Document], by: By) -> tuple[str, str] | None:
+    """The field of a line of documents, and what it says, by which the line is the owner's; None where texts alone tell.
+
+    Args:
+        documents: his.
+    """
+    if owner.by in ("key", "source"):
+        return owner.by, owner.name
+    said = {getattr(x, by) for x in documents} if owner.by == "id" and by in ("key", "source") else set()
+    return (by, said.pop()) if len(said) == 1 and None not in said else None
 
 
 def _owner_above(name: str | int, asked_by: AskedBy, tables: Sequence[AssignmentTable]) -> tuple[int | None, set[int]]:

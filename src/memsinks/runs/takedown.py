@@ -25,14 +25,15 @@ from memsinks.data.tokens import load_tokenizer
 from memsinks.errors import CheckpointError, DataError
 from memsinks.removal.erase import Erased, collateral_in, together
 from memsinks.removal.erase_files import SinksFile, changed_blocks
-from memsinks.removal.record import write_record
+from memsinks.removal.record import RECORDS, write_record
+from memsinks.removal.signature import load_signer
 from memsinks.removal.tombstone import Tombstone, make_tombstone
-from memsinks.runs.artifacts import Fates, Wanted, fates_of, sinks_below
+from memsinks.runs.artifacts import Fates, Wanted, fates_of, files_below, sinks_below
 from memsinks.runs.elsewhere import elsewhere
-from memsinks.runs.folder import RECORDS
 from memsinks.runs.owners import (
     Owner,
     asked,
+    called_in_lines,
     find_owner,
     others_with_sinks,
     read_members,
@@ -43,6 +44,7 @@ from memsinks.runs.repair import Repair
 from memsinks.runs.staging import at_work, bind, finish, pending, staged
 from memsinks.runs.takedown_audit import audit_takedown, figures_of
 from memsinks.runs.takedown_result import Takedown, predicate_of
+from memsinks.runs.text_search import His, texts_called
 from memsinks.runs.unfinished import require_finished
 from memsinks.sinks.checkpoint import load
 from memsinks.sinks.state import SinkState, named_sinks
@@ -99,6 +101,8 @@ def take_down(
     name, asked_by = asked(key, id, source, text)
     if not folder.is_dir():
         raise CheckpointError(f"there is no folder {folder}")
+    if signing_key is not None:
+        load_signer(signing_key)
     require_finished(folder)
     with at_work(folder):
         record = f"{asked_by}-{hashlib.sha256(str(name).encode()).hexdigest()[:12]}"
@@ -143,11 +147,9 @@ def _planned(
     also: Sequence[str | os.PathLike[str]],
 ) -> tuple[Takedown, list[tuple[int, Document]], Tombstone | None]:
     """The take-down of an owner, erased in memory; (id, document) of the others with sinks; the tombstone of his texts."""
-    texts = [documents[index].text for index in owner.documents]
-    tombstone = make_tombstone(texts, record=record) if texts else None
-    said = frozenset((documents[index].key, documents[index].source) for index in owner.documents)
-    names = frozenset() if by == "content" else said
-    fates = fates_of(folder, Wanted(owner.ids, record, frozenset(texts), names, tombstone), below)
+    his = _his_lines(folder, owner, documents, by)
+    tombstone = make_tombstone(sorted(his.texts), record=record) if his.texts else None
+    fates = fates_of(folder, Wanted(owner.ids, record, his, tombstone), below)
     if not fates.sinks:
         raise CheckpointError(f"there is no checkpoint with sinks below {folder}")
     main = _main(fates)
@@ -158,8 +160,20 @@ def _planned(
         require_sinks_of(owner, documents, by, sinks.state.config, epochs)
     others = others_with_sinks(owner, documents, by, sinks.state, epochs)
     hit = _collateral(sinks.before, erased, others)
-    there = elsewhere(also, _everyone(owner, erased), sinks)
+    there = elsewhere(also, _everyone(owner, erased), erased, sinks)
     return Takedown(owner, documents, fates.erased, fates, hit, there), others, tombstone
+
+
+def _his_lines(folder: Path, owner: Owner, documents: list[Document], by: By) -> His:
+    """Which lines are his, those of texts that were never trained on too."""
+    chosen = [documents[index] for index in owner.documents]
+    called = called_in_lines(owner, chosen, by)
+    texts = {x.text for x in chosen}
+    if called is not None:
+        texts |= texts_called((x for x in files_below(folder) if x.suffix == ".jsonl"), *called)
+    if by == "content":
+        return His(frozenset(texts), called=called, exact=True)
+    return His(frozenset(texts), frozenset((x.key, x.source) for x in chosen), called)
 
 
 def _unused(folder: Path, record: str) -> str:
@@ -255,14 +269,16 @@ def _audit(
         record,
     )
     for name, value in named_sinks(model).items():
-        if not torch.equal(value.detach().cpu(), sinks.tensors[name]):
+        written = sinks.tensors[name]
+        if not torch.equal(value.detach().cpu().to(written.dtype), written):
             raise CheckpointError(
                 f"{name} of the erased model and of the file to be written differ; nothing was changed"
             )
     if repair.passes and plan.collateral:
         repair.run(model, tokenizer, [x for x in others if x[0] in plan.collateral], plan.erased[main])
         audit["after"]["others, repaired"] = figures_of(model, tokenizer, *theirs)
-        sinks.tensors.update({name: value.detach().cpu() for name, value in named_sinks(model).items()})
+        learned = {name: value.detach().cpu() for name, value in named_sinks(model).items()}
+        sinks.tensors.update({name: value.to(sinks.tensors[name].dtype) for name, value in learned.items()})
         same = _kept_blocks(main, plan, before)
     return audit, same
 

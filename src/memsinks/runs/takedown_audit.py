@@ -10,10 +10,11 @@ import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from memsinks.auditing.extraction import extracted
-from memsinks.auditing.scores import context_of, score
+from memsinks.auditing.scores import score
 from memsinks.data.chat import encode_documents
 from memsinks.data.documents import Document
 from memsinks.removal.erase import Erased, erase, together
+from memsinks.sinks.families import context_of
 from memsinks.sinks.opening import blocks_closed
 from memsinks.sinks.own import free_blocks
 from memsinks.sinks.state import require_sinks

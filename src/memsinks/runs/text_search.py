@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -111,30 +113,80 @@ def _strings(value: Any) -> Iterator[str]:
             yield from _strings(inner)
 
 
-def without_lines(
-    path: Path, texts: Iterable[str], names: Collection[tuple[Any, Any]]
-) -> tuple[list[bytes], list[bytes]] | None:
-    """The lines of a file of documents that stay, and those that are the owner's; None for another file.
-
-    His are those with one of his texts, up to case and white space, and with no key and no source but his, where both say one.
+@dataclass(frozen=True)
+class His:
+    """Which lines of files of documents are an owner's.
 
     Args:
         texts: of the owner. names: (key, source) of his documents; none where a text is his whatever its line says.
+        called: a field and what it says in all lines that are his, whatever their text; None where no field does.
+        exact: whether another form of his text (case, white space) is another's, as it is where texts are the identity.
     """
-    forms = {normal_form(text) for text in texts}
+
+    texts: frozenset[str] = frozenset()
+    names: frozenset[tuple[Any, Any]] = frozenset()
+    called: tuple[str, str] | None = None
+    exact: bool = False
+
+    @cached_property
+    def forms(self) -> frozenset[str]:
+        return frozenset(map(self.form, self.texts))
+
+    def form(self, text: str) -> str:
+        return text if self.exact else normal_form(text)
+
+    def owns(self, row: Mapping[str, Any], document: Document) -> bool:
+        """Whether a line is his: one that says so, or with one of his texts and with no key and no source but his, where both
+        say one."""
+        said: dict[str, Any] = dict(
+            zip(NAMES, (str(row[x]) if is_int(row.get(x)) else row.get(x) for x in NAMES), strict=True)
+        )
+        if self.called is not None and said[self.called[0]] == self.called[1]:
+            return True
+        if self.form(document.text) not in self.forms:
+            return False
+        return not self.names or any(
+            all(x is None or y is None or x == y for x, y in zip(said.values(), one, strict=True)) for one in self.names
+        )
+
+
+def without_lines(path: Path, his: His) -> tuple[list[bytes], list[bytes]] | None:
+    """The lines of a file of documents that stay, and those that are the owner's; None for another file."""
     kept, gone = [], []
+    for line, row, document in _lines(path):
+        if document is None:
+            if line.strip():
+                return None
+            kept.append(line)
+        else:
+            (gone if his.owns(row, document) else kept).append(line)
+    return kept, gone
+
+
+def texts_called(paths: Iterable[Path], field: str, name: str) -> set[str]:
+    """The texts of all lines in which `field` says `name`, in those of the files that are files of documents."""
+    found: set[str] = set()
+    for path in paths:
+        lines = list(_lines(path))
+        if all(document is not None or not line.strip() for line, _, document in lines):
+            his = His(called=(field, name))
+            found |= {x.text for _, row, x in lines if x is not None and his.owns(row, x) and x.text.strip()}
+    return found
+
+
+def _lines(path: Path) -> Iterator[tuple[bytes, Mapping[str, Any], Document | None]]:
+    """(line, its fields, its document) of each line; no document in one that is empty or has another form, which is the last."""
     for line in path.read_bytes().splitlines(keepends=True):
         if not line.strip():
-            kept.append(line)
+            yield line, {}, None
             continue
         try:
             row = json.loads(line)
             document = _document(row)
         except (ValueError, RecursionError, DataError):
-            return None
-        his = normal_form(document.text) in forms and _his(row, names)
-        (gone if his else kept).append(line)
-    return kept, gone
+            yield line, {}, None
+            return
+        yield line, row, document
 
 
 def _document(row: Any) -> Document:
@@ -142,11 +194,3 @@ def _document(row: Any) -> Document:
     if not isinstance(row, dict):
         raise DataError("no row of fields")
     return Document(row["text"]) if isinstance(row.get("text"), str) else document_of(row, "a line", {"text": "text"})
-
-
-def _his(row: Mapping[str, Any], names: Collection[tuple[Any, Any]]) -> bool:
-    """Whether the key and source that a row has are those of one of the owner's documents."""
-    said = [str(row[name]) if is_int(row.get(name)) else row.get(name) for name in NAMES]
-    return not names or any(
-        all(x is None or y is None or x == y for x, y in zip(said, one, strict=True)) for one in names
-    )

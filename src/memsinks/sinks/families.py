@@ -26,6 +26,8 @@ ISOLATES_PACKED = frozenset(
 """Model types in which restarting position_ids was shown to isolate the documents of a packed row. Of a multimodal model both its
 own type and that of its language model must be here."""
 
+CONTEXT = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+"""What configurations call the number of positions."""
 RESIDUAL_INSIDE = frozenset({"bloom", "mpt"})
 """Model types whose MLP takes the residual as second argument and adds it."""
 
@@ -78,6 +80,12 @@ class Mlp:
     def weight(self) -> Tensor:
         """A weight of the host, for its dtype and device."""
         return self.down.weight
+
+
+def context_of(model: Any) -> int:
+    """The tokens that a model can read at once, as its configuration says; 10**9 where it says nothing."""
+    config = model.config.get_text_config()
+    return next((int(x) for name in CONTEXT if (x := getattr(config, name, None))), 10**9)
 
 
 def decoder_layers(model: nn.Module) -> tuple[nn.ModuleList, str]:

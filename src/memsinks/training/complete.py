@@ -50,14 +50,22 @@ class _Index(pickle.Unpickler):
         return super().find_class(module, name)
 
 
+def sharded_names(path: Path) -> list[str]:
+    """The names of what the shards beside an index of DCP hold; CheckpointError for a file that is none."""
+    try:
+        with path.open("rb") as file:
+            return list(_Index(file).load().state_dict_metadata)
+    except Exception as error:  # whatever bytes that are no index raise
+        raise CheckpointError(f"{path} is damaged, or no index of shards: {error!s:.200}") from error
+
+
 def _unsafe_index(folder: Path) -> str | None:
     """Why an index of DCP in a checkpoint may not be given to torch; None = it may."""
-    for path in folder.rglob(METADATA):
-        try:
-            with path.open("rb") as file:
-                _Index(file).load()
-        except Exception as error:  # whatever bytes that are no index raise
-            return f"{path.relative_to(folder)} is damaged, or no index of shards: {error!s:.200}"
+    try:
+        for path in folder.rglob(METADATA):
+            sharded_names(path)
+    except CheckpointError as error:
+        return str(error)
     return None
 
 

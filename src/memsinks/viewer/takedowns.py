@@ -10,8 +10,7 @@ from typing import Any
 from memsinks.checks import int_at_least, share
 from memsinks.errors import CheckpointError, ConfigError, DataError, refuse
 from memsinks.files import read_json
-from memsinks.removal.record import RECORD_PAGE, STATEMENT
-from memsinks.runs.folder import RECORDS
+from memsinks.removal.record import RECORD_PAGE, RECORDS, STATEMENT
 from memsinks.runs.takedown import MOST_COLLATERAL, TakedownFinished, take_down
 from memsinks.runs.takedown_result import Takedown
 from memsinks.viewer.owners import ShownOwner

@@ -23,6 +23,7 @@ from memsinks.runs.demo import MARK
 from memsinks.runs.folder import RECIPE, RunFolder
 from memsinks.runs.owners import read_members
 from memsinks.sinks.checkpoint import load_any, load_sinks, load_stock
+from memsinks.sinks.families import context_of
 from memsinks.sinks.opening import sinks_closed, sinks_open
 from memsinks.sinks.state import has_sinks, require_sinks
 from memsinks.sinks.storage import has_saved_sinks, read_settings
@@ -91,8 +92,7 @@ class View:
     def context(self) -> int:
         """Tokens that every model here can read."""
         models = [x for x in (self.model, self.ordinary) if x is not None]
-        limits = [getattr(x.config.get_text_config(), "max_position_embeddings", None) or 10**9 for x in models]
-        return min(limits)
+        return min(context_of(x) for x in models)
 
     def require_tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer; ConfigError where there is none."""
