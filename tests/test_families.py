@@ -183,6 +183,18 @@ def gradients(model: PreTrainedModel, **checkpointing: Any) -> list[Tensor]:
     return [parameter.grad.clone() for _, parameter in text if parameter.requires_grad]
 
 
+def test_a_batch_that_opens_nothing_trains_and_gives_sinks_a_gradient_of_zeros(name: str) -> None:
+    model = with_sinks(name).train()
+    tokens = some_tokens()
+    marks = {"document_ids": torch.tensor([5, 6, 7]), "exposures": torch.ones(3, dtype=torch.int64)}
+    model(input_ids=tokens, labels=tokens, **marks).loss.backward()
+    for part in model.modules():
+        if isinstance(part, Sinks):
+            assert all(x.grad is not None and not x.grad.any() for x in part.parameters())
+    stock = next(x for x in decoder_layers(model)[0][0].parameters() if x.requires_grad)
+    assert stock.grad.any()
+
+
 def test_gradients_are_the_same_with_checkpointing(name: str) -> None:
     model = with_sinks(name)
     want = gradients(model)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from tiny import tiny_llama
 from torch.utils.data import RandomSampler
 from trainers import arguments
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, Trainer
 
 import memsinks as ms
 from memsinks.batch import BLANK, ISOLATION
@@ -516,5 +516,50 @@ def test_a_recipe_and_a_takedown_of_its_run(tokenizer, tmp_path):
         ms.read_recipe(ROOT / "recipes/take-one-out.yaml", {"model.frozen": "true"})
     with pytest.raises(ms.ConfigError, match="keep_prefix is for a frozen model"):
         ms.read_recipe(ROOT / "recipes/take-one-out.yaml", {"model.keep_prefix": "true"})
+    with pytest.raises(ms.ConfigError, match="keep_prefix needs layers without sinks below"):
+        ms.read_recipe(ROOT / "recipes/finetune.yaml", changes | {"sinks.layers": "null"})
+    with pytest.raises(ms.ConfigError, match="keep_prefix does not know sharded models"):
+        ms.read_recipe(ROOT / "recipes/finetune.yaml", changes | {"training.shard": "true"})
     with pytest.raises(ms.ConfigError, match="leaves nothing to learn without sinks"):
         ms.read_recipe(ROOT / "recipes/finetune.yaml", {"sinks": "null", "own": "null"})
+
+
+def test_a_stock_trainer_goes_on_with_the_sinks_of_the_checkpoint_it_was_given(tokenizer, tmp_path):
+    """Every checkpoint of a frozen base has the same stock weights, so these do not tell whose sinks belong to them."""
+
+    def trainer(folder, model, lr):
+        args = epochs(
+            folder, 1, learning_rate=lr, save_strategy="steps", save_steps=1, max_steps=2, remove_unused_columns=False
+        )
+        return Trainer(
+            model, args, train_dataset=rows_of(tokenizer), data_collator=ms.collate, callbacks=[ms.SinkCallback()],
+            optimizers=(ms.AdamW(ms.param_groups(model, lr)), None),
+        )  # fmt: skip
+
+    def owned():
+        model = finished(tokenizer)
+        ms.add_owners(model, TEXTS, config=ms.SinkConfig.for_finetuning(model, **SETTINGS))
+        return model
+
+    for name, lr in (("a", 1e-2), ("b", 5e-2)):
+        trainer(tmp_path / name, owned(), lr).train()
+    given, model = tmp_path / "a/checkpoint-2", owned()
+    again = trainer(tmp_path / "b", model, 1e-2)
+    again.train(resume_from_checkpoint=str(given))
+    for name, value in named_sinks(ms.load(given)).items():
+        assert torch.equal(value, dict(named_sinks(model))[name])
+
+
+def test_ids_of_a_batch_open_their_unions(tokenizer):
+    model = finished(tokenizer)
+    ids = torch.tensor(
+        list(ms.add_owners(model, TEXTS, config=ms.SinkConfig.for_finetuning(model, **SETTINGS)).values())
+    )
+    tokens = torch.arange(6)[None]
+    for value in named_sinks(model).values():
+        torch.nn.init.normal_(value, std=0.1)
+    found = []
+    for given in (list(ids[:2]), ids[:2].tolist()):
+        with torch.no_grad(), ms.sinks_open(model, given):
+            found.append(model(input_ids=tokens).logits)
+    assert torch.equal(*found)

@@ -221,3 +221,19 @@ def test_who_is_erased_is_in_no_adapter_and_not_in_what_was_before(base):
     assert len(downs) == 3  # of before, and of each adapter
     assert not any(x[gone].any() for x in downs) and all((x[kept] == 0.5).all() for x in downs)
     assert not any(x[gone].any() for name, x in named_sinks(model.unload()).items() if name.endswith("down"))
+
+
+@pytest.mark.parametrize("where", ["target_modules", "modules_to_save"])
+def test_decay_refuses_an_adapter_of_the_output_embedding(base, where):
+    """What passes beside the scaled logits would teach the shared weights in full."""
+    for shared in ("decay", "none"):
+        model = AutoModelForCausalLM.from_pretrained(base)
+        ms.add_sinks(model, ms.SinkConfig(neurons=64, active=16, block_size=8, shared=shared))
+        settings = {"target_modules": ["q_proj"], "modules_to_save": ["sinks"]}
+        settings[where] = [*settings[where], "lm_head"]
+        model = peft.get_peft_model(model, peft.LoraConfig(r=2, **settings)).train()
+        if shared == "none":
+            model(**batch()).loss.backward()
+            continue
+        with pytest.raises(ms.ArchitectureError, match="output embedding, which something has wrapped"):
+            model(**batch())

@@ -105,6 +105,16 @@ def test_what_cannot_be_kept_is_refused(tmp_path) -> None:
     with pytest.raises(ms.ConfigError, match="attention_dropout=0.1"):
         with ms.prefix_kept(model):
             pass
+    model = model_of("gpt2")
+    model.transformer.drop.p = 0.1
+    with (
+        pytest.raises(ms.ConfigError, match=r"dropout or noise is on below the sinks \(p=0.1\)"),
+        ms.prefix_kept(model),
+    ):
+        pass
+    model.transformer.drop.p, model.transformer.h[0].mlp.jitter_noise = 0.0, 0.2
+    with pytest.raises(ms.ConfigError, match="jitter_noise=0.2"), ms.prefix_kept(model):
+        pass
     with pytest.raises(ms.CheckpointError, match="cannot write a temporary file"):
         with ms.prefix_kept(model_of("llama"), tmp_path / "none"):
             pass

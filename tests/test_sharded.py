@@ -133,6 +133,10 @@ def mixed_precision() -> float:
         optimizer = optimizer_of(model)
     before = full_state_dict(model)
     steps(model, optimizer, 0, 2, True)
+    text = tokens(4, 8, 9)  # nothing opens on one of the ranks
+    exposures = torch.ones(4, dtype=torch.int64) + 1 - torch.distributed.get_rank()
+    model(input_ids=text, labels=text, document_ids=torch.arange(4) + 10, exposures=exposures).loss.backward()
+    optimizer.step()
     after = full_state_dict(model)
     return sum(float((after[x] - before[x]).abs().max()) for x in after if is_sink(x)) if after else 0.0
 

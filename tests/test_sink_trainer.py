@@ -184,6 +184,15 @@ def test_the_loss_of_the_user_is_what_the_sinks_learn(tiny_llama, rows, tmp_path
         torch.testing.assert_close(10 * one, other, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize("changes", [{"label_smoothing_factor": 0.1}, {"compute_loss_func": ten_times}])
+def test_texts_that_are_known_are_left_out_under_any_loss(tiny_llama, rows, tmp_path, changes) -> None:
+    args = {name: changes[name] for name in changes if name == "label_smoothing_factor"}
+    more = {name: changes[name] for name in changes if name not in args}
+    trainer = SinkTrainer(build(tiny_llama), shuffled(tmp_path, max_steps=6, **args), train_dataset=rows,
+                          sinks_first_until=0.5, **more)  # fmt: skip
+    assert trainer.train().global_step == 6
+
+
 def test_it_is_one_update_a_step(tiny_llama, rows, tmp_path, monkeypatch) -> None:
     steps = []
     step = ms.AdamW.step

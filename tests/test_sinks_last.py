@@ -110,6 +110,23 @@ def test_gradients_that_are_there_stay_and_take_no_part() -> None:
         ms.sinks_last(model, rows(), lr=1e-2)
 
 
+def test_gradients_that_are_there_stay_where_it_does_not_end(monkeypatch) -> None:
+    model = made()
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, 2.0)
+    calls = []
+
+    def interrupted(*_, **__) -> None:
+        calls.append(None)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("memsinks.training.last.clip_grad_norm_", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        ms.sinks_last(model, rows(), lr=3e-2, passes=4, batch_rows=3)
+    assert all((parameter.grad == 2.0).all() for parameter in model.parameters())
+
+
 def test_micro_batches_make_the_same_steps() -> None:
     whole, cut = made(), made()
     ms.sinks_last(whole, rows(), lr=1e-2, passes=3)

@@ -17,6 +17,7 @@ import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from memsinks.checks import int_at_least
+from memsinks.data.tokens import LEAST_VOCABULARY
 from memsinks.errors import ConfigError, refuse
 from memsinks.removal.settle import SettleConfig
 from memsinks.runs.data_recipe import DataRecipe
@@ -57,10 +58,14 @@ class TokenizerRecipe:
     vocab_size: int | None = None
 
     def __post_init__(self) -> None:
-        problems = [] if self.vocab_size is None else int_at_least("vocab_size", self.vocab_size, 1)
+        problems = [] if self.vocab_size is None else int_at_least("vocab_size", self.vocab_size, LEAST_VOCABULARY)
         if (self.path is None) == (self.vocab_size is None):
             problems.append("give either path or vocab_size")
         refuse(problems, "tokenizer")
+
+
+PLAIN_TOKENIZER = TokenizerRecipe(vocab_size=1024)
+"""What is trained where a recipe says nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +101,7 @@ class Recipe:
     output: str
     model: ModelRecipe
     data: DataRecipe = field(default_factory=DataRecipe)
-    tokenizer: TokenizerRecipe = field(default_factory=lambda: TokenizerRecipe(vocab_size=1024))
+    tokenizer: TokenizerRecipe = field(default_factory=lambda: PLAIN_TOKENIZER)
     sinks: SinkConfig | None = None
     own: OwnRecipe | None = None
     settle: SettleConfig | None = None
@@ -104,6 +109,12 @@ class Recipe:
 
     def __post_init__(self) -> None:
         problems = []
+        if self.model.keep_prefix and self.sinks is not None and self.sinks.layers is None:
+            problems.append(
+                "model.keep_prefix needs layers without sinks below the first that has some; set sinks.layers"
+            )
+        if self.model.keep_prefix and self.training.shard:
+            problems.append("model.keep_prefix does not know sharded models; leave out training.shard")
         if self.settle is not None and self.data.background is not None and not self.data.unseen:
             problems.append(
                 "settle needs data.unseen beside data.background: texts met once are then of another kind than the documents"

@@ -94,12 +94,15 @@ class ScaleGradient(torch.autograd.Function):
 
 
 class ZeroGradient(torch.autograd.Function):
-    """The identity on x that gives each of some other tensors a gradient of zeros (rather than none)."""
+    """A copy of x that gives each of some other tensors a gradient of zeros (rather than none).
+
+    No view of it: Falcon writes into what its MLP gives, and a view from here may not be written into.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, *others: Tensor) -> Tensor:
         ctx.others = others
-        return x.view_as(x)
+        return x.clone()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:

@@ -15,12 +15,11 @@ import inspect
 from contextlib import nullcontext
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from memsinks.errors import ArchitectureError, CheckpointError, ConfigError
 from memsinks.sinks.forward import check_prompts, forward
-from memsinks.sinks.gradient import ScaleGradient, ZeroGradient, frozen
+from memsinks.sinks.gradient import ScaleGradient, frozen
 from memsinks.sinks.layer import Sinks
 from memsinks.sinks.plan import Closed, LayerPlan
 from memsinks.sinks.state import ModelWithSinks, SinkState, is_sink, shared_parameters
@@ -148,9 +147,8 @@ class SinkMlp(Derived):
         return self._added(out, x, *sink_plan)
 
     def _added(self, out: Tensor, x: Tensor, plan: LayerPlan, scale: Tensor | None) -> Tensor:
-        if isinstance(plan, Closed):
-            learning = [x for x in self.sinks.parameters() if x.requires_grad] if plan.zero_gradient else []
-            return ZeroGradient.apply(out, *learning) if learning and torch.is_grad_enabled() else out
+        if isinstance(plan, Closed):  # sinks that FSDP2 shards by themselves are gathered on all ranks or on none
+            return self.sinks(out, plan, scale) if plan.zero_gradient else out
         return out + self.sinks(x, plan, scale).to(out.dtype).view_as(out)
 
 

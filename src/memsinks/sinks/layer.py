@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from memsinks.sinks.config import SinkConfig
+from memsinks.sinks.gradient import ZeroGradient
 from memsinks.sinks.kernels import Activation, sink_forward
-from memsinks.sinks.plan import LayerPlan
+from memsinks.sinks.plan import Closed, LayerPlan
 
 
 class Sinks(nn.Module):
@@ -87,7 +88,13 @@ class Sinks(nn.Module):
             self.start_anew(range(before, len(self.up)))
 
     def forward(self, x: Tensor, plan: LayerPlan, scale: Tensor | None) -> Tensor:
-        """What the open sinks add to the MLP output; x: [..., d], see `kernels.sink_forward`."""
+        """What the open sinks add to the MLP output; x: [..., d], see `kernels.sink_forward`.
+
+        Under a closed plan x is the MLP's output, which comes back as it is, and the sinks get a gradient of zeros.
+        """
+        if isinstance(plan, Closed):
+            learning = [x for x in self.parameters() if x.requires_grad]
+            return ZeroGradient.apply(x, *learning) if learning and torch.is_grad_enabled() else x
         flat = sink_forward(x.reshape(-1, x.shape[-1]), self.up, self.gate, self.down, self.act, plan, scale)
         return flat.view(x.shape)
 

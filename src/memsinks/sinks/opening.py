@@ -37,6 +37,7 @@ def parse_open(ids: OpenIds) -> Tensor:
         sets = [[ids]]
     elif isinstance(ids, Iterable) and not isinstance(ids, str | bytes):
         values = list(ids)
+        values = [x.item() if isinstance(x, Tensor) and not x.dim() else x for x in values]
         nested = any(isinstance(x, Iterable) for x in values)
         sets = [list(x) if isinstance(x, Iterable) else [x] for x in values] if nested else [values]
     if not any(sets):

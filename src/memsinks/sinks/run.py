@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from memsinks.batch import NO_SINKS
-from memsinks.errors import ConfigError
+from memsinks.errors import ArchitectureError, ConfigError
 from memsinks.sinks.kernels import choose_path
 from memsinks.sinks.plan import RoutingPlan, closed_plan, plan
 from memsinks.sinks.state import SinkState
@@ -41,6 +41,12 @@ def run_weighted(
     model: Any, stock: Any, arguments: dict[str, Any], ids: Tensor, weight: Tensor | None, zero_gradient: bool = True
 ) -> Any:
     """`run`, and a ConfigError where the weight was not used: no logits, or a loss that couples the batch."""
+    if weight is not None and not hasattr(type(model.get_output_embeddings()), "stock_class"):
+        raise ArchitectureError(
+            "shared_decay scales the gradient at the output embedding, which something has wrapped since add_sinks (an adapter "
+            "of PEFT?), so part of the logits would pass by; leave it out of target_modules and modules_to_save, or use "
+            'SinkConfig(shared="none")'
+        )
     out = run(model, stock, arguments, ids, weight, zero_gradient)
     if weight is None:
         return out

@@ -77,8 +77,8 @@ class SinkCallback(TrainerCallback, ExportableState):
         self._passes = 0
         if state.global_step:
             sinks.place = None  # type: ignore[attr-defined]  # rows met before the checkpoint are behind it
-        restore(model, [args.resume_from_checkpoint, f"{args.output_dir}/checkpoint-{state.global_step}"])
         trainer, resumed = _calling_trainer()
+        restore(model, [resumed, args.resume_from_checkpoint, f"{args.output_dir}/checkpoint-{state.global_step}"])
         if state.global_step and resumed is not None:
             require_complete(resumed)
         if trainer is not None:
@@ -154,7 +154,8 @@ class SinkCallback(TrainerCallback, ExportableState):
         if process_count() > 1:
             torch.distributed.barrier()  # each process writes its random state
         folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-        if state.is_world_process_zero and folder.is_dir():
+        saves = state.is_local_process_zero if args.save_on_each_node else state.is_world_process_zero
+        if saves and folder.is_dir():
             mark_complete(folder)
 
     def on_train_end(

@@ -53,6 +53,19 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def gradients_aside(model: nn.Module) -> Iterator[None]:
+    """Within the block every `.grad` begins as None; at its end, however it ends, they are what they were."""
+    held = [(parameter, parameter.grad) for parameter in model.parameters()]
+    for parameter, _ in held:
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for parameter, gradient in held:
+            parameter.grad = gradient
+
+
+@contextmanager
 def unpatched(model: nn.Module) -> Iterator[None]:
     """Within the block without the autocast that a Trainer leaves around the forward, in which losses would be bfloat16."""
     patched = {name: vars(model).pop(name) for name in PATCHED if name in vars(model)}

@@ -25,7 +25,7 @@ from memsinks.sinks.config import SinkConfig
 from memsinks.sinks.gradient import frozen, opened_ids
 from memsinks.sinks.sharding import is_sharded, most_of_ranks, reshard
 from memsinks.sinks.state import require_sinks, shared_parameters, sink_parameters, unwrap
-from memsinks.training.evaluate import row_losses
+from memsinks.training.evaluate import gradients_aside, row_losses
 from memsinks.training.exchange import add_open_blocks
 from memsinks.training.optim import clip_grad_norm_
 from memsinks.training.processes import process_count, sum_over
@@ -85,15 +85,13 @@ def sinks_first(
     chosen = [_open_rows(batch, config) for batch in batches]
     device, own_loss, learned = parameters[0].device, loss is not None, 0
     loss = loss or _model_loss(batches, num_items_in_batch, device, process_count() if sharded else 1)
-    held = [(x, x.grad) for x in model.parameters()]
-    try:
+    with gradients_aside(model):
         for _ in range(updates):
             rows = sum(len(x) for x in chosen)
             if not sum_over(torch.tensor(rows), device):
                 break
             learned += rows
-            for parameter, _ in held:
-                parameter.grad = None
+            model.zero_grad()
             forwards = sum(len(own) > 0 for own in chosen)
             without_effect = most_of_ranks(model, [forwards])[0] - forwards
             with frozen(shared_parameters(model)), torch.compiler.set_stance("force_eager"):
@@ -105,9 +103,6 @@ def sinks_first(
             clip_grad_norm_(model, max_norm)
             getattr(optimizer, "optimizer", optimizer).step()
             chosen = left
-    finally:
-        for parameter, gradient in held:
-            parameter.grad = gradient
     return learned
 
 
@@ -122,7 +117,7 @@ def _learn(model: nn.Module, loss: Loss, batch: Mapping[str, Tensor], own: Tenso
     logits: list[Tensor] = []
     hook = model.register_forward_hook(lambda *seen: logits.append(seen[-1].logits.detach()))
     try:
-        loss(model, part, batch).backward()
+        loss(model, dict(part), batch).backward()  # label smoothing takes the labels out
     finally:
         hook.remove()
     opens = _opens(part, require_sinks(model).config)

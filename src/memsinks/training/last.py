@@ -27,7 +27,7 @@ from memsinks.sinks.gradient import frozen
 from memsinks.sinks.opening import sinks_open
 from memsinks.sinks.sharding import local, part_like, reshard
 from memsinks.sinks.state import require_sinks, shared_parameters, sink_modules, sink_parameters, unwrap
-from memsinks.training.evaluate import evaluating, losses, row_losses, unpatched
+from memsinks.training.evaluate import evaluating, gradients_aside, losses, row_losses, unpatched
 from memsinks.training.optim import AdamW, clip_grad_norm_
 
 logger = logging.getLogger(__name__)
@@ -105,10 +105,8 @@ def sinks_last(
     steps = math.ceil(passes * len(documents) / batch_rows)
     order = shuffled(len(documents), batch_rows, seed)
     optimizer = AdamW([{"params": parameters, "lazy": True}], lr=lr, betas=BETAS, weight_decay=0.0)
-    held = [(parameter, parameter.grad) for parameter in model.parameters()]
-    for parameter, _ in held:
-        parameter.grad = None
-    with evaluating(model), unpatched(model), tqdm(total=steps, desc="sinks last", disable=None, leave=False) as bar:
+    bar = tqdm(total=steps, desc="sinks last", disable=None, leave=False)
+    with gradients_aside(model), evaluating(model), unpatched(model), bar:
         before = losses(model, documents, opened=True)
         known, made = torch.zeros(len(documents), dtype=torch.bool), 0
         for step in range(steps):
@@ -130,10 +128,7 @@ def sinks_last(
             optimizer.zero_grad()
             if bar.disable and (step % LOG_EVERY == 0 or step + 1 == steps):
                 logger.info("sinks last: step %d/%d  loss with own sinks %.3f", step + 1, steps, found.mean())
-        result = SinksLastResult(before, losses(model, documents, opened=True), made)
-    for parameter, gradient in held:
-        parameter.grad = gradient
-    return result
+        return SinksLastResult(before, losses(model, documents, opened=True), made)
 
 
 def add_own_gradients(model: nn.Module, shared: Sequence[nn.Parameter], batches: Sequence[dict[str, Tensor]]) -> Tensor:

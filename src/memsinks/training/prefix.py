@@ -23,7 +23,7 @@ from memsinks.errors import ArchitectureError, CheckpointError, refuse
 from memsinks.sinks.families import decoder_layers
 from memsinks.sinks.forward import refuse_reentrant
 from memsinks.sinks.sharding import is_sharded
-from memsinks.sinks.state import require_sinks
+from memsinks.sinks.state import require_sinks, unwrap
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 TO_DO = 'give prefix_kept another folder, dtype="bfloat16", or do without it'
@@ -62,7 +62,7 @@ def prefix_kept(
             checkpointing.
         CheckpointError: no room for the file, or no such folder.
     """
-    state = require_sinks(model)
+    state, model = require_sinks(model), unwrap(model)
     refuse_reentrant(model, "a kept prefix, after which no input of a layer has a gradient")
     layers = decoder_layers(model)[0]
     below = [layers[index] for index in range(state.layers[0])]
@@ -94,10 +94,12 @@ def _check(model: Any, below: list[Any], dtype: str) -> None:
         if any(x.requires_grad for x in part.parameters()):
             problems.append(f"{name} learns; freeze it (memsinks.freeze_shared), or do without prefix_kept")
             break
-    on = sorted({found for part in below for x in part.modules() for found in _dropouts(x)})
+    layers = {x for layer in decoder_layers(model)[0] for x in layer.modules()}
+    others = [x for x in model.modules() if x not in layers]
+    on = sorted({found for x in [*others, *(x for part in below for x in part.modules())] for found in _dropouts(x)})
     if on:
         problems.append(
-            f"dropout is on in the layers below the sinks ({', '.join(on)}), so they differ each time; set it to 0"
+            f"dropout or noise is on below the sinks ({', '.join(on)}), so what they give differs each time; set it to 0"
         )
     if getattr(model.config.get_text_config(), "output_router_logits", False):
         problems.append("the router loss reads the layers below the sinks too; set config.output_router_logits=False")
@@ -111,10 +113,12 @@ def _check(model: Any, below: list[Any], dtype: str) -> None:
 
 
 def _dropouts(module: nn.Module) -> list[str]:
-    """The dropout rates of a module that are on, as name=rate."""
+    """The dropout rates of a module that are on, and its noise, as name=rate."""
     if isinstance(module, nn.Dropout):
         return [f"p={module.p}"] if module.p > 0 else []
-    rates = {name: x for name, x in vars(module).items() if "drop" in name and isinstance(x, float)}
+    rates = {
+        name: x for name, x in vars(module).items() if ("drop" in name or "jitter" in name) and isinstance(x, float)
+    }
     return [f"{name}={rate}" for name, rate in rates.items() if rate > 0]
 
 
