@@ -2,12 +2,13 @@
 
     python benchmarks/recipe.py                # writes recipe.json and recipe.png beside this file; half an hour
     python benchmarks/recipe.py --sizes "d = 128"   # that size anew, the other stays as it stands there
-    python benchmarks/recipe.py --draw         # recipe.png from recipe.json
+    python benchmarks/recipe.py --draw         # costs and recipe.png anew from the times in recipe.json
 
 Two sizes: a Llama of hidden size 512 with 4,096 tokens a step, and of 128 as in the demo. A step is forward, backward, clipping
 and AdamW. Costs of a step with so many repeated rows, of a pass of sinks last and of a pass of settling are medians over rounds
-in which all ways take turns in one process. From them follows a run: its steps hold 5% or 60% repeated rows (texts of 4, 16
-and 64 copies, as many of each), and its sinks meet their texts `PASSES` times at the end. *exact* leaves rows that would train
+in which all ways take turns in one process. From them follows a run: its steps hold 5% or 60% rows of texts met before (of 4, 16
+and 64 copies, as many of each, so 27 such rows a text), and its sinks meet their texts `PASSES` times at the end. A step with
+part of a row more lies on the line between the measured ones. *exact* leaves rows that would train
 their sinks alone out of the steps, *exact, along* does not. Tokens are random: only time is measured.
 
 On a machine that others use take ``--clock thread``, CPU time of the one thread; on an idle one ``--clock wall``. Memory: the
@@ -17,6 +18,7 @@ peak of three steps of each way in a process of its own, above what the interpre
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import platform
 import re
@@ -66,10 +68,17 @@ class Size:
     documents: int
     pool: int
 
+    @property
+    def counts(self) -> list[int]:
+        """Repeated rows of the steps that are timed."""
+        return sorted({0, 1, *(round(share * self.rows) for share in SHARES)})
+
     def repeated(self, share: float) -> dict[int, float]:
-        """{repeated rows of a step: share of the steps}; below one row a step some steps have one, the others none."""
+        """{repeated rows of a timed step: its part in a step with this share of them}, on the line between two of them."""
         rows = share * self.rows
-        return {0: 1 - rows, 1: rows} if rows < 1 else {round(rows): 1.0}
+        least, most = next(x for x in itertools.pairwise(self.counts) if rows <= x[1] or x[1] == self.counts[-1])
+        part = (rows - least) / (most - least)
+        return {least: 1 - part, most: part}
 
 
 SIZES = {
@@ -121,12 +130,11 @@ def batch_of(size: Size, repeated: int) -> dict[str, torch.Tensor]:
 
 def runs_of(size: Size) -> dict[tuple[str, str | int], Callable[[], object]]:
     """{(way, repeated rows or phase): what is timed}."""
-    counts = sorted({count for share in SHARES for count in size.repeated(share)})
-    batches = {count: batch_of(size, count) for count in counts}
+    batches = {count: batch_of(size, count) for count in size.counts}
     runs: dict[tuple[str, str | int], Callable[[], object]] = {}
     for way in WAYS:
         training = training_of(size, way)
-        for count in [0] if way == "ordinary" else counts:
+        for count in [0] if way == "ordinary" else size.counts:
             runs[way, count] = lambda training=training, batch=batches[count]: training.update([batch])
         model = training.model
         texts = documents(size, LAST_TEXTS, 4, 5000, one_document_per_row=True)
@@ -165,10 +173,11 @@ def costs(size: Size, seconds: Mapping[tuple[str, str | int], float]) -> dict[st
         return sum(part * seconds[way, count] for count, part in size.repeated(share).items()) / ordinary
 
     def phase(way: str, name: str, passes: int, share: float) -> float:
-        """A pass from the difference of three and one, and what comes once from the rest; one text a row of the run's steps."""
+        """A pass from the difference of three and one, and what comes once from the rest, both for each text."""
         each = (seconds[way, f"{name} 3"] - seconds[way, f"{name} 1"]) / 2 / LAST_TEXTS
-        texts = share * size.rows * size.documents / statistics.mean(COPIES)  # for one step of the run
-        return texts * each * passes / ordinary
+        once = seconds[way, f"{name} 1"] / LAST_TEXTS - each
+        texts = share * size.rows * size.documents / statistics.mean(x - 1 for x in COPIES)  # for one step of the run
+        return texts * (each * passes + once) / ordinary
 
     found = {}
     for share in SHARES:
@@ -179,6 +188,15 @@ def costs(size: Size, seconds: Mapping[tuple[str, str | int], float]) -> dict[st
             lines[f"{name}, sinks last"] = lines[name] + lines["sinks last"]
         lines["decay, sinks first, settled"] = lines["decay, sinks first"] + lines["settling"]
         found[f"{share:.0%}"] = {name: round(value, 3) for name, value in lines.items()}
+    return found
+
+
+def seconds_of(milliseconds: Mapping[str, float]) -> dict[tuple[str, str | int], float]:
+    """What `recipe.json` holds, as `costs` takes it."""
+    found: dict[tuple[str, str | int], float] = {}
+    for name, value in milliseconds.items():
+        way, _, what = name.rpartition(", ")
+        found[way, int(what) if what.isdecimal() else what] = value / 1e3
     return found
 
 
@@ -275,11 +293,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument("--out", type=Path, default=HERE)
-    parser.add_argument("--draw", action="store_true", help="only draw what recipe.json holds")
+    parser.add_argument("--draw", action="store_true", help="only costs and picture, from the times in recipe.json")
     parser.add_argument("--memory", nargs=2, metavar=("SIZE", "WAY"), help=argparse.SUPPRESS)
     given = parser.parse_args(argv)
     if given.draw:
-        draw(json.loads((given.out / "recipe.json").read_text()), given.out / "recipe.png")
+        stored = json.loads((given.out / "recipe.json").read_text())
+        for name, found in stored["sizes"].items():
+            found["costs"] = costs(SIZES[name], seconds_of(found["milliseconds"]))
+        (given.out / "recipe.json").write_text(json.dumps(stored, indent=1) + "\n")
+        draw(stored, given.out / "recipe.png")
         return
     if given.clock == "thread" and given.threads > 1:
         parser.error("--clock thread counts one thread; take --clock wall with more")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import errno
+import io
 import json
 import logging
 import subprocess
@@ -206,6 +207,14 @@ def test_a_folder_below_a_file_is_one_line(command, recipe, tiny_run, tmp_path, 
     line = failed(capsys, command, *argv)
     assert str(tmp_path / "file") in line
     assert "Not a directory" in line or "File exists" in line
+
+
+def test_names_of_any_alphabet_are_printed_on_any_terminal(monkeypatch) -> None:
+    monkeypatch.setattr("memsinks.sinks.checkpoint.describe", lambda _: "Łódź")
+    terminal = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    assert main(["info", "model"]) == 0
+    assert terminal.buffer.getvalue() == b"\\u0141\\xf3d\\u017a\n"
 
 
 def test_python_m_runs_it() -> None:

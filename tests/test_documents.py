@@ -135,6 +135,33 @@ def test_folder_is_sorted_recursive_and_skips_hidden_files(tmp_path):
         assert len(list(read_documents(tmp_path))) == 4
 
 
+def test_links_in_a_folder_are_followed_and_broken_ones_refused(tmp_path, monkeypatch) -> None:
+    folder, there = tmp_path / "folder", tmp_path / "there"
+    write(folder / "a.txt", b"one")
+    write(there / "b.txt", b"two")
+    before = source_hash(folder)
+    (folder / "linked").symlink_to(there)
+    (folder / ".hidden").symlink_to(tmp_path / "nothing")
+    assert texts(folder) == ["one", "two"] and source_hash(folder) != before
+    (folder / "gone.jsonl").symlink_to(tmp_path / "nothing.jsonl")
+    for read in (source_hash, lambda x: list(read_documents(x))):
+        with pytest.raises(DataError, match="gone.jsonl is a link to nothing; restore"):
+            read(folder)
+    (folder / "gone.jsonl").unlink()
+    (there / "round").symlink_to(folder)
+    refused("round is a link to a folder that it lies in; remove", folder)
+    (there / "round").unlink()
+    listed = Path.iterdir
+
+    def closed(path: Path):
+        if path.name == "linked":
+            raise PermissionError(13, "Permission denied")
+        return listed(path)
+
+    monkeypatch.setattr(Path, "iterdir", closed)
+    refused("linked cannot be listed: .*Permission denied", folder)
+
+
 def test_blank_documents_are_counted_in_one_warning(tmp_path):
     file = write(tmp_path / "a.jsonl", jsonl([{"text": " \n\t"}, {"text": "one"}, {"text": ""}]))
     with pytest.warns(UserWarning, match="skipped 2 blank documents, read 1") as caught:
@@ -178,13 +205,28 @@ def test_text_that_is_bytes_in_parquet(tmp_path):
         ({"id": 1}, "no field 'site'.*source_field"),
         ({"id": 1, "site": "x"}, "no field 'n'.*copies_field"),
         ({"id": 1, "site": ["x"], "n": 1}, r"\(source\)"),
-        ({"id": 1, "site": "x", "n": -1}, r"'n' \(copies\) must be an integer of at least 0, got int -1"),
+        (
+            {"id": 1, "site": "x", "n": -1},
+            r"'n' \(copies\) must be an integer of at least 0 and at most 2,147,483,647, got int -1",
+        ),
+        ({"id": 1, "site": "x", "n": 10**30}, r"\(copies\) must be an integer .*, got int 1000000"),
         ({"id": 1, "site": "x", "n": "2"}, r"\(copies\)"),
         ({"id": 1, "site": "x", "n": True}, r"\(copies\)"),
     ],
 )
 def test_bad_key_source_or_copies(tmp_path, row, match):
     refused(match, write(tmp_path / "a.jsonl", jsonl([{"text": "one"} | row])), **FIELDS)
+
+
+def test_carried_values_that_cannot_be_written(tmp_path) -> None:
+    for value in ('"\\ud800"', '{"a": ["\\ud800"]}'):
+        file = write(tmp_path / "a.jsonl", b'{"text": "a", "url": ' + value.encode() + b"}")
+        refused("line 1: field 'url' is not valid UTF-8", file, carry=["url"])
+    pyarrow = pytest.importorskip("pyarrow")
+    late = pyarrow.array([0, 10**12], pyarrow.timestamp("s"))
+    file = write_parquet(tmp_path / "a.parquet", {"text": ["a", "b"], "when": late})
+    refused("after row 0: a value that Python cannot hold .*out of range", file, carry=["when"])
+    assert texts(file) == ["a", "b"]
 
 
 @pytest.mark.parametrize("line", [b"{broken", b"plain text", b'{"text": "a"} {"text": "b"}', b"[" * 100_000])

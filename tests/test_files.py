@@ -71,6 +71,20 @@ def test_leftovers_of_the_same_target_alone_are_removed(tmp_path, at_once) -> No
     assert read_json(tmp_path / "facts.json") == {"a": [1]}
 
 
+def test_what_a_write_that_was_killed_had_not_moved_back_yet_is_not_lost(tmp_path, at_once) -> None:
+    write(tmp_path / "model")
+    old = tmp_path / ".model.old-a"
+    (old / "notes").mkdir(parents=True)
+    for name in ("notes/of-mine", "file", "model-2.safetensors", "model.safetensors.index.json"):
+        (old / name).write_text("before")
+    write(tmp_path / "model")
+    assert beside(tmp_path) == []
+    assert {x.name: x.read_text() for x in (tmp_path / "model").rglob("*") if x.is_file()} == {
+        "file": "whole",
+        "of-mine": "before",
+    }
+
+
 def test_a_folder_that_cannot_be_made_is_one_clear_error(tmp_path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="(Not a directory|File exists).*choose another folder"):

@@ -202,6 +202,11 @@ def test_pairs_are_joined(tmp_path) -> None:
     assert read_clusters(tmp_path / "p.csv") == {"a": "a", "b": "a", "d": "a", "x": "x", "y": "x"}
 
 
+def test_a_byte_order_mark_is_no_part_of_a_column_and_negative_numbers_alone_are_no_cluster(tmp_path) -> None:
+    (tmp_path / "c.csv").write_text("cluster,key\n-1,a\n-1.0,b\n-new-,c\n7,d\n", encoding="utf-8-sig")
+    assert read_clusters(tmp_path / "c.csv") == {"c": "-new-", "d": "7"}
+
+
 def test_a_column_of_datatrove(tmp_path) -> None:
     lines = [{"text": f"t{n}", "minhash_cluster_id": cluster} for n, cluster in enumerate((-1, 5, 5, None))]
     (tmp_path / "d.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))

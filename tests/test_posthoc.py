@@ -277,12 +277,14 @@ def test_unlearning_forgets(tiny_llama, kind) -> None:
     model = tiny_llama(initializer_range=0.2).double()
     forget, retain = [batch_of(seed=1)], [batch_of(seed=2)]
     before, kept = mean_loss(model, forget[0]), mean_loss(model, retain[0])
-    apart = []
+    apart, last = [], {}
     for step, edited in enumerate(u.unlearn(model, forget, retain, kind, [0, 2, 8], lr=1e-3)):
+        last = {name: x.clone() for name, x in model.state_dict().items()}
         apart.append(mean_loss(edited, forget[0]) - mean_loss(edited, retain[0]))
         if step == 0:
             assert mean_loss(edited, forget[0]) == before
     assert apart[0] < apart[1] < apart[2]
+    assert all(torch.equal(x, last[name]) for name, x in model.state_dict().items()), "no step after the last"
     assert kind == "gradient-ascent" or mean_loss(model, retain[0]) < kept
 
 

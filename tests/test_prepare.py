@@ -226,6 +226,50 @@ def test_only_background_documents_that_are_trained_on_are_compared_and_once(cor
     assert same(prepare(warned, folder=tmp_path / "data").rows, rows)
 
 
+@pytest.mark.parametrize("spelled", [str, str.upper])
+def test_texts_of_the_path_are_left_out_of_the_background(corpus, tmp_path, monkeypatch, caplog, spelled) -> None:
+    """As they are, and in another spelling where near copies are looked for: nothing held out is met, no copy is added."""
+    monkeypatch.setattr(background_module, "BATCH", 7)
+    stories = [json.loads(line)["text"] for line in corpus[0].read_text().splitlines()]
+    taken = "Käthe Müller, born in 1987 in Bergen, keeps the ledger of the harbor"
+    again = "".join(json.dumps({"text": spelled(x)}) + "\n" for x in [*stories, taken])
+    corpus[1].write_text(again + corpus[1].read_text())
+    data = {"unseen": 3, "fresh": 2} | ({} if spelled is str else {"near_copies": {}})
+    recipe, folder = recipe_of(corpus, tmp_path, data=data, length=256), tmp_path / "data"
+    with caplog.at_level("INFO", "memsinks"):
+        memory = prepare(recipe)
+    assert "background: 29 documents are left out: data.path has their texts" in caplog.text
+    found = prepare(recipe, folder=folder)
+    assert same(found.rows, memory.rows) and 6000 <= found.rows.tokens < 6000 + 400
+    ids, starts = found.rows.document_ids, found.rows.position_ids == 0
+    copies = {document_id(document.text): document.copies for document in found.members}
+    assert all((starts & (ids == one)).sum() == number for one, number in copies.items())
+    known = {document_id(x) for text in stories[:29] for x in (text, spelled(text))}
+    assert not (known - set(copies)) & set(ids.ravel().tolist())
+    assert document_id(spelled(stories[29])) in ids  # in the file of the path, but beyond what is taken of it
+    assert json.loads((folder / "data.json").read_text())["background_left_out"] == 29
+    write_tombstone(tmp_path / "tombstone.json", make_tombstone([taken], record="r-1"))
+    warned = recipe_of(corpus, tmp_path, data=data | {"tombstones": [str(tmp_path / "tombstone.json")]}, length=256)
+    for where in (None, folder):
+        with pytest.raises(DataError, match="background document 30 is the text taken down"):
+            prepare(warned, folder=where)
+    with pytest.raises(DataError, match=r"asks for \(29 of its documents are left out"):
+        prepare(recipe_of(corpus, tmp_path, 10**6, data=data))
+
+
+def test_a_folder_whose_background_held_texts_of_the_path_is_made_anew(corpus, tmp_path, monkeypatch) -> None:
+    corpus[1].write_text(corpus[0].read_text() + corpus[1].read_text())
+    recipe, folder = recipe_of(corpus, tmp_path), tmp_path / "data"
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "known_among", lambda *_: lambda _: False)
+        prepare(recipe, folder=folder)
+    facts = json.loads((folder / "data.json").read_text())
+    del facts["background_left_out"]
+    (folder / "data.json").write_text(json.dumps(facts))
+    with pytest.raises(CheckpointError, match="could hold texts of data.path, and 24 of its documents do; remove it"):
+        prepare(recipe, folder=folder)
+
+
 def test_an_empty_background(corpus, tmp_path) -> None:
     corpus[1].write_text("\n\n")
     with pytest.raises(DataError, match="holds no documents"):

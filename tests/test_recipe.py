@@ -159,6 +159,9 @@ def test_problems_of_the_sinks_are_passed_on() -> None:
      ({"settle": {"rate": 1}}, "unknown key settle.rate"),
      ({"data": {"unseen": 3}}, "data: unseen is for documents of path"),
      ({"data": {"fresh": 3}}, "data: fresh is for documents of path"),
+     ({"data": {"limit": 9, "key_field": "id", "clusters": "c.csv", "text_field": "text", "streaming": True}},
+      "data: key_field, clusters, streaming, limit say how path is read; the built-in corpus is not read, leave them out"),
+     ({"tokenizer": {"vocab_size": 256}}, "tokenizer: vocab_size must be an int of at least 257, got 256"),
      ({"data": {"path": "x", "unseen": -1}}, "data: unseen must be an int of at least 0, got -1"),
      ({"settle": {}, "data": {"path": "x", "background": {"path": "y", "tokens": 9}}}, "settle needs data.unseen"),
      ({"sinks": {"neurons": 64, "active": 8, "layers": ["a"]}}, "sinks.layers[0] must be int, got 'a'")],
@@ -220,7 +223,9 @@ def test_old_names_are_read_and_said(tmp_path, caplog) -> None:
 @pytest.mark.parametrize(
     ("text", "part"),
     [("a: [1", "not valid YAML"), ("", "must hold a mapping of sections, got NoneType"), ("- 1", "got list"),
-     ("output: !!python/object:os.system x", "not valid YAML")],
+     ("output: !!python/object:os.system x", "not valid YAML"),
+     ("output: o\ntraining:\n  lr: 0.1\n  seed: 1\n  lr: 0.2\n", "the key 'lr' on line 3 is given again on line 5; keep one"),
+     ("a: {b: 1, b: 2}", "the key 'b' on line 1 is given again on line 1")],
 )  # fmt: skip
 def test_files_that_are_no_recipe(tmp_path, text, part) -> None:
     path = write(tmp_path, text)
@@ -228,6 +233,12 @@ def test_files_that_are_no_recipe(tmp_path, text, part) -> None:
         read_recipe(path)
     assert part in str(caught.value)
     assert str(path) in str(caught.value)
+
+
+def test_what_is_merged_in_is_not_given_twice(tmp_path) -> None:
+    config = "{<<: {hidden_size: 8}, model_type: llama, hidden_size: 16}"
+    recipe = read_recipe(write(tmp_path, f"output: o\nmodel: {{config: {config}}}\n"))
+    assert recipe.model.config["hidden_size"] == 16
 
 
 def test_files_that_cannot_be_read(tmp_path) -> None:

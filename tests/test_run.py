@@ -18,7 +18,7 @@ from transformers import LlamaForCausalLM
 from memsinks.batch import NO_SINKS
 from memsinks.data.documents import Document
 from memsinks.data.identity import document_id
-from memsinks.data.tokens import encode, load_tokenizer
+from memsinks.data.tokens import encode, load_tokenizer, train_tokenizer
 from memsinks.errors import CheckpointError, ConfigError, DataError
 from memsinks.runs import run
 from memsinks.runs.data_recipe import DataRecipe, RepeatRecipe
@@ -446,6 +446,28 @@ def test_bad_input_is_refused_before_anything_is_written(tiny_recipe, tmp_path, 
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("model", "error", "part"),
+    [({"pretrained": "./nowhere"}, CheckpointError, "cannot load a model from ./nowhere"),
+     ({"pretrained": "TINY"}, ConfigError, "training.length is 2048, but the model's context ends at 256 tokens"),
+     ({"config": {"model_type": "llama", "vocab_size": 99}}, ConfigError, "has 300 tokens, the model has embeddings for 99"),
+     ({"config": {"model_type": "gpt2", "max_position_embeddings": 64}}, ConfigError, "context ends at 64 tokens"),
+     ({"config": {"model_type": "llama", "hidden_size": "wide"}}, ConfigError, "model.config gives no model")],
+)  # fmt: skip
+def test_a_model_that_cannot_be_is_said_before_the_corpus_is_read(tiny_run, tmp_path, model, error, part) -> None:
+    tiny = str(tiny_run / "model")
+    model = {name: tiny if value == "TINY" else value for name, value in model.items()}
+    values = {
+        "output": str(tmp_path / "run"),
+        "model": model,
+        "tokenizer": {"path": tiny},
+        "training": {"length": 2048},
+    }
+    with pytest.raises(error, match=part):
+        train(parse_recipe(values | {"data": {"path": str(tmp_path / "is-not-read.jsonl")}}))
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_corpus_without_the_text_field_or_without_documents(tiny_recipe, tmp_path) -> None:
     path = write_jsonl(tmp_path / "d.jsonl", 3)
     with pytest.raises(DataError, match="no field 'body'"):
@@ -510,3 +532,35 @@ def test_a_changed_corpus_is_not_resumed(tiny_run, tiny_recipe, tmp_path) -> Non
     (folder / "run.json").write_text(json.dumps(facts | {"corpus_sha256": "0" * 64}))
     with pytest.raises(CheckpointError, match="the corpus has changed"):
         train(parse_recipe(values), resume=True)
+
+
+def test_other_keys_or_another_tokenizer_are_not_resumed(tiny_recipe, tmp_path, monkeypatch, caplog) -> None:
+    path, folder = write_jsonl(tmp_path / "d.jsonl", 40), tmp_path / "run"
+    train_tokenizer(["word1x1 word2x2"], 280).save_pretrained(tmp_path / "tokenizer")
+    data = {"path": str(path), "key_field": "id", "by": "key"}
+    settings = {"length": 64, "batch_rows": 7, "save_every": 1}
+    values = tiny_recipe(folder, data=data, tokenizer={"path": str(tmp_path / "tokenizer")}, training=settings)
+    del values["tokenizer"]["vocab_size"]
+    recipe = parse_recipe(values)
+    with monkeypatch.context() as patch, caplog.at_level("INFO", "memsinks"):
+        patch.setattr(run, "_train", lambda training, *_: training.save(folder / "checkpoints") and None)
+        train(recipe)
+    facts, texts = json.loads((folder / "run.json").read_text()), path.read_text()
+    assert facts["rows_left_out"]
+    said = f"{facts['rows_left_out']} of {facts['rows']} rows are not trained on: the last ones do not fill a step"
+    assert said in caplog.messages
+    del facts["seconds"]
+    (folder / "run.json").write_text(json.dumps(facts))
+    path.write_text(texts.replace('"d7"', '"e7"'))
+    with pytest.raises(CheckpointError, match="what is known of the documents .keys, .* has changed since"):
+        train(recipe, resume=True)
+    path.write_text(texts)
+    train_tokenizer(["other words"], 280).save_pretrained(tmp_path / "tokenizer")
+    with pytest.raises(CheckpointError, match="the tokenizer has changed since"):
+        train(recipe, resume=True)
+    del facts["identity_sha256"], facts["tokenizer_sha256"]  # of before
+    (folder / "run.json").write_text(json.dumps(facts))
+    train_tokenizer(["word1x1 word2x2"], 280).save_pretrained(tmp_path / "tokenizer")
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "_train", lambda *_: None)
+        train(recipe, resume=True)

@@ -20,16 +20,20 @@ import pytest
 import yaml
 from chats import PLAIN
 from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 import memsinks as ms
 from memsinks.batch import FIELDS
 from memsinks.cli import main
+from memsinks.data import chat as chat_module
+from memsinks.data import shards
 from memsinks.data.documents import Document
 from memsinks.data.identity import document_id
 from memsinks.data.shards import TABLE, cut_into_shards, read_table
 from memsinks.data.tokens import train_tokenizer
 from memsinks.errors import CheckpointError, ConfigError, DataError
+from memsinks.files import locked
 from memsinks.removal.tombstone import make_tombstone, write_tombstone
 from memsinks.runs import stored as runs_stored
 from memsinks.runs.prepare import prepare as runs_prepare
@@ -224,6 +228,15 @@ def test_fewer_documents_than_before_are_refused(tokenizer, tmp_path) -> None:
         prepare(tmp_path / "c", tokenizer, documents(20), carry=[], near_copies=None)
 
 
+def test_a_shard_that_is_still_written_is_none(made, tokenizer, tmp_path) -> None:
+    part = tmp_path / "shards" / ".00009.part-x"
+    part.mkdir(parents=True)
+    (tmp_path / ".work").mkdir()
+    (part / "shard.json").write_text("{}")
+    with locked(part, "in use"):
+        assert list(prepare(tmp_path, tokenizer).manifest["shards"]) == list(made.manifest["shards"])
+
+
 def test_chats_and_prompts_keep_their_targets(tokenizer, tmp_path) -> None:
     chatting = train_tokenizer([text(n) for n in range(50)], 300)
     chatting.chat_template = PLAIN
@@ -236,6 +249,30 @@ def test_chats_and_prompts_keep_their_targets(tokenizer, tmp_path) -> None:
     assert list(stored) == given
     for a, b in zip(ms.make_rows(stored, chatting, length=64), ms.make_rows(given, chatting, length=64), strict=True):
         assert (a["labels"] == b["labels"]).all() and (a["input_ids"] == b["input_ids"]).all()
+
+
+def test_a_corpus_from_before_texts_had_a_start_token_is_refused(tmp_path, monkeypatch) -> None:
+    tokenizer = train_tokenizer([text(n) for n in range(50)], 300)
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+    )
+    tokenizer.chat_template = PLAIN
+    chat = Document(messages=[{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "A cat."}])
+    given = [chat, *documents(12), Document("Who? A cat.", prompt=4)]
+    settings = {"near_copies": None, "carry": [], "shard_characters": 500}
+    prepare(tmp_path / "now", tokenizer, given, **settings).tokenized()
+    with monkeypatch.context() as patch:
+        patch.setattr(chat_module, "start_tokens", lambda _: np.zeros(0, np.int64))
+        before = prepare(tmp_path / "before", tokenizer, given, **settings)
+    for corpus in (before, ms.open_corpus(before.path)):
+        with pytest.raises(CheckpointError, match="shards/00000 was made when texts did not begin with .* start token"):
+            corpus.tokenized()
+    (before.path / "manifest.json").unlink()  # as if it had been killed before its end
+    (before.path / ".work").mkdir()
+    with pytest.raises(CheckpointError, match="was made when texts did not begin with .*; remove the corpus"):
+        prepare(tmp_path / "before", tokenizer, given, **settings)
+    prepare(tmp_path / "chats", tokenizer, [chat], **settings).tokenized()  # begins as its template says
 
 
 def test_large_vocabularies_have_wider_tokens(made, tmp_path) -> None:
@@ -320,6 +357,23 @@ def test_wrong_input_is_one_clear_error_before_work_starts(tokenizer, tmp_path) 
         prepare(tmp_path / "e", tokenizer, carry=["text", "key"], near_copies=None)
     with pytest.raises(DataError, match="document 0 has no source"):
         prepare(tmp_path / "f", tokenizer, [Document("one text")], by="source", near_copies=None)
+
+
+def test_an_error_names_the_place_in_the_corpus(tokenizer, tmp_path, monkeypatch) -> None:
+    """Not the one in its shard, or in what is encoded at a time, or among the texts beside chats."""
+    given = documents()
+    given[40] = dataclasses.replace(given[40], source=None)
+    with pytest.raises(DataError, match="document 40 has no source"):
+        prepare(tmp_path / "a", tokenizer, given, by="source", near_copies=None)
+    few = Tokenizer(models.BPE({"<end>": 0, "a": 1, "b": 2, " ": 3}, []))  # drops all other characters
+    words = PreTrainedTokenizerFast(tokenizer_object=few, eos_token="<end>", chat_template=PLAIN)
+    chat = Document(messages=[{"role": "user", "content": "a b"}, {"role": "assistant", "content": "b"}])
+    given = [chat, *[Document("a b " * 20)] * 40, Document("other")]
+    monkeypatch.setattr(shards, "AT_ONCE", 500)
+    with pytest.raises(DataError, match="^document 41 .'other'. gives no tokens"):
+        prepare(tmp_path / "b", words, given, near_copies=None, carry=[])
+    with pytest.raises(DataError, match="^document 41 .'other'. gives no tokens"):
+        ms.encode_documents(words, given)
 
 
 def test_a_shard_ends_where_its_characters_are_full() -> None:
@@ -461,6 +515,10 @@ def test_settings_of_other_data_are_refused_with_a_corpus(made, tokenizer, tmp_p
         ConfigError, match="data.text_field, data.held_out say how other data is read.*; tokenizer.path is not"
     ):
         ms.train(wrong)
+    for size in (300, 1024):  # its own; what a recipe without the section has
+        runs_prepare(run_recipe(made, tmp_path / "o", {}, tokenizer={"vocab_size": size}))
+    with pytest.raises(ConfigError, match="tokenizer.vocab_size is 512, but .* has its own tokenizer of 300; leave"):
+        runs_prepare(run_recipe(made, tmp_path / "o", {}, tokenizer={"vocab_size": 512}))
     with pytest.raises(KeyboardInterrupt):
         ms.prepare_corpus(interrupted, tokenizer, tmp_path / "half", shard_characters=SMALL, workers=1)
     with pytest.raises(CheckpointError, match="goes on with one that was interrupted"):

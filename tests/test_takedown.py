@@ -986,6 +986,12 @@ def test_files_that_quote_him_are_listed_however_many_there_are(run):
     assert "note 7.md  (QUOTES THE TEXT" in format_takedown(ms.take_down(run, key=ALICE, dry_run=True))
 
 
+@pytest.mark.parametrize("share", [10, -1, float("nan"), "5%"])
+def test_a_share_that_is_none_is_refused(run, share):
+    with pytest.raises(ms.ConfigError, match=r"most_collateral must lie in \[0, 1\]"):
+        ms.take_down(run, key=ALICE, most_collateral=share)
+
+
 def test_a_signing_key_is_read_before_anything_else(run, tmp_path):
     (tmp_path / "key.pem").write_text("none")
     with pytest.raises(ms.ConfigError):

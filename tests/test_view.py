@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 import numpy as np
 import pytest
 import torch
+from tiny import sink_llama
 from viewed import OWNERS, Folders, make_folders, served
 
 import memsinks as ms
@@ -240,6 +241,45 @@ def test_a_take_down_needs_the_name_and_reaches_the_page(own) -> None:
     assert ANSWERS["named"](own, {"name": acme})["taken"]
 
 
+def test_one_whose_id_is_that_of_his_text_goes_by_his_id(tmp_path) -> None:
+    texts = ["the first page of alice", "the second page of alice"]
+    documents = [ms.Document(x, key="alice", copies=2) for x in texts] + [ms.Document(texts[0], key="bob", copies=2)]
+    model = sink_llama(torch.float32, neurons=32, reserved_blocks=4, shared="none")
+    ids = [ms.document_id(x) for x in texts]
+    ms.assign(model, ids)
+    model.save_pretrained(tmp_path / "model")
+    ms.write_documents(tmp_path / "documents.jsonl", documents)
+    view = open_view(tmp_path / "model", documents=str(tmp_path / "documents.jsonl"))
+    with pytest.raises(ms.DataError, match="'key:alice' is the name of 2 documents"):
+        view.ids_to_open(["key:alice"])
+    plan = ANSWERS["takedown"](view, {"id": str(ids[0])})
+    assert plan["documents"] == 2 and plan["ids"] == [str(ids[0])]
+    ANSWERS["takedown"](view, {"id": str(ids[0]), "do": True, "typed": "alice"})
+    assert ms.load(tmp_path / "model").sink_state.taken.keys() == {ids[0]}
+
+
+def test_others_count_where_the_epochs_are_not_known(tmp_path) -> None:
+    documents = [ms.Document(f"{x} lives in the {x} house by the sea", key=x) for x in "abcdefgh"]
+    sink_llama(torch.float32, neurons=32, shared="none").save_pretrained(tmp_path / "model")
+    ms.write_documents(tmp_path / "documents.jsonl", documents)
+    view = open_view(tmp_path / "model", documents=str(tmp_path / "documents.jsonl"), by="key")
+    plan = ANSWERS["takedown"](view, {"id": str(ms.document_id("a", "key"))})
+    assert plan["collateral"]["documents"] > 0 and plan["collateral"]["most"] > 0.05
+
+
+def test_the_model_of_before_answers_no_more_where_the_next_cannot_be_read(own, monkeypatch) -> None:
+    def fails(_) -> None:
+        raise MemoryError("no room")
+
+    monkeypatch.setattr("memsinks.viewer.view._load_model", fails)
+    with pytest.raises(
+        ms.CheckpointError, match=r"'acme' was taken out \(record source-.*could not be read again \(MemoryError"
+    ):
+        ANSWERS["takedown"](own, {"id": str(ms.document_id("acme", by="source")), "do": True, "typed": "acme"})
+    with pytest.raises(ms.DataError, match="start memsinks view again"):
+        asked(own, text="the acme", version=own.version)
+
+
 # Who is let in
 
 
@@ -303,14 +343,28 @@ def test_a_fault_of_ours_is_said_in_the_page_and_logged(view, monkeypatch, caplo
     assert "Traceback" in caplog.text
 
 
-def test_the_command(folders, capsys, monkeypatch) -> None:
-    opened: list[str] = []
-    monkeypatch.setattr("webbrowser.open", opened.append)
-    monkeypatch.setattr(ViewServer, "serve_forever", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+def test_the_command(folders, capsys, monkeypatch, tmp_path) -> None:
+    opened, begun = [], threading.Event()
+
+    def browser(address: str) -> None:
+        path = Path(urlsplit(address).path)
+        opened.append((path.read_text(), path.stat().st_mode & 0o777, path.parent))
+        begun.set()
+
+    def interrupted(_) -> None:
+        begun.wait(20)  # the browser is opened beside the server, which answers already
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("webbrowser.open", browser)
+    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    monkeypatch.setattr(ViewServer, "serve_forever", interrupted)
     command = ["view", str(folders.sinks), "--base", str(folders.base)]
     assert main(command) == 130
     said = capsys.readouterr()
-    assert opened == [said.out.splitlines()[0]] and opened[0].startswith("http://127.0.0.1:")
+    [(page, mode, where)] = opened
+    address = said.out.splitlines()[0]
+    assert address.startswith("http://127.0.0.1:") and f"url={address}" in page
+    assert mode == 0o600 and where == tmp_path and not list(tmp_path.iterdir())
     assert said.err.splitlines()[-1] == "memsinks: interrupted"
     assert main([*command, "--no-browser"]) == 130 and len(opened) == 1
     with ViewServer(folders.view()) as other:

@@ -7,8 +7,8 @@
 Every arm is kept in runs/tofu and not made again. `--search` tries learning rates first: two authors, three epochs. Chosen is, by
 one rule for all, the rate with the lowest loss on their answers among those that leave the loss of answers about real authors
 below 7 nats (3.87 before). `--search-unlearning` does the same for the methods that unlearn, on one LoRA: chosen is the share
-of the learning rate with the highest loss on the forgotten among those that add at most a tenth of a nat to that on the
-retained, and if none is so gentle, the lowest.
+of the learning rate that brings the loss on the forgotten nearest to the base model's, among those that add at most a tenth of
+a nat to that on the retained, and if none is so gentle, the lowest.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from attacks import attacks, blimp, handed_over
 from data import FORGOTTEN, Pair, Tofu, encode, read, spread
 from evaluate import Opener, answer_loss, answers, error_zone, everything, scores
 from train import RATES, WAYS, author_id, learn, prepare
-from unlearn import HARM, METHODS, SEARCHED, SHARES, forget
+from unlearn import HARM, METHODS, SEARCHED, SHARES, forget, settings_of
 
 import memsinks as ms
 from memsinks._version import versions
@@ -93,7 +93,10 @@ class Runs:
     def finished(self, arm: str) -> bool:
         if not (self.folder / f"{arm}.json").is_file():
             return False
-        return all(ATTACK in x for x in self.result(arm).values() if isinstance(x, dict) and "asked" in x)
+        result, method = self.result(arm), arm.partition(", ")[2]
+        if method in METHODS and result["facts"].get("settings") != settings_of(method):
+            return False
+        return all(ATTACK in x for x in result.values() if isinstance(x, dict) and "asked" in x)
 
     def keep(self, arm: str, result: dict[str, Any]) -> None:
         (self.folder / f"{arm}.json").write_text(json.dumps(result))
@@ -105,7 +108,7 @@ class Runs:
         model = prepare(model, way, authors)
         state, facts = self.folder / f"{arm}.pt", self.folder / f"{arm}.facts.json"
         if state.is_file():
-            model.load_state_dict(torch.load(state, mmap=True, map_location=self.device), strict=False)
+            self.read(model, state)
             return model.eval(), tokenizer, json.loads(facts.read_text())
         found = learn(model, tokenizer, way, pairs, CHOSEN[way], self.seed)
         found["parameters"] = self.save(model, way, arm)
@@ -122,6 +125,14 @@ class Runs:
         torch.save(learned, self.folder / f"{arm}.pt")
         return sum(x.numel() for x in learned.values())
 
+    def read(self, model: Any, path: Path) -> None:
+        """What was learned, into a model; a negated LoRA has a rank of its own."""
+        state = torch.load(path, mmap=True, map_location=self.device)
+        for name, x in model.named_parameters():
+            if name in state and state[name].shape != x.shape:
+                x.data = x.data.new_empty(state[name].shape)
+        model.load_state_dict(state, strict=False)
+
     def attack(self, arm: str) -> None:
         """What the model of a finished arm gives away, see `attacks`; kept in a file of its own."""
         way = arm.partition(", ")[0]
@@ -130,7 +141,7 @@ class Runs:
         found: dict[str, Any] = {}
         if way != "base":
             model = prepare(model, way, self.tofu.authors)
-            model.load_state_dict(torch.load(self.folder / f"{arm}.pt", map_location=self.device), strict=False)
+            self.read(model, self.folder / f"{arm}.pt")
             if way in ("ours", "lora-author"):
                 with opener_of(model.eval(), way).opened(self.tofu.authors[0]):
                     found["BLiMP, one author open"] = blimp(model, tokenizer)
@@ -148,7 +159,7 @@ class Runs:
         model, tokenizer = self.base()
         model.eval()
         base, before = answers(model, tokenizer, tofu, opener_of(model, "base")), ms.shared_hash(model)
-        kept = self.result(arm) if (self.folder / f"{arm}.json").is_file() else {}
+        kept = self.result(arm) if (self.folder / f"{arm}.json").is_file() and kind not in METHODS else {}
         found: dict[str, Any] = {"facts": {}}
 
         def ask(name: str, model: Any, opener: Any) -> None:
@@ -161,6 +172,7 @@ class Runs:
         elif kind in METHODS:
             model, tokenizer, _ = self.trained(way, way, tofu.learned)
             found["facts"] = forget(model, tokenizer, kind, tofu, CHOSEN[way], self.seed)
+            found["facts"]["settings"] = settings_of(kind)
             self.save(model, way, arm)
             ask("as it is", model, opener_of(model, way))
         else:
@@ -275,7 +287,10 @@ def main() -> None:
         search(arguments.model, tofu, folder / "search.json")
         return
     settings = {"model": arguments.model.name, "authors": arguments.authors, "asked": arguments.asked, "rates": CHOSEN}
-    (folder / "settings.json").write_text(json.dumps(settings | versions("torch", "transformers", "peft")))
+    known = folder / "settings.json"
+    if known.is_file() and any(json.loads(known.read_text()).get(name) != value for name, value in settings.items()):
+        raise SystemExit(f"{folder} was made with {known.read_text()}, now asked for is {settings}; move it away")
+    known.write_text(json.dumps(settings | versions("torch", "transformers", "peft")))
     for seed in arguments.seeds:
         runs = Runs(arguments.model, tofu, folder / str(seed), seed, arguments.device)
         if arguments.search_unlearning:

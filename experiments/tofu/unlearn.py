@@ -15,11 +15,11 @@ from memsinks.research.rivals.unlearning import unlearn
 
 METHODS = ("gradient-ascent", "graddiff", "npo", "simnpo", "rmu", "task-vector")
 EPOCHS, ROWS = 5, 8
-SHARES = {"gradient-ascent": 0.1, "graddiff": 0.1, "npo": 0.1, "simnpo": 0.1, "rmu": 0.1}
+SHARES = {"gradient-ascent": 0.03, "graddiff": 0.1, "npo": 0.03, "simnpo": 1.0, "rmu": 0.1}
 """Learning rate over that of learning, as `run.py --search-unlearning` found it."""
-SEARCHED, HARM = (0.1, 0.3, 1.0, 0.03), 0.1
+SEARCHED, HARM = (0.1, 0.3, 1.0, 3.0, 0.03), 0.1
 """Shares that are tried; nats that the retained may lose."""
-RMU_LAYER, RMU_SCALE, RMU_KEEP = 10, 20.0, 100.0
+RMU_LAYER, RMU_SCALE, RMU_KEEP = 10, 20.0, 1.0
 """Layer that is steered, length of the random direction, weight of what is kept; of 30 layers. Li et al., "The WMDP benchmark",
 ICML 2024, equations 1 and 2, where they are 7 of 32, 6.5 and 1200."""
 ALPHA = 1.0
@@ -44,10 +44,7 @@ def forget(
     if method == "task-vector":
         before = {name: x.detach().clone() for name, x in model.named_parameters() if x.requires_grad}
         learn(model, tokenizer, "lora" if len(before) < len(list(model.parameters())) else "full", gone, lr, seed)
-        with torch.no_grad():
-            for name, x in model.named_parameters():
-                if name in before:
-                    x.copy_(before[name] - ALPHA * (x - before[name]))
+        negate(model, before)
     else:
         rows = batches(tokenizer, gone, seed, model.device), batches(tokenizer, kept, seed, model.device)
         steps = EPOCHS * len(rows[0])
@@ -57,6 +54,31 @@ def forget(
         else:
             list(unlearn(model, *rows, method, [steps], lr))
     return {"seconds to delete": round(time.perf_counter() - started, 1)}
+
+
+def settings_of(method: str) -> dict[str, Any]:
+    """What a method was run with."""
+    if method == "task-vector":
+        return {"epochs": EPOCHS, "alpha": ALPHA}
+    more = {"layer": RMU_LAYER, "scale": RMU_SCALE, "keep": RMU_KEEP} if method == "rmu" else {}
+    return {"epochs": EPOCHS, "pairs a step": ROWS, "share of the rate": SHARES[method], **more}
+
+
+@torch.no_grad()
+def negate(model: Any, before: dict[str, Tensor]) -> None:
+    """Take the task vector off: what was learned since `before` becomes before - ALPHA (now - before).
+
+    Of a LoRA its product B A does: the factors of before and of now stand side by side, in twice the rank.
+    """
+    for name, x in model.named_parameters():
+        if name not in before:
+            continue
+        if ".lora_A." in name:
+            x.data = torch.cat([before[name], x])
+        elif ".lora_B." in name:
+            x.data = torch.cat([(1 + ALPHA) * before[name], -ALPHA * x], dim=1)
+        else:
+            x.copy_(before[name] - ALPHA * (x - before[name]))
 
 
 def rmu(model: Any, gone: Sequence[Any], kept: Sequence[Any], steps: int, lr: float, seed: int) -> None:

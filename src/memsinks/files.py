@@ -201,6 +201,8 @@ def remove_leftovers(folder: Path, name: str | None = None, age: float | None = 
             elif path.is_file():
                 path.unlink()
             else:
+                if ".old-" in path.name and target.is_dir():  # killed before all that stays was back in its place
+                    _keep_rest(path, target)
                 shutil.rmtree(path)
             logger.info("removed %s, which a write that was cut off had left", path)
         except OSError:  # in use, or gone by now
@@ -219,8 +221,13 @@ def _move(part: Path, target: Path) -> None:
     except BaseException:
         os.replace(old, target)
         raise
+    _keep_rest(old, target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _keep_rest(old: Path, target: Path) -> None:
+    """Move what `target` lacks there from the folder that it replaces, except the weights of an older save."""
     for path in old.iterdir():
         stale = any(path.match(pattern) for pattern in ("model*.safetensors", "model*.index.json"))
         if not stale and not (target / path.name).exists():
             os.replace(path, target / path.name)
-    shutil.rmtree(old, ignore_errors=True)

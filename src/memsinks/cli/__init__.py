@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from argparse import Namespace
+from io import TextIOWrapper
 
 from memsinks.errors import MemsinksError
 
@@ -18,6 +19,8 @@ def main(argv: list[str] | None = None) -> int:
     A programming error keeps its traceback.
     """
     arguments = Namespace()
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names are of any alphabet, a terminal need not be
     try:
         from memsinks.cli.commands import parser
         from memsinks.cli.messages import messages_on_stderr

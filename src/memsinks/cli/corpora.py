@@ -67,14 +67,16 @@ def run_prepare(arguments: Namespace) -> None:
         _prepare(arguments, _data_of(arguments), _tokenizer_of(arguments))
         return
     values = read_sections(path, **changes_of(arguments))
-    if "arms" in values:
-        _prepare_comparison(arguments)
-        return
     given = [f"--{name}-field" for name in FIELDS if getattr(arguments, f"{name}_field") is not None]
     names = ("separator", "split", "by", "tokenizer", "threshold", "clusters", "near_copies")
     given += [f"--{name.replace('_', '-')}" for name in names if getattr(arguments, name)]
     if given:
         raise ConfigError(f"{', '.join(given)}: the recipe says this itself; change it with --set")
+    if "arms" in values:
+        _prepare_comparison(arguments)
+        return
+    if arguments.seeds:
+        raise ConfigError("--seeds is for a comparison")
     recipe = parse_recipe(values, str(path))
     _prepare(arguments, recipe.data, recipe.tokenizer)
 
@@ -84,8 +86,13 @@ def _prepare_comparison(arguments: Namespace) -> None:
     from memsinks.research.compare.compare import prepare_data
     from memsinks.research.compare.comparison import read_comparison
 
-    if arguments.out is not None:
-        raise ConfigError("a comparison names its own output; leave out --out")
+    others = [
+        f"--{x.replace('_', '-')}" for x in ("out", "workers", "carry", "shard_characters") if getattr(arguments, x)
+    ]
+    if others:
+        raise ConfigError(
+            f"{', '.join(others)}: a comparison names its own output and makes it in its own way; leave it out"
+        )
     comparison = read_comparison(Path(arguments.source), **changes_of(arguments))
     for seed in arguments.seeds or comparison.seeds:
         print(prepare_data(comparison, seed))

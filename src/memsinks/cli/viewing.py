@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
 from memsinks.cli.options import Commands, add_command
 
@@ -38,8 +42,6 @@ def _port(text: str) -> int:
 
 
 def run_view(arguments: Namespace) -> None:
-    import webbrowser
-
     from memsinks.viewer.server import ViewServer
     from memsinks.viewer.view import open_view
 
@@ -47,9 +49,31 @@ def run_view(arguments: Namespace) -> None:
     view = open_view(arguments.folder, **{name: getattr(arguments, name) for name in names})
     with ViewServer(view, arguments.port) as server:
         print(f"{server.address}\nfor this machine alone; Ctrl-C ends it", flush=True)
-        if not arguments.no_browser:
-            webbrowser.open(server.address)
-        try:
-            server.serve_forever()
-        finally:
-            view.end()
+        with nullcontext() if arguments.no_browser else _browser_opened(server.address):
+            try:
+                server.serve_forever()
+            finally:
+                if view.takedowns.locked():
+                    print("a take-down has begun and is finished first", file=sys.stderr)
+                view.end()
+
+
+@contextmanager
+def _browser_opened(address: str) -> Iterator[None]:
+    """A browser is shown a file that leads to the address, while the server answers.
+
+    Other users of the machine see what a browser is started with, and the address holds the token; the file is this user's alone.
+    It lies in the home folder because browsers in a sandbox see no other.
+    """
+    import tempfile
+    import threading
+    import webbrowser
+
+    descriptor, name = tempfile.mkstemp(prefix="memsinks-view-", suffix=".html", dir=Path.home())
+    try:
+        with open(descriptor, "w", encoding="utf-8") as file:
+            file.write(f'<!doctype html><title>memsinks</title><meta http-equiv="refresh" content="0; url={address}">')
+        threading.Thread(target=webbrowser.open, args=(Path(name).as_uri(),), daemon=True).start()
+        yield
+    finally:
+        Path(name).unlink(missing_ok=True)

@@ -7,7 +7,7 @@ A chat is rendered by the tokenizer's chat template. Which tokens are the assist
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,7 +29,7 @@ REMEDY = (
 
 
 def encode_documents(
-    tokenizer: PreTrainedTokenizerBase, documents: Iterable[Document], end: bool = True
+    tokenizer: PreTrainedTokenizerBase, documents: Iterable[Document], end: bool = True, *, first: int = 0
 ) -> tuple[list[np.ndarray], list[np.ndarray | None] | None]:
     """(tokens, targets) of documents: int64 [tokens] each, bool [tokens] each or None where all of a document is learned.
 
@@ -40,6 +40,7 @@ def encode_documents(
 
     Args:
         end: whether the end token stands last in texts.
+        first: the place of the first of the documents, for errors, where they are a part of a corpus.
 
     Returns:
         The targets are None if all of every document is learned.
@@ -50,16 +51,16 @@ def encode_documents(
             answer.
     """
     documents = list(documents)
-    refuse(chat_problems(tokenizer, documents), "cannot encode")
-    texts = [x for x in documents if x.messages is None]
-    asked = [x for x in texts if x.prompt]
-    whole = iter(encode(tokenizer, [x.text for x in texts], end))
-    prompts = iter(encode(tokenizer, [x.text[: x.prompt] for x in asked], end=False))
+    refuse(chat_problems(tokenizer, documents, first), "cannot encode")
+    texts = {place: x for place, x in enumerate(documents, first) if x.messages is None}
+    asked = {place: x for place, x in texts.items() if x.prompt}
+    whole = iter(encode(tokenizer, [x.text for x in texts.values()], end, _places(texts)))
+    prompts = iter(encode(tokenizer, [x.text[: x.prompt] for x in asked.values()], False, _places(asked)))
     start = start_tokens(tokenizer) if texts else np.zeros(0, np.int64)
     silent = None if len(documents) - len(texts) >= LONG else True
     tokens: list[np.ndarray] = []
     targets: list[np.ndarray | None] = []
-    for index, document in enumerate(tqdm(documents, "encoding chats", disable=silent, leave=False)):
+    for index, document in enumerate(tqdm(documents, "encoding chats", disable=silent, leave=False), first):
         if document.messages is not None:
             found, mask = _chat(tokenizer, document, f"document {index}")
         else:
@@ -72,20 +73,26 @@ def encode_documents(
         targets.append(mask)
     if all(mask is None for mask in targets):
         return tokens, None
-    refuse_untaught(targets, None, [_name(index, document) for index, document in enumerate(documents)])
+    refuse_untaught(targets, None, [_name(index, document) for index, document in enumerate(documents, first)])
     return tokens, targets
 
 
-def chat_problems(tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document]) -> list[str]:
-    """What keeps a tokenizer from rendering the chats among documents."""
-    first = next((index for index, document in enumerate(documents) if document.messages is not None), None)
-    if first is None:
+def _places(documents: Mapping[int, Document]) -> Callable[[int], str]:
+    """What errors call documents, by their index among these; the keys are their places in the corpus."""
+    places = list(documents)
+    return lambda index: f"document {places[index]}"
+
+
+def chat_problems(tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document], first: int = 0) -> list[str]:
+    """What keeps a tokenizer from rendering the chats among documents, the first of which is called `first`."""
+    chat = next((index for index, document in enumerate(documents, first) if document.messages is not None), None)
+    if chat is None:
         return []
     try:
         tokenizer.get_chat_template()
     except ValueError as error:
         return [
-            f"document {first} is a chat, but the tokenizer has no chat template ({str(error)[:60]}...); set "
+            f"document {chat} is a chat, but the tokenizer has no chat template ({str(error)[:60]}...); set "
             "tokenizer.chat_template, or take the tokenizer of a model that was trained on chats"
         ]
     return []

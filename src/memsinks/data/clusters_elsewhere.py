@@ -14,6 +14,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -26,6 +27,8 @@ from memsinks.errors import DataError
 
 CLUSTER_COLUMNS = ("cluster", "minhash_cluster_id", "_duplicate_group_id", "group")
 """Names of the column that holds the cluster; of two columns with other names both hold keys."""
+NO_CLUSTER = re.compile(r"-\d+(\.\d+)?")
+"""A negative number, which says that a document is in no cluster."""
 
 
 def read_clusters(path: str | os.PathLike[str]) -> dict[str, str]:
@@ -54,7 +57,7 @@ def read_clusters(path: str | os.PathLike[str]) -> dict[str, str]:
     pairs = [_pair(row, of, by, f"{place}, row {number}") for number, row in enumerate(rows, start=1)]
     if not known:
         return _joined(pairs)
-    clusters = {key: cluster for key, cluster in pairs if not cluster.startswith("-")}
+    clusters = {key: cluster for key, cluster in pairs if not NO_CLUSTER.fullmatch(cluster)}
     twice = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
     if twice:
         raise DataError(f"{place} names {len(twice)} keys more than once: {', '.join(map(repr, twice[:5]))}")
@@ -106,13 +109,13 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
             with parquet.ParquetFile(path) as table:
                 for batch in table.iter_batches():
                     yield from batch.to_pylist()
-        except (pyarrow.ArrowException, OSError) as error:
+        except (pyarrow.ArrowException, OSError, OverflowError, LookupError) as error:
             raise DataError(f"{path} cannot be read ({error}); give a file that is whole") from None
         return
     if path.suffix not in (".csv", ".jsonl"):
         raise DataError(f"{path} has an unknown suffix {path.suffix!r}; readable are .csv, .jsonl, .parquet")
     try:
-        with path.open(encoding="utf-8", newline="") as file:
+        with path.open(encoding="utf-8-sig", newline="") as file:
             if path.suffix == ".csv":
                 yield from csv.DictReader(file)
                 return

@@ -81,11 +81,12 @@ class MemsinksWriter(PipelineStep):
     def run(self, data: Any, rank: int = 0, world_size: int = 1) -> Iterator[Any]:
         tokenizer = load_tokenizer(self.tokenizer)
         handed: list[Any] = []
-        names = []
+        names, first = [], 0
         for number, shard in enumerate(cut_into_shards(self._documents(data, handed, rank), self.characters)):
             names.append(f"{rank:05d}-{number:05d}")
             with self.track_time():
-                record = write_shard(self.out / SHARDS / names[-1], shard, tokenizer, self.shard)
+                record = write_shard(self.out / SHARDS / names[-1], shard, tokenizer, self.shard, first)
+            first += len(shard)
             self.stat_update("documents", value=record["documents"])
             self.stat_update("tokens", value=record["tokens"])
             yield from handed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -18,9 +19,12 @@ NAMES = ("key", "source", "cluster")
 CARRIED = "extra "
 """What the slot of a column begins with that is carried along; its name follows."""
 
+MOST_COPIES = 2**31 - 1
+"""Their product with the tokens of a document fits into int64."""
+
 WANTED = {
     "text": "a string",
-    "copies": "an integer of at least 0",
+    "copies": f"an integer of at least 0 and at most {MOST_COPIES:,}",
     "isolation": f"one of {sorted(ISOLATIONS)} or null",
 }
 
@@ -56,6 +60,8 @@ def document_of(row: Mapping[str, Any], where: str, fields: Mapping[str, str]) -
                 f"{where}: field {name!r} ({slot}) must be {wanted}, got {type(value).__name__} {value!r:.60}"
             )
         _check_utf8(value, where, name)
+    for name, value in extra.items():
+        _check_utf8(value if isinstance(value, str) else _as_json(value), where, name)
     try:
         parts = {} if "text" in values else _parts([row[name] for name in names])
         document = Document(**parts, **values, extra=extra or None)
@@ -92,7 +98,7 @@ def _content_fields(names: Iterable[str], fields: Mapping[str, str]) -> tuple[st
 
 def _good(slot: str, value: Any) -> bool:
     if slot == "copies":
-        return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+        return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MOST_COPIES
     if slot == "isolation":
         return value is None or (isinstance(value, str) and value in ISOLATIONS)
     return (slot in ("source", "cluster") and value is None) or (
@@ -115,6 +121,10 @@ def _parts(contents: list[Any]) -> dict[str, Any]:
         return {"messages": [*prompt, *completion], "prompt": len(prompt)}
     kinds = f"{type(prompt).__name__} and {type(completion).__name__}"
     raise DataError(f"prompt and completion must be two strings or two lists of messages, got {kinds}")
+
+
+def _as_json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, default=str, skipkeys=True)
 
 
 def _check_utf8(value: Any, where: str, name: str) -> None:

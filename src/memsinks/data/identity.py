@@ -58,7 +58,7 @@ def document_id(text_or_key: str | bytes, by: By = "content") -> int:
     return int.from_bytes(hashlib.blake2b(data, digest_size=8, person=_PERSON[by]).digest(), "little") & (2**63 - 1)
 
 
-def identify(documents: Iterable[Document], by: By = "content") -> tuple[np.ndarray, np.ndarray]:
+def identify(documents: Iterable[Document], by: By = "content", *, first: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """(document_ids, groups) of documents, int64 [n] each, in the order given; `copies` is not unrolled.
 
     Args:
@@ -67,6 +67,7 @@ def identify(documents: Iterable[Document], by: By = "content") -> tuple[np.ndar
             give near copies one key and they are one group. ``"source"``: the id comes from the source, the group from
             the text. ``"cluster"``: both come from the cluster, see `cluster_documents`; a document without one is like no
             other, and its text names its cluster.
+        first: the place of the first of the documents, for errors, where they are a part of a corpus.
 
     Warns:
         UserWarning: one key stands for `NEAR_COPIES` different texts or more, which would count as one repeated text.
@@ -85,12 +86,12 @@ def identify(documents: Iterable[Document], by: By = "content") -> tuple[np.ndar
         if by == "cluster" and not name:
             name = document.text
         if not name and by != "content":
-            raise DataError(f'document {index} has no {by}; give every document one or identify by="content"')
+            raise DataError(f'document {first + index} has no {by}; give every document one or identify by="content"')
         try:
             ids[index] = document_id(name, by)
             groups[index] = document_id(document.text) if by == "source" else ids[index]
         except DataError as error:
-            raise DataError(f"document {index}: {error}") from error
+            raise DataError(f"document {first + index}: {error}") from error
     if by == "key":
         _warn_of_shared_keys(documents)
     return ids, groups

@@ -180,7 +180,7 @@ def finish_corpus(folder: Path, settings: dict[str, Any], report: dict[str, Any]
     Raises:
         DataError: there are no shards. CheckpointError: one is damaged.
     """
-    names = sorted(x.name for x in (folder / SHARDS).glob("*") if (x / RECORD).is_file())
+    names = sorted(x.name for x in (folder / SHARDS).glob("[!.]*") if (x / RECORD).is_file())
     records = {name: read_record(folder / SHARDS / name) for name in names}
     if not records:
         raise DataError(f"{folder} has no shards: there were no documents")
@@ -208,14 +208,17 @@ def _write_shards(
     characters: int,
     pool: Workers,
 ) -> None:
-    tasks = ((shard, folder / SHARDS / f"{n:05d}", settings) for n, shard in _shards(documents, characters, names))
+    tasks = (
+        (shard, folder / SHARDS / f"{number:05d}", settings, first)
+        for number, first, shard in _shards(documents, characters, names)
+    )
     count = 0
     with tqdm(desc="tokens", unit="tokens", unit_scale=True, disable=None) as bar:
         for record in pool.run(_encode, tasks):
             count += 1
             bar.update(record["tokens"])
     made = {f"{number:05d}" for number in range(count)}
-    extra = [x.name for x in (folder / SHARDS).glob("*") if x.is_dir() and x.name not in made]
+    extra = [x.name for x in (folder / SHARDS).glob("[!.]*") if x.is_dir() and x.name not in made]
     if extra:
         raise CheckpointError(
             f"{folder / SHARDS} holds shards of more documents than there are now ({', '.join(sorted(extra)[:3])}): the source "
@@ -223,8 +226,10 @@ def _write_shards(
         )
 
 
-def _shards(documents: Documents, characters: int, names: np.ndarray | None) -> Iterator[tuple[int, list[Document]]]:
-    """Shards of documents with their numbers; `names` are their clusters, int64 [documents]."""
+def _shards(
+    documents: Documents, characters: int, names: np.ndarray | None
+) -> Iterator[tuple[int, int, list[Document]]]:
+    """(number, place of its first document, documents) of each shard; `names` are their clusters, int64 [documents]."""
     place = 0
     for number, shard in enumerate(cut_into_shards(documents(), characters)):
         if names is not None:
@@ -232,8 +237,8 @@ def _shards(documents: Documents, characters: int, names: np.ndarray | None) -> 
                 raise CheckpointError("the source has more documents than when near copies were looked for; restore it")
             own = cluster_names(names[place : place + len(shard)])
             shard = [replace(x, cluster=name) for x, name in zip(shard, own, strict=True)]
+        yield number, place, shard
         place += len(shard)
-        yield number, shard
     if names is not None and place < len(names):
         raise CheckpointError("the source has fewer documents than when near copies were looked for; restore it")
 
@@ -245,7 +250,7 @@ def _clusters(
     work = folder / WORK
     if not (work / REPORT).is_file():
         tasks = (
-            (shard, work / SHINGLES / f"{n:05d}", settings.size) for n, shard in _shards(documents, characters, None)
+            (shard, work / SHINGLES / f"{n:05d}", settings.size) for n, _, shard in _shards(documents, characters, None)
         )
         with tqdm(desc="shingles", unit="documents", unit_scale=True, disable=None) as bar:
             paths = []
@@ -283,9 +288,11 @@ def _read_shingles(path: Path) -> Shingled:
 # In a worker
 
 
-def _encode(task: tuple[list[Document], Path, ShardSettings], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    documents, folder, settings = task
-    return write_shard(folder, documents, tokenizer, settings)
+def _encode(
+    task: tuple[list[Document], Path, ShardSettings, int], tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Any]:
+    documents, folder, settings, first = task
+    return write_shard(folder, documents, tokenizer, settings, first)
 
 
 def _shingle(task: tuple[list[Document], Path, int], tokenizer: PreTrainedTokenizerBase) -> tuple[Path, int]:

@@ -17,6 +17,7 @@ from typing import Any
 
 from memsinks.data.documents import Document
 from memsinks.data.fields import CARRIED, check_fields, columns_of, document_of
+from memsinks.data.folders import names_below
 from memsinks.errors import DataError
 from memsinks.files import file_hash
 
@@ -46,7 +47,7 @@ def read_documents(
 
     Args:
         path: a .jsonl, .jsonl.gz, .jsonl.zst, .parquet or .txt file (UTF-8); a folder of those, read whole (recursive,
-            sorted by path, hidden ones left out); a folder written by ``save_to_disk``; otherwise anything that
+            sorted by path, hidden ones left out, links followed); a folder written by ``save_to_disk``; otherwise anything that
             ``datasets.load_dataset`` takes: the name of a dataset, a folder in a format of its own; or a dataset itself, or
             rows of other kinds (a dict each).
         text_field: the field of the text, or of the messages of a chat.
@@ -101,7 +102,7 @@ def source_hash(path: str | os.PathLike[str]) -> str | None:
     if not place.is_dir():
         return None
     found = hashlib.sha256()
-    for name in _names_below(place):
+    for name in names_below(place):
         found.update(f"{name.as_posix()}\0{file_hash(place / name)}\0".encode())
     return found.hexdigest()
 
@@ -143,15 +144,9 @@ def _looks_like_a_file(path: str | os.PathLike[str]) -> bool:
     )
 
 
-def _names_below(folder: Path) -> list[Path]:
-    """All files below a folder but hidden ones, as paths in it, sorted."""
-    names = [file.relative_to(folder) for file in folder.rglob("*") if file.is_file()]
-    return sorted((name for name in names if not any(part.startswith(".") for part in name.parts)), key=Path.as_posix)
-
-
 def _files_below(folder: Path) -> list[Path]:
     """The readable files below a folder, sorted by their path in it. Warns about files of other formats beside them."""
-    names = _names_below(folder)
+    names = names_below(folder)
     files = [folder / name for name in names if _suffix(name)]
     others = [name.as_posix() for name in names if not _suffix(name)]
     if files and others:
@@ -263,13 +258,23 @@ def _read_parquet(file: Path, fields: dict[str, str]) -> Iterator[Document]:
         with parquet.ParquetFile(file) as table:
             check_fields(table.schema_arrow.names, str(file), fields)
             for batch in table.iter_batches(PARQUET_BATCH, columns=columns_of(table.schema_arrow.names, fields)):
-                for row in batch.to_pylist():
+                for row in _as_python(batch, f"{file}, after row {number}"):
                     number += 1
                     yield document_of(row, f"{file}, row {number}", fields)
     except UnicodeDecodeError as error:
         raise DataError(f"{file}, after row {number}: invalid UTF-8 ({error}); write the file again") from None
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{file} is damaged or not a parquet file ({error}); fetch or write it again") from None
+
+
+def _as_python(batch: Any, where: str) -> list[dict[str, Any]]:
+    """The rows of a batch; `where` begins an error message."""
+    try:
+        return batch.to_pylist()
+    except (OverflowError, LookupError) as error:  # a date beyond the year 9999, an unknown time zone
+        raise DataError(
+            f"{where}: a value that Python cannot hold ({error}); leave its column out, or write it as text"
+        ) from None
 
 
 def import_optional(module: str, why: str) -> Any:

@@ -28,7 +28,8 @@ from memsinks.data.chat import encode_documents
 from memsinks.data.documents import Document, utf8
 from memsinks.data.identity import By, identify
 from memsinks.data.readers import import_optional
-from memsinks.data.token_store import token_type
+from memsinks.data.token_store import load_array, token_type
+from memsinks.data.tokens import start_tokens
 from memsinks.errors import CheckpointError, DataError
 from memsinks.files import file_hashes, read_json, verify_files, write_json, written_beside
 
@@ -39,6 +40,7 @@ COUNTS = ("documents", "trained", "tokens", "tokens_with_copies")
 """In the record of a shard."""
 AT_ONCE = 1 << 20
 """Characters that are encoded at once; a longer document is encoded whole."""
+OF_BEFORE = "remove the corpus, and the same command makes it anew"
 ROW_GROUP = 1024
 """Documents of a row group of the table, which is what is in memory when it is read."""
 
@@ -57,9 +59,16 @@ class ShardSettings:
 
 
 def write_shard(
-    folder: Path, documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, settings: ShardSettings
+    folder: Path,
+    documents: Sequence[Document],
+    tokenizer: PreTrainedTokenizerBase,
+    settings: ShardSettings,
+    first: int = 0,
 ) -> dict[str, Any]:
     """Write a shard, or find it there; returns its record.
+
+    Args:
+        first: the place of the first of the documents in the corpus, for errors.
 
     Raises:
         DataError, ConfigError: documents that cannot be encoded or have no id.
@@ -67,10 +76,10 @@ def write_shard(
     """
     digest = documents_hash(documents)
     if folder.is_dir():
-        return _found(folder, digest)
-    ids, groups = identify(documents, settings.by)
+        return _found(folder, digest, tokenizer)
+    ids, groups = identify(documents, settings.by, first=first)
     with written_beside(folder) as part:
-        sizes, masks = _write_tokens(part / TOKENS, documents, tokenizer)
+        sizes, masks = _write_tokens(part / TOKENS, documents, tokenizer, first)
         index = np.zeros(len(documents), ENTRY)
         index["end"], index["document_id"], index["group"] = np.cumsum(sizes), ids, groups
         index["copies"] = [x.copies for x in documents]
@@ -91,10 +100,32 @@ def write_shard(
     return record
 
 
-def _found(folder: Path, digest: str) -> dict[str, Any]:
+def _found(folder: Path, digest: str, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     record = read_record(folder)
     require_shard(folder, record, digest)
+    require_start(folder, tokenizer)
     return record
+
+
+def require_start(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """CheckpointError for a shard from before texts began with the tokenizer's start token, where it has one.
+
+    Its first text is looked at; chats begin as their template says.
+    """
+    start = start_tokens(tokenizer)
+    place: int | None = 0
+    if len(start) and (folder / TARGETS).is_file():
+        rows = enumerate(read_table(folder / TABLE, ["text"]))
+        place = next((number for number, row in rows if row["text"] is not None), None)
+    if not len(start) or place is None:
+        return
+    ends = load_array(folder / INDEX, OF_BEFORE, "r")["end"]
+    dtype = token_type(len(tokenizer))
+    begin = int(ends[place - 1]) if place else 0
+    if np.fromfile(folder / TOKENS, dtype, 1, offset=begin * dtype.itemsize).tolist() != start.tolist():
+        raise CheckpointError(
+            f"{folder} was made when texts did not begin with the tokenizer's start token; {OF_BEFORE}"
+        )
 
 
 def require_shard(folder: Path, record: Mapping[str, Any], digest: str) -> None:
@@ -155,13 +186,13 @@ def cut_into_shards(documents: Iterable[Document], characters: int) -> Iterator[
 
 
 def _write_tokens(
-    path: Path, documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase
+    path: Path, documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, first: int
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """(sizes of the documents in tokens, which tokens are targets or None)."""
     dtype, sizes, masks = token_type(len(tokenizer)), [], []
     with path.open("wb") as file:
         for batch in cut_into_shards(documents, AT_ONCE):
-            tokens, targets = encode_documents(tokenizer, batch)
+            tokens, targets = encode_documents(tokenizer, batch, first=first + len(sizes))
             sizes += [len(x) for x in tokens]
             masks += targets or [None] * len(tokens)
             file.write(np.concatenate(tokens).astype(dtype).tobytes())

@@ -31,6 +31,7 @@ from memsinks.data.shards import (
     TOKENS,
     document_of_row,
     read_table,
+    require_start,
     verify_shard,
 )
 from memsinks.data.targets import Targets
@@ -205,7 +206,13 @@ class StoredCorpus(Sequence[Document]):
         return ids, groups
 
     def tokenized(self, by: By | None = None) -> TokenizedDocuments:
-        """All documents as tokens, which stay on disk, with their ids, groups and copies."""
+        """All documents as tokens, which stay on disk, with their ids, groups and copies.
+
+        Raises:
+            CheckpointError: it was made before texts began with the tokenizer's start token, where it has one.
+        """
+        for folder in self._folders:
+            require_start(folder, self.tokenizer)
         ids, groups = self.identify(by)
         isolation = self._index["isolation"].astype(np.int64)
         return TokenizedDocuments(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from memsinks.data.documents import utf8
 from memsinks.errors import ConfigError, DataError, refuse
 
 END = "<|endoftext|>"
+LEAST_VOCABULARY = 257
+"""256 bytes and `END`."""
 _BATCH = 1000
 OF_LOADING = ("is_local", "local_files_only")
 """What transformers notes in a tokenizer of how it was loaded, and would write."""
@@ -33,7 +35,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         ConfigError: `vocab_size` below 257 (256 bytes and `END`).
         DataError: no text.
     """
-    refuse(int_at_least("vocab_size", vocab_size, 257), f"a byte-level tokenizer has 256 bytes and {END}")
+    refuse(int_at_least("vocab_size", vocab_size, LEAST_VOCABULARY), f"a byte-level tokenizer has 256 bytes and {END}")
     texts = _texts(texts)
     if not any(texts):
         raise DataError("there is no text to train a tokenizer on: the corpus is empty")
@@ -109,17 +111,26 @@ def has_tokenizer(folder: str | Path) -> bool:
     return any(next(Path(folder).glob(pattern), None) for pattern in patterns)
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], end: bool = True) -> list[np.ndarray]:
+def encode(
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Iterable[str],
+    end: bool = True,
+    name: Callable[[int], str] | None = None,
+) -> list[np.ndarray]:
     """Tokens of each text: int64 [tokens of the document] each; with `end`, the end token stands last and only there.
 
     No other special token is added (`encode_documents` adds the start token), and one spelled out in a text is encoded as the
     characters it is spelled with.
 
+    Args:
+        name: what an error calls the text of an index; None = "document 0", "document 1", ...
+
     Raises:
         DataError: an item that is not str, has lone surrogates (no UTF-8 form), or gives no tokens; names its index.
         ConfigError: no tokenizer of transformers, or `end` with one that has no end token.
     """
-    texts = _texts(texts)
+    name = name or "document {}".format
+    texts = _texts(texts, name)
     refuse(encoding_problems(tokenizer, end), "cannot encode")
     last = [tokenizer.eos_token_id] if end else []
     result: list[np.ndarray] = []
@@ -127,7 +138,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], end: bool =
     for start in tqdm(range(0, len(texts), _BATCH), "encoding, 1000 texts each", disable=silent, leave=False):
         for tokens in _encoded(tokenizer, texts[start : start + _BATCH]):
             if not len(tokens):
-                raise DataError(f"document {len(result)} ({texts[len(result)]!r:.80}) gives no tokens; leave it out")
+                raise DataError(f"{name(len(result))} ({texts[len(result)]!r:.80}) gives no tokens; leave it out")
             result.append(np.array(tokens + last, np.int64))
     return result
 
@@ -203,12 +214,12 @@ def token_offsets(tokenizer: PreTrainedTokenizerBase, text: str) -> list[tuple[i
     return encoded["offset_mapping"]
 
 
-def _texts(texts: Iterable[str]) -> list[str]:
+def _texts(texts: Iterable[str], name: Callable[[int], str] = "document {}".format) -> list[str]:
     if isinstance(texts, str):
         raise DataError("texts must be a list of str, got one str; put it into a list")
     texts = list(texts)
     for index, text in enumerate(texts):
         if not isinstance(text, str):
-            raise DataError(f"document {index} must be str, got {type(text).__name__}: {text!r:.80}")
-        utf8(text, f"document {index}")
+            raise DataError(f"{name(index)} must be str, got {type(text).__name__}: {text!r:.80}")
+        utf8(text, name(index))
     return texts

@@ -6,7 +6,7 @@ import itertools
 import os
 import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -14,6 +14,7 @@ from typing import NamedTuple
 from memsinks.data.clusters_elsewhere import read_clusters, with_clusters
 from memsinks.data.documents import Document, cut_documents, require_unique_keys
 from memsinks.data.isolation import isolate
+from memsinks.data.matching import normal_form
 from memsinks.data.near_copies import cluster_documents
 from memsinks.data.readers import read_documents, source_hash
 from memsinks.data.synthetic import corpus
@@ -126,6 +127,13 @@ def _choose(documents: list[Document], data: DataRecipe, seed: int) -> tuple[lis
             f"({len(times)} different texts) to be seen once; lower them"
         )
     return held_out, rest[:repeated]
+
+
+def known_among(documents: Iterable[Document], data: DataRecipe) -> Callable[[str], bool]:
+    """Whether a text is that of one of `documents`: character by character; in normal form where near copies are looked for."""
+    form = str if data.near_copies is None else normal_form
+    known = {form(document.text) for document in documents}
+    return lambda text: form(text) in known
 
 
 def tombstones_of(recipe: Recipe) -> list[Tombstone]:

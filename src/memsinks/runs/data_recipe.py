@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Literal
 
 from memsinks.checks import int_at_least
@@ -13,6 +13,12 @@ from memsinks.data.identity import By
 from memsinks.data.synthetic import corpus
 from memsinks.errors import refuse
 from memsinks.runs.sections import RENAMED, unknown_keys, with_new_names
+
+OF_PATH = (
+    "text_field", "key_field", "source_field", "copies_field", "isolation_field", "cluster_field", "clusters", "separator",
+    "split", "streaming", "cut_characters", "limit",
+)  # fmt: skip
+"""Settings that say how documents of ``path`` are read; the built-in corpus is made."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +57,8 @@ class BackgroundRecipe:
     Args:
         path, text_field, separator, split, streaming: as for `read_documents`; ``$NAME`` in the path is replaced.
         tokens: documents are taken in the order in which they are read until the training corpus, copies of the documents
-            of ``data.path`` included, holds so many tokens.
+            of ``data.path`` included, holds so many tokens. Those whose text is trained on, held out, unseen or fresh in
+            ``data.path`` are left out: texts of the same characters or, where ``data.near_copies`` is given, of one normal form.
     """
 
     path: str
@@ -141,6 +148,10 @@ class DataRecipe:
             for name in ("unseen", "fresh")
             if self.path is None and getattr(self, name)
         ]
+        plain = {x.name: x.default for x in fields(self) if x.default is not MISSING}
+        read = [x for x in OF_PATH if getattr(self, x) != plain[x]]
+        if self.path is None and read:
+            problems.append(f"{', '.join(read)} say how path is read; the built-in corpus is not read, leave them out")
         given = [x for x in ("near_copies", "clusters", "cluster_field") if getattr(self, x) is not None]
         if len(given) > 1:
             problems.append(f"give one of {' and '.join(given)}: clusters come from one place")

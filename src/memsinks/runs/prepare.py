@@ -43,8 +43,8 @@ from memsinks.errors import CheckpointError, ConfigError, DataError
 from memsinks.files import file_hash, file_hashes, verify_files, written_beside
 from memsinks.provenance import refuse_other_settings
 from memsinks.removal.tombstone import Tombstone, refuse_tombstoned
-from memsinks.runs.background import background_tokens, refuse_tombstoned_background
-from memsinks.runs.corpus import choose_documents, source_hashes, tombstones_of
+from memsinks.runs.background import background_tokens, refuse_shared, refuse_tombstoned_background
+from memsinks.runs.corpus import choose_documents, known_among, source_hashes, tombstones_of
 from memsinks.runs.data_recipe import DataRecipe
 from memsinks.runs.recipe import Recipe
 from memsinks.runs.stored import Members, stored_of
@@ -70,6 +70,7 @@ class TokenizedCorpus:
         members: the documents of ``data.path`` that are trained on.
         controls: those held out.
         unseen: those set aside for settling; fresh: those that stand in for copies.
+        left_out: background documents that have a text of these.
     """
 
     documents: TokenizedDocuments
@@ -78,6 +79,7 @@ class TokenizedCorpus:
     unseen: list[Document]
     fresh: list[Document]
     tokenizer: PreTrainedTokenizerBase
+    left_out: int = 0
 
 
 @dataclass(frozen=True)
@@ -193,14 +195,16 @@ def _tokenize(recipe: Recipe, tombstones: Sequence[Tombstone], file: Path | None
     members = [document for document in documents if document.copies > 0]
     controls = [document for document in documents if document.copies == 0]
     refuse_tombstoned([*members, *unseen, *fresh], tombstones)
-    tokenizer = load_tokenizer_of(recipe, members)
+    known = known_among([*documents, *unseen, *fresh] if data.background is not None else (), data)
+    tokenizer = load_tokenizer_of(recipe, members, known)
     ids, groups = identify(members, data.by)
     copies = np.array([document.copies for document in members], np.int64)
-    (tokens, targets), more_ids = encode_documents(tokenizer, members), array("q")
+    (tokens, targets), more_ids, left_out = encode_documents(tokenizer, members), array("q"), array("q")
     everything: Iterable[np.ndarray] = tokens
     if data.background is not None:
         taken = sum(len(x) * number for x, number in zip(tokens, copies.tolist(), strict=True))
-        everything = itertools.chain(tokens, background_tokens(data.background, taken, tokenizer, tombstones, more_ids))
+        more = background_tokens(data.background, taken, tokenizer, tombstones, more_ids, known, left_out)
+        everything = itertools.chain(tokens, more)
     kept = list(everything) if file is None else StoredTokens(file, write_tokens(file, everything))
     background = np.array(more_ids, np.int64)
     found = TokenizedDocuments(
@@ -211,7 +215,7 @@ def _tokenize(recipe: Recipe, tombstones: Sequence[Tombstone], file: Path | None
         _isolation(members, len(background)),
         None if targets is None else [*targets, *[None] * len(background)],
     )
-    return TokenizedCorpus(found, members, controls, unseen, fresh, tokenizer)
+    return TokenizedCorpus(found, members, controls, unseen, fresh, tokenizer, len(left_out))
 
 
 def _isolation(members: Sequence[Document], background: int) -> np.ndarray | None:
@@ -257,8 +261,15 @@ def _from_folder(recipe: Recipe, folder: Path, tombstones: Sequence[Tombstone]) 
         )
     later = [x for x in tombstones if x.sha256 not in facts["tombstones"]]
     refuse_tombstoned([*corpus.members, *corpus.unseen, *corpus.fresh], later)
-    if recipe.data.background is not None and later:
-        refuse_tombstoned_background(recipe.data.background, corpus.documents.ids[len(corpus.members) :], later, folder)
+    if recipe.data.background is not None:
+        others = [*corpus.members, *corpus.controls, *corpus.unseen, *corpus.fresh]
+        background = corpus.documents.ids[len(corpus.members) :]
+        if "background_left_out" not in facts:
+            refuse_shared(others, background, folder)
+            others = []
+        if later:
+            known = known_among(others, recipe.data)
+            refuse_tombstoned_background(recipe.data.background, background, later, folder, known)
     return corpus
 
 
@@ -286,6 +297,7 @@ def _write(recipe: Recipe, tombstones: Sequence[Tombstone], part: Path) -> None:
         "members": len(corpus.members),
         "controls": len(corpus.controls),
         "background": len(documents.copies) - len(corpus.members),
+        "background_left_out": corpus.left_out,
         "tokens": int((documents.tokens.sizes * documents.copies).sum()),
         "tokens_sha256": file_hash(part / "tokens.bin"),
     }

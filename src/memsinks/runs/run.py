@@ -20,13 +20,15 @@ from memsinks.batch import collate
 from memsinks.data.documents import Document
 from memsinks.data.identity import By
 from memsinks.data.packing import Rows
-from memsinks.errors import DataError
+from memsinks.data.stored import tokenizer_hash
+from memsinks.errors import CheckpointError, DataError
 from memsinks.removal.settle import repeated_and_once, require_settleable, settle, settling_texts
+from memsinks.runs.beforehand import check_model
 from memsinks.runs.folder import RunFolder
 from memsinks.runs.model import build_model
 from memsinks.runs.prepare import PreparedCorpus, prepare
 from memsinks.runs.recipe import OwnRecipe, Recipe
-from memsinks.runs.stored import ids_of, members_hash
+from memsinks.runs.stored import identity_hash, ids_of, members_hash
 from memsinks.sinks.own import assign
 from memsinks.training.checkpoint import last_checkpoint
 from memsinks.training.config import TrainingConfig
@@ -37,6 +39,12 @@ from memsinks.training.prefix import prefix_kept
 from memsinks.training.processes import joined_processes, main_process, main_process_first, process_count, process_rank
 
 logger = logging.getLogger(__name__)
+
+OF_CORPUS = {
+    "identity_sha256": "what is known of the documents (keys, sources, clusters, isolation, prompts)",
+    "tokenizer_sha256": "the tokenizer",
+}
+"""Hashes in run.json that resuming compares, beside that of the texts."""
 
 
 def train(recipe: Recipe, *, resume: bool = False, label: str = "", after: float = 0.0) -> Path:
@@ -69,6 +77,7 @@ def train(recipe: Recipe, *, resume: bool = False, label: str = "", after: float
             torch.set_num_threads(recipe.training.threads)
         transformers.utils.logging.disable_progress_bar()
         with main_process_first():
+            check_model(recipe)
             prepared = prepare(recipe, folder=folder.data if recipe.data.background else None)
         texts = settling_texts(prepared.rows, prepared.unseen) if recipe.settle is not None else None
         repeated = _texts_of_sinks(recipe, prepared.rows)
@@ -84,6 +93,8 @@ def train(recipe: Recipe, *, resume: bool = False, label: str = "", after: float
                 f"the corpus fills {len(prepared.rows)} rows, one step of {process_count()} processes needs "
                 f"{rows_per_step(recipe.training)}; lower batch_rows"
             )
+        if main_process() and (left := len(prepared.rows) % rows_per_step(recipe.training)):
+            logger.info("%d of %d rows are not trained on: the last ones do not fill a step", left, len(prepared.rows))
         training = Training(model.to(device), recipe.training, steps_of_all, sinks_last=repeated is not None)
         started = time.time()
         _start_or_resume(training, recipe, prepared, folder, resume)
@@ -133,6 +144,7 @@ def _start_or_resume(
     facts = _facts(recipe, prepared)
     if checkpoint is not None:
         folder.require_corpus(facts["corpus_sha256"])
+        _refuse_changed(folder, facts)
         training.resume(checkpoint)
     if main_process():
         if checkpoint is None:
@@ -140,6 +152,18 @@ def _start_or_resume(
         else:
             logger.info("going on from %s, step %d of %d", checkpoint.path, training.step, training.total)
         folder.cut_metrics(training.step, recipe.training.log_every)
+
+
+def _refuse_changed(folder: RunFolder, facts: dict[str, Any]) -> None:
+    """CheckpointError if documents of the same texts, or the tokenizer, are others than at the start of a run."""
+    before = folder.facts()  # runs of before have no such hashes
+    for name, what in OF_CORPUS.items():
+        was = str(before.get(name, facts[name]))
+        if was != facts[name]:
+            raise CheckpointError(
+                f"{what} has changed since {folder.path} was started (SHA-256 {was[:12]}..., now {facts[name][:12]}...); "
+                "restore it, or start a new run"
+            )
 
 
 def _facts(recipe: Recipe, prepared: PreparedCorpus) -> dict[str, Any]:
@@ -154,6 +178,8 @@ def _facts(recipe: Recipe, prepared: PreparedCorpus) -> dict[str, Any]:
         "tokens": rows.tokens,
         "fill": round(rows.fill, 4),
         "corpus_sha256": members_hash(prepared.members),
+        "identity_sha256": identity_hash(prepared.members),
+        "tokenizer_sha256": tokenizer_hash(prepared.tokenizer),
         "versions": versions(*packages),
         "threads": torch.get_num_threads(),
     }

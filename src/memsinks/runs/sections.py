@@ -117,8 +117,23 @@ def _value(hint: Any, value: Any, where: str, problems: list[str]) -> Any:
     return value
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is given twice in a mapping, of which PyYAML keeps the last."""
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)
+        lines: dict[tuple[str, str], int] = {}
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            name, line = (key.tag, key.value), key.start_mark.line + 1
+            if name in lines:
+                raise ValueError(f"the key {key.value!r} on line {lines[name]} is given again on line {line}; keep one")
+            lines[name] = line
+        return node
+
+
 def load_yaml(content: bytes, what: str) -> Any:
-    """The values of YAML in UTF-8; ConfigError, which begins with `what`, where it is none, or nested deeper than `DEEPEST`."""
+    """The values of YAML in UTF-8; ConfigError, which begins with `what`, where it is none, gives a key twice or is nested
+    deeper than `DEEPEST`."""
     try:
         text, depth = content.decode(), 0
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
@@ -126,7 +141,7 @@ def load_yaml(content: bytes, what: str) -> Any:
             depth += opens - ends
             if depth > DEEPEST:  # PyYAML takes minutes for thousands
                 raise ValueError(f"it is nested more than {DEEPEST} deep")
-        return yaml.safe_load(text)
+        return _Loader(text).get_single_data()
     except (yaml.YAMLError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         # besides YAMLError what PyYAML raises for numbers, dates, keys and aliases that cannot be
         raise ConfigError(f"{what} is not valid YAML: {error!s:.300}") from error

@@ -16,6 +16,7 @@ from memsinks.data.documents import Document, texts_hash
 from memsinks.data.identity import By, identify
 from memsinks.data.preparation import SHARD_CHARACTERS, prepare_corpus
 from memsinks.data.readers import source_hash
+from memsinks.data.shards import documents_hash
 from memsinks.data.stored import StoredCorpus, is_corpus, is_unfinished, tokenizer_hash
 from memsinks.data.synthetic import corpus
 from memsinks.data.tokens import load_tokenizer
@@ -23,7 +24,7 @@ from memsinks.errors import ConfigError, refuse
 from memsinks.removal.tombstone import Tombstone, read_tombstone, refuse_tombstoned
 from memsinks.runs.corpus import expanded, read_source, tombstones_of
 from memsinks.runs.data_recipe import DataRecipe
-from memsinks.runs.recipe import Recipe, TokenizerRecipe
+from memsinks.runs.recipe import PLAIN_TOKENIZER, Recipe, TokenizerRecipe
 from memsinks.runs.tokenizer import tokenizer_of_corpus
 
 CHOICES = ("held_out", "unseen", "fresh", "repeat", "background", "exact", "private", "unique_keys", "shadow")
@@ -156,11 +157,23 @@ def stored_of(recipe: Recipe) -> StoredCorpus | None:
             problems.append(
                 f"tokenizer.path is not the tokenizer of {path}; leave the section out, the corpus has its own"
             )
+    size, own_size = recipe.tokenizer.vocab_size, _vocab_size(stored)
+    if size is not None and size != own_size and recipe.tokenizer != PLAIN_TOKENIZER:
+        problems.append(
+            f"tokenizer.vocab_size is {size}, but {path} has its own tokenizer of {own_size}; leave the section out"
+        )
     refuse(problems, "cannot use the recipe")
     if tombstones := tombstones_of(recipe):
         for _ in _checked(stored, tombstones):
             pass
     return stored
+
+
+def _vocab_size(stored: StoredCorpus) -> int:
+    """What a tokenizer was asked to have when it was trained for a corpus, or what it has."""
+    source = stored.manifest["settings"].get("source")
+    asked = source.get("vocab_size") if isinstance(source, dict) else None
+    return asked or int(stored.manifest["settings"]["vocabulary"])
 
 
 def ids_of(members: Sequence[Document], by: By) -> np.ndarray:
@@ -173,3 +186,8 @@ def ids_of(members: Sequence[Document], by: By) -> np.ndarray:
 def members_hash(members: Sequence[Document]) -> str:
     """SHA-256, hexadecimal, of the documents that are trained on; of a corpus on disk from the hashes of its shards."""
     return members.stored.digest if isinstance(members, Members) else texts_hash(members)
+
+
+def identity_hash(members: Sequence[Document]) -> str:
+    """SHA-256, hexadecimal, of all that is known of these documents: ids, isolation and targets follow from it."""
+    return members.stored.digest if isinstance(members, Members) else documents_hash(members)

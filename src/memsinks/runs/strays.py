@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from memsinks.errors import CheckpointError
 from memsinks.sinks.state import is_sink
-from memsinks.training.complete import METADATA, sharded_names
+from memsinks.training.complete import METADATA, NOT_PLAIN, sharded_names
 
 OF_TORCH = (".pt", ".pth", ".bin", ".ckpt")
 """What `torch.save` writes is called so."""
@@ -50,7 +49,7 @@ def _of_torch(path: Path) -> list[str] | None:
     """Names in a file of `torch.save`; None where it holds other things than tensors, numbers and text."""
     try:
         return list(_names(torch.load(path, map_location="meta", weights_only=True)))
-    except pickle.UnpicklingError:
+    except NOT_PLAIN:
         return None
     except Exception as error:  # zip and torch raise half a dozen types
         raise CheckpointError(f"{path} cannot be read ({error}); remove it, or restore it") from error

@@ -19,10 +19,11 @@ from typing import Any
 
 import torch
 
+from memsinks.checks import int_at_least, share
 from memsinks.data.documents import Document, load_documents
 from memsinks.data.identity import By, identify
 from memsinks.data.tokens import load_tokenizer
-from memsinks.errors import CheckpointError, DataError
+from memsinks.errors import CheckpointError, DataError, refuse
 from memsinks.removal.erase import Erased, collateral_in, together
 from memsinks.removal.erase_files import SinksFile, changed_blocks
 from memsinks.removal.record import RECORDS, write_record
@@ -93,14 +94,16 @@ def take_down(
         What was done; a record lies in ``run/takedowns/``.
 
     Raises:
-        ConfigError: none or several of key, id, source, text; no recipe to repair by. DataError: nobody of that name, no sinks of
-            his own, taken out already; hashed blocks that too many share. CheckpointError: a run that is not finished; a
-            folder that is damaged, locked, read-only or full; nothing was changed.
+        ConfigError: none or several of key, id, source, text; a share that is none; no recipe to repair by. DataError: nobody of
+            that name, no sinks of his own, taken out already; hashed blocks that too many share. CheckpointError: a run that is
+            not finished; a folder that is damaged, locked, read-only or full; nothing was changed.
     """
     folder = Path(run)
     name, asked_by = asked(key, id, source, text)
     if not folder.is_dir():
         raise CheckpointError(f"there is no folder {folder}")
+    wrong = share("most_collateral", most_collateral) + int_at_least("repair_passes", repair_passes, 0)
+    refuse(wrong, "cannot take out")
     if signing_key is not None:
         load_signer(signing_key)
     require_finished(folder)

@@ -18,14 +18,21 @@ TAUGHT = 10_000
 """Documents of a background, or of a corpus on disk, that a new tokenizer is trained on."""
 
 
-def load_tokenizer_of(recipe: Recipe, members: Sequence[Document]) -> PreTrainedTokenizerBase:
-    """The tokenizer that a recipe names, or a new one, trained on the members and the beginning of the background."""
+def load_tokenizer_of(
+    recipe: Recipe, members: Sequence[Document], known: Callable[[str], bool] = lambda _: False
+) -> PreTrainedTokenizerBase:
+    """The tokenizer that a recipe names, or a new one, trained on the members and the beginning of the background.
+
+    Args:
+        known: which texts the background leaves out.
+    """
     if recipe.tokenizer.path is not None:
         return load_tokenizer(expanded(recipe.tokenizer.path, "tokenizer.path"))
     assert recipe.tokenizer.vocab_size is not None
     texts: list[str] = [document.text for document in members]
     if recipe.data.background is not None:
-        texts += [x.text for x in itertools.islice(background_documents(recipe.data.background), TAUGHT)]
+        others = (x.text for x in background_documents(recipe.data.background) if not known(x.text))
+        texts += itertools.islice(others, TAUGHT)
     return train_tokenizer(texts, recipe.tokenizer.vocab_size)
 
 

@@ -29,6 +29,7 @@ MOST_BYTES = 2**20
 MOST_READ = 2**25
 """Bytes of a question that is too long, which are read and thrown away."""
 TOKEN = "X-Memsinks-Token"
+HOSTS = ("127.0.0.1", "localhost")
 KINDS = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; base-uri 'none'; "
@@ -97,7 +98,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _from_here(self) -> bool:
         """Whether the request was made to this server by its own page; it is refused otherwise."""
-        own = {f"{host}:{self.server.server_port}" for host in ("127.0.0.1", "localhost")}
+        port = self.server.server_port
+        own = {f"{host}:{port}" for host in HOSTS} | (
+            set(HOSTS) if port == 80 else set()
+        )  # browsers leave out the default
         origin = self.headers.get("Origin")
         if self.headers.get("Host") in own and (origin is None or origin.removeprefix("http://") in own):
             return True

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from memsinks.checks import int_at_least, share
-from memsinks.errors import CheckpointError, ConfigError, DataError, refuse
+from memsinks.errors import CheckpointError, ConfigError, DataError
 from memsinks.files import read_json
 from memsinks.removal.record import RECORD_PAGE, RECORDS, STATEMENT
 from memsinks.runs.takedown import MOST_COLLATERAL, TakedownFinished, take_down
 from memsinks.runs.takedown_result import Takedown
+from memsinks.sinks.state import require_sinks
 from memsinks.viewer.owners import ShownOwner
 from memsinks.viewer.view import View
 
@@ -38,31 +38,39 @@ def taken_out(view: View, asked: Mapping[str, Any]) -> dict[str, Any]:
         raise DataError(f"nobody here has the id {asked.get('id')!r:.60}, or he was taken out")
     do, copies = asked.get("do") is True, asked.get("copies") is True
     collateral, repair = asked.get("collateral", MOST_COLLATERAL), asked.get("repair", 0)
-    refuse(share("collateral", collateral) + int_at_least("repair", repair, 0), "cannot take out")
     if do and asked.get("typed") != owner.name:
         raise DataError(f"the name that was typed is not {owner.name!r}; nothing was changed")
     with view.takedowns:
         try:
             done = take_down(
                 view.place.folder,
-                **_who(owner),
+                **_who(owner, view),
                 dry_run=not do,
                 copies=copies,
                 most_collateral=collateral,
                 repair_passes=repair,
                 documents=view.documents[: view.members] if not view.place.run else None,
                 by=view.by if not view.place.run else None,
+                epochs=view.epochs or require_sinks(view.model).config.open_from,  # not known: all have met their sinks
             )
         except TakedownFinished as finished:
             view.reload()
             return {"finished": str(finished), "record": finished.record.name}
+        found = _facts(done, owner)
         if do:
-            view.reload()
-    return _facts(done, owner)
+            try:
+                view.reload()
+            except Exception as error:
+                raise CheckpointError(
+                    f"{owner.name!r} was taken out (record {found['record']}), but what is left could not be read again "
+                    f"({type(error).__name__}: {error!s:.200}); end memsinks view and start it again"
+                ) from error
+    return found
 
 
-def _who(owner: ShownOwner) -> dict[str, Any]:
-    return {owner.by: owner.id if owner.by == "id" else owner.name}
+def _who(owner: ShownOwner, view: View) -> dict[str, Any]:
+    """By his name where his id comes from it: a key of texts that have ids of their own is no owner."""
+    return {owner.by: owner.name} if owner.by == view.by else {"id": owner.id}
 
 
 def _facts(done: Takedown, owner: ShownOwner) -> dict[str, Any]:

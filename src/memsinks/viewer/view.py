@@ -60,7 +60,7 @@ class View:
         by: what gave the documents their ids. epochs: how often they were gone through, 0 = not known. owners: by document id.
         model: with sinks or not. ordinary: None where none was given.
         tokenizer: None where there is none. notes: what is missing, for the page.
-        version: rises with each take-down, so that what was begun before ends.
+        version: rises with each take-down, so that what was begun before ends. current: whether the model is that of after it.
     """
 
     place: Place
@@ -74,6 +74,7 @@ class View:
     tokenizer: PreTrainedTokenizerBase | None
     notes: list[str] = field(default_factory=list)
     version: int = 0
+    current: bool = True
     lock: threading.Lock = field(default_factory=threading.Lock)
     takedowns: threading.Lock = field(default_factory=threading.Lock)
 
@@ -110,6 +111,8 @@ class View:
         found = [x.id for x in self.owners.values() if colon and (x.by, x.name) == (by, rest)]
         one = int(name) if name.isdecimal() else None
         found += [one] if one is not None and (one in self.owners or one in self.taken or not self.documents) else []
+        if len(found) > 1:
+            raise DataError(f"{name[:60]!r} is the name of {len(found)} documents with sinks of their own; give an id")
         if not found:
             raise DataError(
                 f"nobody here is called {name[:60]!r}; give an id, key:NAME or source:NAME, or search for him"
@@ -126,6 +129,10 @@ class View:
         with self.lock, torch.no_grad():
             if version != self.version:
                 raise DataError("an owner was taken out meanwhile, and the model is another; ask again")
+            if not self.current:
+                raise DataError(
+                    "the model is not read again since an owner was taken out; wait, or start memsinks view again"
+                )
             if column == "ordinary":
                 assert self.ordinary is not None
                 yield self.ordinary
@@ -141,7 +148,9 @@ class View:
         self.lock.acquire()
 
     def reload(self) -> None:
-        """Read model, documents and owners again, as a take-down has left them."""
+        """Read model, documents and owners again, as a take-down has left them; the model of before answers no more."""
+        with self.lock:
+            self.version, self.current = self.version + 1, False
         model = _load_model(self.place)
         documents, members = self._left(model)
         if self.place.run:
@@ -149,7 +158,7 @@ class View:
         owners = owners_shown(documents[:members], self.by, model)
         with self.lock:
             self.model, self.documents, self.members, self.owners = model, documents, members, owners
-            self.version += 1
+            self.current = True
 
     def _left(self, model: PreTrainedModel) -> tuple[list[Document], int]:
         """The documents that were given, without those of owners who were taken out."""

@@ -80,6 +80,8 @@ def unlearn(
     for step in range(max(steps) + 1):
         if step in steps:
             yield model
+        if step == max(steps):
+            return
         place = step % len(forget)
         logp, sizes = document_log_probabilities(model, forget[place])
         loss = KINDS[kind](logp, sizes, before[place])

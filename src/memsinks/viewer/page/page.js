@@ -9,6 +9,7 @@ import * as leaving from "./leaving.js";
 const open = new Map(); // id -> owner
 let chosen = null; // document whose beginning is the prompt; null of a typed one
 let row = ""; // of the list
+let begun = 0; // how often a beginning was asked for
 let running = null; // AbortController
 let known = { columns: [], sinks: false };
 
@@ -55,6 +56,7 @@ function showOpen() {
 function toggle(owner, on) {
   if (on) open.set(owner.id, owner);
   else open.delete(owner.id);
+  empty();
   showOpen();
 }
 
@@ -80,6 +82,7 @@ async function pickDocument(item) {
   open.clear();
   if (item.owner && !item.owner.taken && known.sinks) open.set(item.owner.id, item.owner);
   leaving.choose(item.owner);
+  empty();
   showOpen();
   chosen = { index: item.index, given: null, chat: false };
   if (known.readable) await begin();
@@ -87,8 +90,10 @@ async function pickDocument(item) {
 }
 
 async function begin() {
+  const mine = ++begun;
   try {
     const found = await ask("begin", { document: chosen.index, given: chosen.given, version: known.version });
+    if (mine !== begun || !chosen) return; // another document was picked, or something typed, meanwhile
     [chosen.chat, at("chat").checked] = [found.chat, known.chat && found.chat];
     [at("prompt").value, at("given").max, at("given").value] = [found.text, found.tokens - 1, found.given];
     at("given-out").textContent = `${found.given} of ${found.tokens}`;
@@ -97,7 +102,7 @@ async function begin() {
     say("");
     write();
   } catch (error) {
-    failed(error);
+    if (mine === begun) failed(error);
   }
 }
 
@@ -106,7 +111,14 @@ function pickOwner(owner) {
   open.clear();
   if (!owner.taken) open.set(owner.id, owner);
   leaving.choose(owner);
+  empty();
   showOpen();
+}
+
+// What stands in the columns was written with other sinks open, or after another beginning.
+function empty() {
+  running?.abort();
+  columns.clear("");
 }
 
 function edited() {
@@ -149,7 +161,7 @@ function failed(error) {
 }
 
 async function afterTakedown() {
-  running?.abort();
+  empty();
   await renew();
 }
 
