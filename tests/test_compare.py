@@ -171,6 +171,33 @@ def test_what_is_reported_stays_when_the_models_are_gone(done, tmp_path, monkeyp
     assert len(merged["runs"]) == 2 * len(done[1]["runs"])
 
 
+def test_a_report_of_another_arm_or_role_is_not_mixed_with_this_one(done, tmp_path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    shutil.copy(done[0].parent / "out" / "compare.json", out)
+    arms = SMALL["arms"] | {"goldfish": {"rival": "goldfish", "k": 3}}
+    with pytest.raises(
+        CheckpointError, match="reports arm 'goldfish' with {}, asked for is {'k': 3}; give it another name"
+    ):
+        compare(read_comparison(written(tmp_path, arms=arms)), arms=["goldfish"], seeds=[0])
+    roles = SMALL.get("roles", {}) | {"against": "goldfish"}
+    with pytest.raises(CheckpointError, match="measured with the roles"):
+        compare(read_comparison(written(tmp_path, roles=roles)), seeds=[0])
+
+
+def test_reserved_heads_of_groups_are_refused(tmp_path) -> None:
+    config = SMALL["model"]["config"] | {"num_attention_heads": 4, "num_key_value_heads": 2}
+    with pytest.raises(ConfigError, match="as many key-value heads as query heads, got 2 and 4"):
+        read_comparison(written(tmp_path, model={"config": config}))
+
+
+def test_pictures_that_cannot_be_drawn_are_said_before_training(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(module, "train_arm", lambda *_: pytest.fail("trained"))
+    monkeypatch.setattr("memsinks.auditing.pictures.importlib.util.find_spec", lambda _: None)
+    with pytest.raises(ConfigError, match="needs matplotlib"):
+        compare(read_comparison(written(tmp_path)), seeds=[0])
+
+
 def test_step_times_are_added_to_the_table(done, tmp_path) -> None:
     path = written(tmp_path)
     with pytest.raises(ConfigError, match="run the comparison first"):

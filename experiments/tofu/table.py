@@ -162,6 +162,8 @@ def main() -> None:
     searched = json.loads(search.read_text()) if search.is_file() else before["search"]
     if before["settings"] != settings:
         raise SystemExit(f"{OUT} was made with {before['settings']}, the runs with {settings}; move it away")
+    search = folder / "unlearning.json"
+    unlearning = json.loads(search.read_text()) if search.is_file() else before.get("unlearning", {})
     found, attacks = joined(lines(folder), before["arms"]), joined(attacked(folder), before["attacks"])
     compare_with_oracles(found)
     lines_of = [
@@ -172,7 +174,7 @@ def main() -> None:
         *table(attacks, ATTACKS),
     ]
     (HERE / "tofu.md").write_text("\n".join(lines_of) + "\n")
-    result = {"settings": settings, "search": searched, "arms": found, "attacks": attacks}
+    result = {"settings": settings, "search": searched, "unlearning": unlearning, "arms": found, "attacks": attacks}
     OUT.write_text(json.dumps(result, indent=1) + "\n")
     print("\n".join(lines_of))
 

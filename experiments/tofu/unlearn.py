@@ -15,7 +15,7 @@ from memsinks.research.rivals.unlearning import unlearn
 
 METHODS = ("gradient-ascent", "graddiff", "npo", "simnpo", "rmu", "task-vector")
 EPOCHS, ROWS = 5, 8
-SHARES = {"gradient-ascent": 0.03, "graddiff": 0.1, "npo": 0.03, "simnpo": 1.0, "rmu": 0.1}
+SHARES = {"gradient-ascent": 0.03, "graddiff": 0.1, "npo": 0.03, "simnpo": 3.0, "rmu": 0.3}
 """Learning rate over that of learning, as `run.py --search-unlearning` found it."""
 SEARCHED, HARM = (0.1, 0.3, 1.0, 3.0, 0.03), 0.1
 """Shares that are tried; nats that the retained may lose."""

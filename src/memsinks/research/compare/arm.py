@@ -117,7 +117,7 @@ def train(recipe: Recipe, arm: Arm, seed: int, folder: Path, steps: int | None =
         raise DataError(
             "comparisons are audited as plain text; chats and prompts with completions are for memsinks train"
         )
-    rows: AnyRows = prepared.rows if not made.fresh else with_fresh_text(prepared.rows, prepared.fresh)
+    rows = _rows_of(made, prepared)
     repeated = repeated_and_once(prepared.rows)[0] if made.sinks_last else None
     texts = settling_texts(prepared.rows, prepared.unseen) if made.settle is not None else None
     random.seed(seed)
@@ -146,6 +146,11 @@ def train(recipe: Recipe, arm: Arm, seed: int, folder: Path, steps: int | None =
         _save(folder, training.model.eval(), made, prepared, settings, facts)
         shutil.rmtree(part, ignore_errors=True)
     return facts
+
+
+def _rows_of(made: TrainingMethod, prepared: PreparedCorpus) -> AnyRows:
+    """The rows that an arm trains on."""
+    return with_fresh_text(prepared.rows, prepared.fresh) if made.fresh else prepared.rows
 
 
 def _training(recipe: Recipe, made: TrainingMethod, seed: int, prepared: PreparedCorpus) -> Training:
@@ -218,7 +223,7 @@ def _settle(training: Training, made: TrainingMethod, texts: tuple[Rows, Rows, R
 
 
 def step_seconds(recipe: Recipe, arms: Sequence[Arm], seed: int, turns: int) -> dict[str, list[float]]:
-    """Seconds of single steps of untrained models, by the name of the arm; the arms take turns on the same batches.
+    """Seconds of single steps of untrained models, by the name of the arm; the arms take turns on the same places of their rows.
 
     Args:
         turns: steps timed; their batches are spread over the run. One more comes first and is not counted.
@@ -228,12 +233,13 @@ def step_seconds(recipe: Recipe, arms: Sequence[Arm], seed: int, turns: int) -> 
     prepared = prepare(with_method(recipe, TrainingMethod(), seed, Path(recipe.output)), one_document_per_row=True)
     ready = {}
     for arm in arms:
-        ready[arm.name] = _training(with_method(recipe, arm.training, seed, Path()), arm.training, seed, prepared)
-    batches, total = _batches(prepared, prepared.rows, recipe), len(prepared.rows) // recipe.training.batch_rows
+        training = _training(with_method(recipe, arm.training, seed, Path()), arm.training, seed, prepared)
+        ready[arm.name] = training, _batches(prepared, _rows_of(arm.training, prepared), recipe)
+    total = len(prepared.rows) // recipe.training.batch_rows
     seconds: dict[str, list[float]] = {arm.name: [] for arm in arms}
     for turn in range(-1, turns):
-        parts = batches(max(turn, 0) * total // turns)
-        for name, training in ready.items():
+        for name, (training, batches) in ready.items():
+            parts = batches(max(turn, 0) * total // turns)
             start = time.perf_counter()
             training.update(parts)
             if training.model.device.type == "cuda":
@@ -272,7 +278,7 @@ def with_method(recipe: Recipe, made: TrainingMethod, seed: int, output: Path) -
     if made.heads:
         config["head_dim"] = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
         config["num_attention_heads"] += made.heads
-        config["num_key_value_heads"] = config.get("num_key_value_heads", config["num_attention_heads"]) + made.heads
+        config["num_key_value_heads"] = config["num_attention_heads"]
     return dataclasses.replace(
         recipe,
         output=str(output),

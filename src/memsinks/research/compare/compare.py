@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import torch
 
+from memsinks.auditing.pictures import require_matplotlib
 from memsinks.errors import ConfigError, refuse
 from memsinks.research.compare.arm import Arm, step_seconds, train, with_method
 from memsinks.research.compare.comparison import Comparison
@@ -79,9 +80,11 @@ def compare(
         What compare.json holds; None if there is nothing in it.
 
     Raises:
-        ConfigError: an arm or seed that is not in the comparison.
+        ConfigError: an arm or seed that is not in the comparison; matplotlib is missing, which audits draw with.
         CheckpointError: a run failed, or its data have changed since another was made.
     """
+    if audits:
+        require_matplotlib()
     chosen, wanted = _chosen(comparison, arms, seeds)
     runs = reported(comparison)["runs"]
     data_sources(comparison)

@@ -146,6 +146,13 @@ def _arm_problems(arm: Arm, recipe: Recipe) -> list[str]:
             problems.append('shared="none" needs data.one_document_per_row')
         if recipe.training.compile:
             problems.append('shared="none" cannot be compiled; leave out training.compile')
+    heads = recipe.model.config.get("num_attention_heads")
+    groups = recipe.model.config.get("num_key_value_heads") or heads
+    if training.heads and groups != heads:
+        problems.append(
+            f"reserved heads need as many key-value heads as query heads, got {groups} and {heads}: in groups, heads that stay "
+            "would read reserved ones in training, and others once these are cut out"
+        )
     return problems
 
 

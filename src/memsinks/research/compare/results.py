@@ -27,7 +27,7 @@ def reported(comparison: Comparison) -> dict[str, Any]:
     """What compare.json says already, or an empty one.
 
     Raises:
-        CheckpointError: it is damaged, or reports a comparison with another recipe.
+        CheckpointError: it is damaged, or reports a comparison with another recipe, arm or role.
     """
     path = Path(comparison.recipe.output) / REPORT
     if not path.is_file():
@@ -46,6 +46,19 @@ def reported(comparison: Comparison) -> dict[str, Any]:
         ignored=("output",),
         remedy="choose another output",
     )
+    arms = {arm.name: arm for arm in comparison.arms}
+    for run in runs:
+        arm = arms.get(run["arm"])
+        if arm is not None and (run["rival"], settings_today(run["settings"])) != (arm.rival, arm.settings):
+            raise CheckpointError(
+                f"{path} reports arm {arm.name!r} with {run['settings']}, asked for is {arm.settings}; give it another name, "
+                "or choose another output"
+            )
+    if result.get("roles", comparison.roles) != comparison.roles:
+        raise CheckpointError(
+            f"{path} reports models measured with the roles {result['roles']}, asked for are {comparison.roles}; choose another "
+            "output"
+        )
     return result
 
 

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from memsinks.auditing.pictures import require_matplotlib
 from memsinks.errors import ConfigError, DataError
 from memsinks.research.reproduce import arms, fig2, fig3, fig4, fig5, fig7, theory
 from memsinks.research.reproduce.setting import WHICH, Setting, setting_of
@@ -71,6 +72,7 @@ def reproduce(names: Sequence[str], study: Study) -> dict[str, Any]:
         ConfigError: an unknown figure, or a folder with runs of another setting or other data.
         DataError: too few stories.
     """
+    require_matplotlib()
     results = {}
     for name in chosen_figures(names):
         module = FIGURES[name]
