@@ -231,7 +231,7 @@ def test_runs_share_the_gpus() -> None:
 @pytest.mark.parametrize(
     ("argv", "part"),
     [(["--gpu", "T4"], "unknown GPU 'T4'; known are A100, H100, H200"), (["--mfu", "1.5"], "must lie in (0, 1], got 1.5"),
-     (["--set", "model.config.num_attention_heads=3"], "model.config gives no model"), (["--scale", "3"], "must lie in (0, 1]"),
+     (["--set", "model.config.hidden_size=wide"], "model.config gives no model"), (["--scale", "3"], "must lie in (0, 1]"),
      (["--scale", "half"], "a fraction such as 1/64, got 'half'"), (["--set", "training.lenght=3"], "did you mean length?")],
 )  # fmt: skip
 def test_wrong_input_is_one_line(capsys, argv, part) -> None:

@@ -452,6 +452,7 @@ def test_bad_input_is_refused_before_anything_is_written(tiny_recipe, tmp_path, 
      ({"pretrained": "TINY"}, ConfigError, "training.length is 2048, but the model's context ends at 256 tokens"),
      ({"config": {"model_type": "llama", "vocab_size": 99}}, ConfigError, "has 300 tokens, the model has embeddings for 99"),
      ({"config": {"model_type": "gpt2", "max_position_embeddings": 64}}, ConfigError, "context ends at 64 tokens"),
+     ({"config": {"model_type": "gpt2", "n_positions": 64}}, ConfigError, "context ends at 64 tokens"),
      ({"config": {"model_type": "llama", "hidden_size": "wide"}}, ConfigError, "model.config gives no model")],
 )  # fmt: skip
 def test_a_model_that_cannot_be_is_said_before_the_corpus_is_read(tiny_run, tmp_path, model, error, part) -> None:

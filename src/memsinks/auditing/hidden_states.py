@@ -64,7 +64,7 @@ def _mean_states(
     model: PreTrainedModel, corpus: Corpus, own: np.ndarray | None, batch_tokens: int | None
 ) -> np.ndarray | None:
     """Mean over the tokens of the hidden states after the middle and the last layer, float32 [n, 2, d]."""
-    limit = context_of(model)
+    limit = context_of(model.config)
     batch_tokens = batch_tokens or default_batch_tokens(model)
     texts = [np.concatenate([corpus.start, one])[:limit].astype(np.int64) for one in corpus.tokens]
     order = sorted(range(len(texts)), key=lambda index: -len(texts[index]))

@@ -201,7 +201,7 @@ def _generated(passes: Passes, recited: np.ndarray) -> dict[str, Any]:
     """Greedy generation of the most repeated documents beside the teacher-forced answer."""
     corpus, settings = passes.corpus, passes.settings
     order = np.argsort(-corpus.copies[: corpus.members], kind="stable")
-    limit, ends = context_of(passes.model), {}
+    limit, ends = context_of(passes.model.config), {}
     for index in order:
         start, length = _continuation(corpus, settings, index)
         ends[index] = len(corpus.start) + (len(corpus.tokens[index]) if length is None else start + length)

@@ -105,7 +105,7 @@ def seconds_of_a_step(model: PreTrainedModel, texts: Sequence[np.ndarray], batch
 
 def _gradients(model: PreTrainedModel, texts: Sequence[np.ndarray], batch_tokens: int) -> None:
     """Add the gradient of the mean loss over all targets of some texts, cut to the context."""
-    limit = context_of(model)
+    limit = context_of(model.config)
     rows = sorted((torch.from_numpy(one[:limit].astype(np.int64)) for one in texts), key=len, reverse=True)
     targets, at = sum(len(row) - 1 for row in rows), 0
     while at < len(rows):

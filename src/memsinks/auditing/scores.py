@@ -135,7 +135,7 @@ def score(
         CheckpointError: the table cannot be written.
     """
     start = np.zeros(0, np.int64) if start is None else start
-    limit = context_of(model)
+    limit = context_of(model.config)
     first = 0 if len(start) else 1
     for index, document in enumerate(tokens):
         if len(document) <= first:

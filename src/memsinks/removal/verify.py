@@ -103,7 +103,7 @@ def verify_closed(model: PreTrainedModel, folder: Path, rescale: str = "none") -
 
 def _sample_within(state: AbstractContextManager[None], model: PreTrainedModel) -> Sample:
     """What `model` computes within `state`, which is entered in evaluation mode."""
-    length, vocabulary = min(CHECK_TOKENS, context_of(model)), model.config.get_text_config().vocab_size
+    length, vocabulary = min(CHECK_TOKENS, context_of(model.config)), model.config.get_text_config().vocab_size
     tokens = torch.randint(0, vocabulary, (CHECK_ROWS, length), generator=torch.Generator().manual_seed(0))
     # Without the autocast that accelerate leaves around a model's forward.
     with evaluating(model), torch.no_grad(), state, torch.autocast(model.device.type, enabled=False):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
@@ -23,7 +22,7 @@ def check_model(recipe: Recipe) -> None:
             more tokens than the model has embeddings for. CheckpointError: a pretrained model that is not there.
     """
     config, length, problems = _config(recipe), recipe.training.length, []
-    if (context := context_of(SimpleNamespace(config=config))) < length:
+    if (context := context_of(config)) < length:
         problems.append(f"training.length is {length}, but the model's context ends at {context} tokens; shorten rows")
     given = recipe.model.pretrained is not None or "vocab_size" in recipe.model.config
     if recipe.tokenizer.path is not None:
@@ -40,7 +39,7 @@ def check_model(recipe: Recipe) -> None:
 def _config(recipe: Recipe) -> PretrainedConfig:
     if recipe.model.pretrained is not None:
         return load_config(recipe.model.pretrained)
-    settings = {"max_position_embeddings": recipe.training.length, **recipe.model.config}
+    settings = dict(recipe.model_settings)
     try:
         return AutoConfig.for_model(settings.pop("model_type"), **settings)
     except Exception as error:  # see `build_model`

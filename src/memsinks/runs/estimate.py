@@ -173,7 +173,7 @@ def meta_model(recipe: Recipe) -> PreTrainedModel:
     if recipe.model.pretrained is not None:
         config = load_config(recipe.model.pretrained)
     else:
-        settings = {"max_position_embeddings": recipe.training.length, **recipe.model.config}
+        settings = dict(recipe.model_settings)
         vocabulary = settings.get("vocab_size") or recipe.tokenizer.vocab_size or len(load_tokenizer_of(recipe, []))
         settings |= {"vocab_size": vocabulary} | dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
         kind = settings.pop("model_type")

@@ -31,7 +31,7 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTraine
             f"the tokenizer has {len(tokenizer)} tokens, the model has embeddings for {embeddings}; use the model's own "
             "tokenizer, or leave vocab_size out of model.config"
         )
-    if (context := context_of(model)) < recipe.training.length:
+    if (context := context_of(model.config)) < recipe.training.length:
         raise ConfigError(
             f"training.length is {recipe.training.length}, but the model's context ends at {context} tokens; shorten rows"
         )
@@ -49,11 +49,10 @@ def _new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrained
     """From the settings, its start values from the seed."""
     settings = {
         "vocab_size": len(tokenizer),
-        "max_position_embeddings": recipe.training.length,
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
-        **recipe.model.config,
+        **recipe.model_settings,
     }
     kind = settings.pop("model_type")
     torch.manual_seed(recipe.training.seed)

@@ -24,6 +24,7 @@ from memsinks.runs.data_recipe import DataRecipe
 from memsinks.runs.sections import RENAMED, change, load_yaml, section, unknown_keys, with_new_names
 from memsinks.runs.shrink import shrink
 from memsinks.sinks.config import SinkConfig
+from memsinks.sinks.families import CONTEXT
 from memsinks.training.config import TrainingConfig
 
 logger = logging.getLogger(__name__)
@@ -142,6 +143,12 @@ class Recipe:
                     "the exact mode cannot be compiled; set sinks.shared_decay, or leave out training.compile"
                 )
         refuse(problems, "invalid recipe")
+
+    @property
+    def model_settings(self) -> dict[str, Any]:
+        """Those of a new model: what the recipe says, and a context as long as the rows where it says none."""
+        said = any(name in self.model.config for name in CONTEXT)
+        return self.model.config if said else {"max_position_embeddings": self.training.length, **self.model.config}
 
     def to_dict(self) -> dict[str, Any]:
         """A YAML-ready dict, all defaults written out."""

@@ -88,7 +88,7 @@ def placebo_blocks(model: PreTrainedModel, erased: Sequence[Erased], seed: int) 
 def _tokens(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document]
 ) -> list[np.ndarray]:
-    limit = context_of(model)
+    limit = context_of(model.config)
     return [tokens[:limit] for tokens in encode_documents(tokenizer, documents)[0]] if documents else []
 
 

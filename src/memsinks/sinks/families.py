@@ -82,10 +82,10 @@ class Mlp:
         return self.down.weight
 
 
-def context_of(model: Any) -> int:
-    """The tokens that a model can read at once, as its configuration says; 10**9 where it says nothing."""
-    config = model.config.get_text_config()
-    return next((int(x) for name in CONTEXT if (x := getattr(config, name, None))), 10**9)
+def context_of(config: Any) -> int:
+    """The tokens that a model of this configuration can read at once; 10**9 where it says nothing."""
+    text = config.get_text_config()
+    return next((int(x) for name in CONTEXT if (x := getattr(text, name, None))), 10**9)
 
 
 def decoder_layers(model: nn.Module) -> tuple[nn.ModuleList, str]:

@@ -93,7 +93,7 @@ class View:
     def context(self) -> int:
         """Tokens that every model here can read."""
         models = [x for x in (self.model, self.ordinary) if x is not None]
-        return min(context_of(x) for x in models)
+        return min(context_of(x.config) for x in models)
 
     def require_tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer; ConfigError where there is none."""
