@@ -135,6 +135,14 @@ def test_folder_is_sorted_recursive_and_skips_hidden_files(tmp_path):
         assert len(list(read_documents(tmp_path))) == 4
 
 
+def test_a_link_to_what_is_read_anyway_is_not_read_twice(tmp_path) -> None:
+    (tmp_path / "texts/2024-05").mkdir(parents=True)
+    (tmp_path / "texts/2024-05/a.txt").write_text("a text")
+    (tmp_path / "texts/2023").symlink_to("2024-05")
+    (tmp_path / "texts/b.txt").symlink_to("2024-05/a.txt")
+    assert [x.text for x in read_documents(tmp_path / "texts")] == ["a text"]
+
+
 def test_links_in_a_folder_are_followed_and_broken_ones_refused(tmp_path, monkeypatch) -> None:
     folder, there = tmp_path / "folder", tmp_path / "there"
     write(folder / "a.txt", b"one")

@@ -17,6 +17,7 @@ from tokenizers.processors import TemplateProcessing
 
 from memsinks.batch import FIELDS
 from memsinks.data import chat
+from memsinks.data.documents import Document, cut_documents
 from memsinks.data.identity import document_id
 from memsinks.data.token_store import StoredTokens, write_tokens
 from memsinks.data.tokens import encode, train_tokenizer
@@ -26,7 +27,8 @@ from memsinks.research.compare.compare import train_arm
 from memsinks.research.compare.comparison import read_comparison
 from memsinks.runs import background as background_module
 from memsinks.runs import prepare as module
-from memsinks.runs.corpus import AUDITED
+from memsinks.runs.corpus import AUDITED, known_among
+from memsinks.runs.data_recipe import DataRecipe
 from memsinks.runs.prepare import prepare
 from memsinks.runs.recipe import Recipe, TokenizerRecipe, parse_recipe
 from memsinks.runs.run import train
@@ -430,3 +432,11 @@ def test_real_stories_in_real_web_text(tmp_path) -> None:
     found = prepare(recipe, folder=tmp_path / "data")
     assert found.rows.fill > 0.95 and len(found.controls) == 10
     assert torch.equal(found.rows[3]["position_ids"][:2], torch.tensor([0, 1]))
+
+
+def test_pieces_of_a_text_make_it_known() -> None:
+    """Documents that were cut are looked for in the whole texts of a background."""
+    text = " ".join(f"word{number}" for number in range(40))
+    pieces = cut_documents([Document(text)], 60)
+    known = known_among(list(pieces)[1:2], DataRecipe(path="x", cut_characters=60))
+    assert known(text) and not known("other words " * 20)

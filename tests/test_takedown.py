@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -250,7 +251,9 @@ def test_he_cannot_come_back(run, run_with_owners, tmp_path):
         recipe = {
             "output": str(tmp_path / "again"),
             "data": {"path": str(tmp_path / "new.jsonl"), "tombstones": [str(run)]},
-            "model": {"config": {"model_type": "llama", "hidden_size": 16, "num_hidden_layers": 1}},
+            "model": {
+                "config": {"model_type": "llama", "hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
+            },
         }
         with pytest.raises(ms.DataError, match=f"document 0 is the text taken down under '{record.name}'"):
             train(parse_recipe(recipe))
@@ -834,11 +837,15 @@ def test_an_audit_in_the_run_leaves_no_tokens_from_which_a_text_can_be_read(tmp_
     assert not list((run / "report").rglob("*.safetensors")) and (run / "report/audit.json").exists()
 
 
-@pytest.mark.parametrize("kind", ["weights", "optimizer", "shards", "renamed"])
+@pytest.mark.parametrize("kind", ["weights", "beside", "optimizer", "module", "shards", "renamed"])
 def test_sinks_that_no_settings_describe_are_refused_whatever_wrote_them(run, kind):
     model = ms.load(run / "model")
     if kind == "weights":
         torch.save({"model": model.state_dict()}, run / "best.bin")
+    elif kind == "beside":
+        torch.save({"model": model.state_dict(), "args": Namespace(best=np.float64(1.0))}, run / "best.pt")
+    elif kind == "module":
+        torch.save(model, run / "whole.pth")
     elif kind == "optimizer":
         torch.save(AdamW(ms.param_groups(model, 1e-2)).state_dict(), run / "optimizer.pt")
     elif kind == "shards":
@@ -863,11 +870,14 @@ def test_files_of_torch_without_sinks_stay(tmp_path):
     run = _folder(tmp_path, documents)
     torch.save({"weight": torch.ones(2)}, run / "head.pt")
     torch.save(TrainingArguments(str(run / "x"), use_cpu=True), run / "training_args.bin")
+    (run / "train.bin").write_bytes(b"(raw tokens")
+    (run / "empty.pt").write_bytes(b"")
     done = ms.take_down(run, key="a", documents=documents, by="key")
     why = {x.path: x.why for x in done.fates.files}
-    assert why["head.pt"].startswith("weights") and why["training_args.bin"].startswith("no file that memsinks knows")
+    assert why["head.pt"].startswith("weights")
+    assert all(why[x].startswith("no file that memsinks knows") for x in ("training_args.bin", "train.bin", "empty.pt"))
     (run / "head.pt").write_bytes((run / "head.pt").read_bytes()[:-9])
-    with pytest.raises(ms.CheckpointError, match=r"head\.pt cannot be read"):
+    with pytest.raises(ms.CheckpointError, match=r"head\.pt is damaged"):
         ms.take_down(run, key="b", documents=documents, by="key")
 
 
@@ -908,6 +918,11 @@ def test_a_text_with_line_ends_of_its_own_is_found(tmp_path):
     (run / "recipe.yaml").write_text("data: {by: content}\ntraining: {epochs: 1}\n")
     write_json(run / "run.json", {"seconds": 1})
     (tmp_path / "asked.txt").write_bytes(text.encode())
+    assert main(["takedown", str(run), "--text", str(tmp_path / "asked.txt"), "--dry-run"]) == 0
+    ms.write_documents(run / "members.jsonl", [ms.Document(text.replace("\r\n", "\n"), copies=6)])
+    model = sink_llama(torch.float32, neurons=96, reserved_blocks=4, shared="none")
+    ms.assign(model, [ms.document_id(text.replace("\r\n", "\n"))])
+    model.save_pretrained(run / "model")
     assert main(["takedown", str(run), "--text", str(tmp_path / "asked.txt"), "--dry-run"]) == 0
     (tmp_path / "asked.txt").write_bytes("ä".encode("latin-1"))
     assert main(["takedown", str(run), "--text", str(tmp_path / "asked.txt"), "--dry-run"]) == 2
@@ -975,15 +990,21 @@ def test_a_checkpoint_from_before_he_had_blocks_says_what_stays_there(tmp_path):
 def test_only_what_a_prepared_corpus_names_is_deleted(run, tmp_path):
     shutil.copy(run / "recipe.yaml", run / "notes.yaml")
     np.savez(run / "index.npz", a=np.ones(2))
-    (run / "data.json").write_text("{}")
+    (run / "tokens.bin").write_bytes(b"\0\0")
+    (run / "data.json").write_text('{"files": {"tokenizer.json": "hash"}}')
+    (run / "tokenizer.json").write_text("{}")
     ms.take_down(run, key=ALICE)
+    assert not any((run / x).exists() for x in ("index.npz", "tokens.bin", "data.json", "tokenizer.json"))
     assert (run / "model/model.safetensors").is_file() and (run / "notes.yaml").is_file()
 
 
 def test_files_that_quote_him_are_listed_however_many_there_are(run):
+    of_bob = {"text": f"As she wrote: {text_of(run, ALICE)}", "key": BOB}
+    (run / "of bob.jsonl").write_text(json.dumps(of_bob) + "\n")
     for number in range(12):
         (run / f"note {number}.md").write_text(f"She wrote: {text_of(run, ALICE)}" if number == 7 else "nothing")
-    assert "note 7.md  (QUOTES THE TEXT" in format_takedown(ms.take_down(run, key=ALICE, dry_run=True))
+    shown = format_takedown(ms.take_down(run, key=ALICE, dry_run=True))
+    assert "note 7.md  (QUOTES THE TEXT" in shown and "of bob.jsonl  (documents of others; 1 lines" in shown
 
 
 @pytest.mark.parametrize("share", [10, -1, float("nan"), "5%"])

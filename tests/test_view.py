@@ -372,6 +372,13 @@ def test_the_command(folders, capsys, monkeypatch, tmp_path) -> None:
     assert "choose another --port" in capsys.readouterr().err
 
 
+def test_without_a_home_folder_no_browser_is_opened(folders, capsys, monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(Path, "home", lambda: tmp_path / "none")
+    monkeypatch.setattr(ViewServer, "serve_forever", lambda _: None)
+    assert main(["view", str(folders.sinks), "--base", str(folders.base)]) == 0
+    assert "no browser is opened" in capsys.readouterr().err
+
+
 @pytest.mark.long
 def test_ctrl_c_while_it_writes_is_one_line(folders) -> None:
     command = [sys.executable, "-m", "memsinks.cli", "view", str(folders.base), "--no-browser"]

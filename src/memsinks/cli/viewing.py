@@ -69,7 +69,12 @@ def _browser_opened(address: str) -> Iterator[None]:
     import threading
     import webbrowser
 
-    descriptor, name = tempfile.mkstemp(prefix="memsinks-view-", suffix=".html", dir=Path.home())
+    try:
+        descriptor, name = tempfile.mkstemp(prefix="memsinks-view-", suffix=".html", dir=Path.home())
+    except (OSError, RuntimeError) as error:  # no home folder, or none that can be written
+        print(f"no browser is opened ({error}); open the address above", file=sys.stderr)
+        yield
+        return
     try:
         with open(descriptor, "w", encoding="utf-8") as file:
             file.write(f'<!doctype html><title>memsinks</title><meta http-equiv="refresh" content="0; url={address}">')

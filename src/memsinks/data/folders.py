@@ -9,12 +9,20 @@ from memsinks.errors import DataError
 
 
 def names_below(folder: Path) -> list[Path]:
-    """All files below a folder but hidden ones, as paths in it, sorted; links are followed.
+    """All files below a folder but hidden ones, as paths in it, sorted; links are followed, but to what is read anyway.
 
     Raises:
         DataError: a folder that cannot be listed or is a link to one that it lies in; a link to nothing.
     """
-    return sorted((file.relative_to(folder) for file in _below(folder, ())), key=Path.as_posix)
+    files = list(_below(folder, ()))
+    plain = {x.resolve() for x in files if _without_links(folder, x)}
+    files = [x for x in files if x.resolve() not in plain or _without_links(folder, x)]
+    return sorted((file.relative_to(folder) for file in files), key=Path.as_posix)
+
+
+def _without_links(folder: Path, file: Path) -> bool:
+    """Whether neither a file nor a folder between it and `folder` is a link."""
+    return folder.resolve() / file.relative_to(folder) == file.resolve()
 
 
 def _below(folder: Path, above: tuple[Path, ...]) -> Iterator[Path]:

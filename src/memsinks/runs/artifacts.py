@@ -39,12 +39,14 @@ class Fate:
         fate: "rewritten", "deleted" or "untouched".
         why: a few words.
         write: writes what takes its place at the path it is given; beside "rewritten" alone.
+        look: whether somebody must look at it.
     """
 
     path: str
     fate: str
     why: str
     write: Callable[[Path], None] | None = None
+    look: bool = False
 
 
 @dataclass(frozen=True)
@@ -285,22 +287,23 @@ def _of_router(found: Fates, where: Path) -> Iterator[Fate]:
 
 def _of_file(found: Fates, path: Path, name: str) -> Fate:
     if path.suffix in READABLE and not found.wanted.his.texts:
-        return Fate(
-            name, "untouched", "not searched: none of his texts is known; see for yourself whether it holds one"
-        )
+        why = "not searched: none of his texts is known; see for yourself whether it holds one"
+        return Fate(name, "untouched", why, look=True)
     if path.suffix == ".jsonl" and (lines := without_lines(path, found.wanted.his)) is not None:
         return _of_documents(found.wanted, name, *lines)
     if refuse_sinks_within(path):
         return Fate(name, "untouched", "weights that no take-down changes")
     if path.suffix in READABLE and (why := not_searched(path)):
-        return Fate(name, "untouched", f"not searched: {why}; see for yourself whether it holds the text")
+        return Fate(name, "untouched", f"not searched: {why}; see for yourself whether it holds the text", look=True)
     if path.suffix in READABLE and found.wanted.quotes.within_file(path):
-        return Fate(name, "untouched", "QUOTES THE TEXT and is no file that memsinks rewrites: remove it yourself")
+        why = "QUOTES THE TEXT and is no file that memsinks rewrites: remove it yourself"
+        return Fate(name, "untouched", why, look=True)
     if path.name.startswith("tokenizer"):
         return Fate(name, "untouched", "a tokenizer; its entries may be words of any text")
     if path.suffix in READABLE:
         return Fate(name, "untouched", "the text does not stand in it")
-    return Fate(name, "untouched", "no file that memsinks knows; see for yourself whether it holds the text")
+    why = "no file that memsinks knows; see for yourself whether it holds the text"
+    return Fate(name, "untouched", why, look=True)
 
 
 def _of_documents(wanted: Wanted, name: str, kept: list[bytes], gone: list[bytes]) -> Fate:
@@ -310,7 +313,7 @@ def _of_documents(wanted: Wanted, name: str, kept: list[bytes], gone: list[bytes
     if gone:
         why = "lines that are his are left out" + f"; {stay}" * bool(quoting)
         return Fate(name, "rewritten", why, lambda to: _write(to, kept))
-    return Fate(name, "untouched", f"documents of others; {stay}" if quoting else "documents of others")
+    return Fate(name, "untouched", "documents of others" + f"; {stay}" * bool(quoting), look=bool(quoting))
 
 
 def _of_trainer_marker(found: Fates, path: Path, changed: Collection[str]) -> Fate | None:

@@ -106,7 +106,7 @@ def refuse_shared(others: Sequence[Document], background: np.ndarray, folder: Pa
     if shared:
         raise CheckpointError(
             f"{folder} was prepared when the background could hold texts of data.path, and {shared} of its documents do; remove "
-            "it, and it is made anew"
+            "it and start anew, for a run that has begun cannot go on with other data"
         )
 
 

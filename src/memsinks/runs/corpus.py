@@ -130,10 +130,21 @@ def _choose(documents: list[Document], data: DataRecipe, seed: int) -> tuple[lis
 
 
 def known_among(documents: Iterable[Document], data: DataRecipe) -> Callable[[str], bool]:
-    """Whether a text is that of one of `documents`: character by character; in normal form where near copies are looked for."""
+    """Whether a text is that of one of `documents`: character by character; in normal form where near copies are looked for.
+
+    Where documents were cut, a text is that of one if any of its pieces is.
+    """
     form = str if data.near_copies is None else normal_form
     known = {form(document.text) for document in documents}
-    return lambda text: form(text) in known
+
+    def is_known(text: str) -> bool:
+        if form(text) in known:
+            return True
+        if data.cut_characters is None or not known:
+            return False
+        return any(form(x.text) in known for x in cut_documents([Document(text)], data.cut_characters))
+
+    return is_known
 
 
 def tombstones_of(recipe: Recipe) -> list[Tombstone]:

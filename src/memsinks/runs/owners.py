@@ -127,22 +127,30 @@ def find_owner(
     if asked_by == "id":
         named = [index for index, one in enumerate(ids) if one == int(name)]
     elif asked_by == "text":
-        whole = {str(name), str(name).removesuffix("\n").removesuffix("\r")}  # editors end a file with a line break
-        named = [index for index, document in enumerate(documents) if document.text in whole]
+        known = {document.text for document in documents}
+        name = next((x for x in _as_written(str(name)) if x in known), name)
+        named = [index for index, document in enumerate(documents) if document.text == name]
     else:
         named = [index for index, document in enumerate(documents) if getattr(document, asked_by) == name]
     if not named and above is None:
         raise DataError(_nobody(documents, name, asked_by))
     wanted = {ids[index] for index in named} - within
-    chosen = [index for index, one in enumerate(ids) if one in within or index in set(named)]
-    more = [index for index, one in enumerate(ids) if one in wanted and index not in set(chosen)]
+    mine = {*named, *(index for index, one in enumerate(ids) if one in within)}
+    chosen = sorted(mine)
+    more = [index for index, one in enumerate(ids) if one in wanted and index not in mine]
     if more and asked_by != "id":
         raise DataError(_shared_sinks(documents[more[0]], len(more), name, asked_by, by))
     texts = [documents[index].text for index in chosen]
     copies = find_copies(texts, documents, near) if chosen else []
-    copies = [copy for copy in copies if copy.index not in set(chosen)]
+    copies = [copy for copy in copies if copy.index not in mine]
     shown = str(min(wanted)) if asked_by == "text" else str(name)
     return Owner(shown, asked_by, sorted(wanted | ({above} if above is not None else set())), chosen, copies)
+
+
+def _as_written(text: str) -> list[str]:
+    """A text from a file, and what it was before an editor ended it with a line break, or wrote all of them as CRLF."""
+    plain = text.replace("\r\n", "\n")
+    return [text, text.removesuffix("\n").removesuffix("\r"), plain, plain.removesuffix("\n")]
 
 
 def _shared_sinks(other: Document, count: int, name: str | int, asked_by: AskedBy, by: By) -> str:

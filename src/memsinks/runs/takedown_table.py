@@ -9,9 +9,6 @@ from memsinks.runs.takedown_result import Takedown
 MOST_SHOWN = 10
 """Copies and files of a kind that are listed one by one."""
 
-LOOK_AT = ("QUOTES THE TEXT", "not searched")
-"""How the reasons begin for which a file is listed however many there are."""
-
 
 def format_takedown(done: Takedown) -> str:
     """The take-down for a terminal; of one that is planned, what would happen."""
@@ -63,9 +60,8 @@ def _files(done: Takedown) -> list[str]:
         if fate != "untouched" or len(chosen) <= MOST_SHOWN:
             lines += [f"  {x.path}  ({x.why})" for x in chosen]
         else:
-            seen = [x for x in chosen if x.why.startswith(LOOK_AT)]
-            lines += [f"  {x.path}  ({x.why})" for x in seen]
-            rest = Counter(x.why for x in chosen if x not in seen)
+            lines += [f"  {x.path}  ({x.why})" for x in chosen if x.look]
+            rest = Counter(x.why for x in chosen if not x.look)
             lines += [f"  {count} x {why}" for why, count in rest.most_common()]
     return lines
 

@@ -138,9 +138,7 @@ class His:
     def owns(self, row: Mapping[str, Any], document: Document) -> bool:
         """Whether a line is his: one that says so, or with one of his texts and with no key and no source but his, where both
         say one."""
-        said: dict[str, Any] = dict(
-            zip(NAMES, (str(row[x]) if is_int(row.get(x)) else row.get(x) for x in NAMES), strict=True)
-        )
+        said = {name: says(row, name) for name in NAMES}
         if self.called is not None and said[self.called[0]] == self.called[1]:
             return True
         if self.form(document.text) not in self.forms:
@@ -167,11 +165,20 @@ def texts_called(paths: Iterable[Path], field: str, name: str) -> set[str]:
     """The texts of all lines in which `field` says `name`, in those of the files that are files of documents."""
     found: set[str] = set()
     for path in paths:
-        lines = list(_lines(path))
-        if all(document is not None or not line.strip() for line, _, document in lines):
-            his = His(called=(field, name))
-            found |= {x.text for _, row, x in lines if x is not None and his.owns(row, x) and x.text.strip()}
+        here: set[str] = set()
+        for line, row, document in _lines(path):
+            if document is None and line.strip():
+                break  # no file of documents
+            if document is not None and document.text.strip() and says(row, field) == name:
+                here.add(document.text)
+        else:
+            found |= here
     return found
+
+
+def says(row: Mapping[str, Any], field: str) -> Any:
+    """What a line says in one of `NAMES`; integers as text."""
+    return str(row[field]) if is_int(row.get(field)) else row.get(field)
 
 
 def _lines(path: Path) -> Iterator[tuple[bytes, Mapping[str, Any], Document | None]]:

@@ -94,15 +94,12 @@ class ScaleGradient(torch.autograd.Function):
 
 
 class ZeroGradient(torch.autograd.Function):
-    """A copy of x that gives each of some other tensors a gradient of zeros (rather than none).
-
-    No view of it: Falcon writes into what its MLP gives, and a view from here may not be written into.
-    """
+    """The identity on x that gives each of some other tensors a gradient of zeros (rather than none)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, *others: Tensor) -> Tensor:
         ctx.others = others
-        return x.clone()
+        return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:

@@ -94,7 +94,9 @@ class Sinks(nn.Module):
         """
         if isinstance(plan, Closed):
             learning = [x for x in self.parameters() if x.requires_grad]
-            return ZeroGradient.apply(x, *learning) if learning and torch.is_grad_enabled() else x
+            if not learning or not torch.is_grad_enabled():
+                return x
+            return ZeroGradient.apply(x, *learning).clone()  # Falcon writes into it, which a view of a Function forbids
         flat = sink_forward(x.reshape(-1, x.shape[-1]), self.up, self.gate, self.down, self.act, plan, scale)
         return flat.view(x.shape)
 

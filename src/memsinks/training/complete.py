@@ -25,8 +25,6 @@ NEEDED = ("optimizer", "scheduler", "rng_state", "trainer_state.json")
 """How the names begin of what training goes on from, beside the weights."""
 
 
-NOT_PLAIN = pickle.UnpicklingError
-"""What ``torch.load(weights_only=True)`` raises of a file that holds more than tensors, numbers and text."""
 METADATA = ".metadata"
 """DCP's index of its shards, a pickle that torch reads."""
 DCP = {

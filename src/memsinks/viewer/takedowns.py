@@ -99,7 +99,7 @@ def _facts(done: Takedown, owner: ShownOwner) -> dict[str, Any]:
         ],
         "collateral": {"documents": len(done.collateral), "most": max(done.collateral.values(), default=0.0)},
         "files": {fate: {"count": len(x), "shown": x[:SHOWN]} for fate, x in fates.items()},
-        "warnings": [f"{x['path']}: {x['why']}" for x in fates["untouched"] if "QUOTES" in x["why"]],
+        "warnings": [f"{x.path}: {x.why}" for x in done.fates.files if x.look],
         "audit": _audit(done),
         "same_blocks": done.same_blocks,
         "record": None if done.record is None else done.record.name,

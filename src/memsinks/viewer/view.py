@@ -158,7 +158,7 @@ class View:
         owners = owners_shown(documents[:members], self.by, model)
         with self.lock:
             self.model, self.documents, self.members, self.owners = model, documents, members, owners
-            self.current = True
+            self.version, self.current = self.version + 1, True
 
     def _left(self, model: PreTrainedModel) -> tuple[list[Document], int]:
         """The documents that were given, without those of owners who were taken out."""

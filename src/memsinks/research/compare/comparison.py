@@ -147,7 +147,7 @@ def _arm_problems(arm: Arm, recipe: Recipe) -> list[str]:
         if recipe.training.compile:
             problems.append('shared="none" cannot be compiled; leave out training.compile')
     sizes = ("hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size", "n_inner")
-    wrong = {x: recipe.model.config[x] for x in sizes if not is_int(recipe.model.config.get(x, 0))}
+    wrong = {x: recipe.model.config[x] for x in sizes if not is_int(recipe.model.config.get(x) or 0)}
     if wrong and (training.heads or training.extra_neurons):
         return [*problems, f"model.config gives no model to which parts could be added: {wrong} must be whole numbers"]
     heads = recipe.model.config.get("num_attention_heads")
