@@ -265,18 +265,20 @@ def test_resuming_without_the_sinks_is_refused(tiny_llama, rows, tmp_path) -> No
         trainer_of(build(tiny_llama), arguments(tmp_path), rows, SinkCallback()).train(resume_from_checkpoint=True)
 
 
-def test_resuming_from_another_folder_needs_to_be_told(tiny_llama, rows, tmp_path) -> None:
+def test_resuming_from_another_folder_takes_its_sinks(tiny_llama, rows, tmp_path) -> None:
     whole = build(tiny_llama)
     trainer_of(whole, arguments(tmp_path / "a", save_steps=2), rows, SinkCallback()).train()
     folder = str(tmp_path / "a" / "checkpoint-2")
-    with pytest.raises(CheckpointError, match=r"in none of.*args\.resume_from_checkpoint"):
+    for told in ({}, {"resume_from_checkpoint": folder}):
+        resumed = build(tiny_llama, seed=1)
+        args = arguments(tmp_path / "b", save_strategy="no", **told)
+        trainer_of(resumed, args, rows, SinkCallback()).train(resume_from_checkpoint=folder)
+        assert equal(weights(resumed), weights(whole))
+    shutil.rmtree(tmp_path / "a" / "checkpoint-2" / "sinks")
+    with pytest.raises(CheckpointError):
         trainer_of(build(tiny_llama), arguments(tmp_path / "b"), rows, SinkCallback()).train(
             resume_from_checkpoint=folder
         )
-    resumed = build(tiny_llama, seed=1)
-    args = arguments(tmp_path / "b", resume_from_checkpoint=folder, save_strategy="no")
-    trainer_of(resumed, args, rows, SinkCallback()).train(resume_from_checkpoint=folder)
-    assert equal(weights(resumed), weights(whole))
 
 
 def test_sinks_of_another_checkpoint_are_never_taken(tiny_llama, rows, tmp_path) -> None:
