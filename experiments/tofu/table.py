@@ -150,20 +150,23 @@ def table(found: Found, columns: dict[str, str]) -> list[str]:
     return head + [f"| {title(arm)} | " + " | ".join(mean(found[arm], x) for x in columns) + " |" for arm in known]
 
 
+def kept(path: Path, before: Any) -> Any:
+    """What a search has found, or what stood in tofu.json."""
+    return json.loads(path.read_text()) if path.is_file() else before
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("authors", type=int)
     folder = Path("runs") / "tofu" / f"{parser.parse_args().authors}-authors"
     settings = json.loads((folder / "settings.json").read_text())
-    search = folder / "search.json"
     before = {"settings": settings, "search": {}, "arms": {}, "attacks": {}}
     if OUT.is_file():
         before = json.loads(OUT.read_text())
-    searched = json.loads(search.read_text()) if search.is_file() else before["search"]
+    searched = kept(folder / "search.json", before["search"])
     if before["settings"] != settings:
         raise SystemExit(f"{OUT} was made with {before['settings']}, the runs with {settings}; move it away")
-    search = folder / "unlearning.json"
-    unlearning = json.loads(search.read_text()) if search.is_file() else before.get("unlearning", {})
+    unlearning = kept(folder / "unlearning.json", before.get("unlearning", {}))
     found, attacks = joined(lines(folder), before["arms"]), joined(attacked(folder), before["attacks"])
     compare_with_oracles(found)
     lines_of = [

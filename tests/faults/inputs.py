@@ -286,7 +286,7 @@ def _record(folder: Path) -> None:
 def _resumed(folder: Path) -> None:
     run_folder = RunFolder(folder / "run")
     run_folder.open_again(read_recipe(folder / "now.yaml"))
-    run_folder.require_corpus(json.loads((folder / "now.json").read_text())["corpus_sha256"])
+    run_folder.require_corpus(json.loads((folder / "now.json").read_text()))
 
 
 def _owners_of_a_run(folder: Path) -> None:

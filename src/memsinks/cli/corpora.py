@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -67,9 +68,8 @@ def run_prepare(arguments: Namespace) -> None:
         _prepare(arguments, _data_of(arguments), _tokenizer_of(arguments))
         return
     values = read_sections(path, **changes_of(arguments))
-    given = [f"--{name}-field" for name in FIELDS if getattr(arguments, f"{name}_field") is not None]
     names = ("separator", "split", "by", "tokenizer", "threshold", "clusters", "near_copies")
-    given += [f"--{name.replace('_', '-')}" for name in names if getattr(arguments, name)]
+    given = _given(arguments, (*(f"{name}_field" for name in FIELDS), *names))
     if given:
         raise ConfigError(f"{', '.join(given)}: the recipe says this itself; change it with --set")
     if "arms" in values:
@@ -81,14 +81,17 @@ def run_prepare(arguments: Namespace) -> None:
     _prepare(arguments, recipe.data, recipe.tokenizer)
 
 
+def _given(arguments: Namespace, names: Iterable[str]) -> list[str]:
+    """Those of some options that were given, as they are written."""
+    return [f"--{name.replace('_', '-')}" for name in names if getattr(arguments, name) not in (None, False, [])]
+
+
 def _prepare_comparison(arguments: Namespace) -> None:
     from memsinks.errors import ConfigError
     from memsinks.research.compare.compare import prepare_data
     from memsinks.research.compare.comparison import read_comparison
 
-    others = [
-        f"--{x.replace('_', '-')}" for x in ("out", "workers", "carry", "shard_characters") if getattr(arguments, x)
-    ]
+    others = _given(arguments, ("out", "workers", "carry", "shard_characters"))
     if others:
         raise ConfigError(
             f"{', '.join(others)}: a comparison names its own output and makes it in its own way; leave it out"

@@ -14,15 +14,10 @@ def names_below(folder: Path) -> list[Path]:
     Raises:
         DataError: a folder that cannot be listed or is a link to one that it lies in; a link to nothing.
     """
-    files = list(_below(folder, ()))
-    plain = {x.resolve() for x in files if _without_links(folder, x)}
-    files = [x for x in files if x.resolve() not in plain or _without_links(folder, x)]
-    return sorted((file.relative_to(folder) for file in files), key=Path.as_posix)
-
-
-def _without_links(folder: Path, file: Path) -> bool:
-    """Whether neither a file nor a folder between it and `folder` is a link."""
-    return folder.resolve() / file.relative_to(folder) == file.resolve()
+    real = {file.relative_to(folder): file.resolve() for file in _below(folder, ())}
+    plain = {name for name, file in real.items() if file == folder.resolve() / name}  # no link leads there
+    known = {real[name] for name in plain}
+    return sorted((name for name, file in real.items() if name in plain or file not in known), key=Path.as_posix)
 
 
 def _below(folder: Path, above: tuple[Path, ...]) -> Iterator[Path]:

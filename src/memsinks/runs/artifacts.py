@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -157,7 +157,7 @@ def _group(found: Fates, path: Path, everything: Sequence[Path]) -> Iterator[Fat
     where, name = path.parent, path.relative_to(found.folder).as_posix()
     if where.name == FOLDER and path.name == SETTINGS:
         yield from _of_sinks(found, name, where.parent.relative_to(found.folder).as_posix())
-    elif path.name in (STATE, MARKER) and (where.name.startswith("checkpoint-") or _both(where)):
+    elif path.name in (STATE, MARKER) and (where.name.startswith("checkpoint-") or _is_ours(where)):
         yield from _of_checkpoint(found, where)
     elif path.name == "optimizer.pt" and has_saved_sinks(where):
         sinks = where.relative_to(found.folder).as_posix()
@@ -169,36 +169,27 @@ def _group(found: Fates, path: Path, everything: Sequence[Path]) -> Iterator[Fat
             (lambda to: erase_in_optimizer(path, found.sinks[sinks], erased, to)) if erased else None,
         )
     elif path.name == OPEN_SINKS and (why := _why_export_goes(found, where)):
-        yield from (
-            Fate(x.relative_to(found.folder).as_posix(), "deleted", why) for x in everything if x.parent == where
-        )
+        yield from _gone(found, [x for x in everything if x.parent == where], why)
     elif path.name == ROUTER and (where / COUNTS).is_file():
         yield from _of_router(found, where)
     elif path.name == PREPARED[-1] and all((where / x).is_file() for x in PREPARED):
-        named = read_json(path).get("files", {})
-        yield from (
-            Fate(x.relative_to(found.folder).as_posix(), "deleted", "tokens of the corpus; made again from its sources")
-            for x in everything
-            if where in x.parents and (name := x.relative_to(where).as_posix()) in (*PREPARED, *named)
-        )
+        known = {where / x for x in (*PREPARED, *read_json(path).get("files", {}))}
+        yield from _gone(found, known & {*everything}, "tokens of the corpus; made again from its sources")
     elif where.name == TOKENS and path.name == "README" and path.read_bytes() == TOKENS_MARK.encode():
         why = "what models said to each token of an audit, from which texts can be read; measured again by the next one"
-        yield from (
-            Fate(x.relative_to(found.folder).as_posix(), "deleted", why) for x in everything if where in x.parents
-        )
-    elif (
-        path.name == REPORT
-        and _is_report(where)
-        and any(found.wanted.quotes.within_file(x, whole=True) for x in everything if where in x.parents)
-    ):
-        yield from (
-            Fate(x.relative_to(found.folder).as_posix(), "deleted", "an audit that measured and quotes the text")
-            for x in everything
-            if where in x.parents
-        )
+        yield from _gone(found, [x for x in everything if where in x.parents], why)
+    elif path.name == REPORT and _is_report(where):
+        below = [x for x in everything if where in x.parents]
+        if any(found.wanted.quotes.within_file(x, whole=True) for x in below):
+            yield from _gone(found, below, "an audit that measured and quotes the text")
 
 
-def _both(where: Path) -> bool:
+def _gone(found: Fates, paths: Iterable[Path], why: str) -> Iterator[Fate]:
+    """Files that are deleted for one reason."""
+    return (Fate(x.relative_to(found.folder).as_posix(), "deleted", why) for x in paths)
+
+
+def _is_ours(where: Path) -> bool:
     """Whether a folder of any name is a checkpoint of ours."""
     return (where / STATE).is_file() and (where / MARKER).is_file()
 

@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from memsinks.errors import ConfigError
 from memsinks.runs.data_recipe import DataRecipe
+from memsinks.runs.model import settings_said
 from memsinks.runs.prepare import prepare
 from memsinks.runs.recipe import Recipe
 from memsinks.runs.tokenizer import load_tokenizer_of
@@ -178,11 +179,8 @@ def meta_model(recipe: Recipe) -> PreTrainedModel:
         settings |= {"vocab_size": vocabulary} | dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
         kind = settings.pop("model_type")
         config = None
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config or AutoConfig.for_model(kind, **settings))  # type: ignore
-    except Exception as error:  # transformers raises some ten unrelated types here
-        raise ConfigError(f"model.config gives no model: {error}") from error
+    with settings_said(), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config or AutoConfig.for_model(kind, **settings))  # type: ignore
     if recipe.sinks is not None:
         add_sinks(model, recipe.sinks)
     return model

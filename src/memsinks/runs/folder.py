@@ -38,6 +38,12 @@ logger = logging.getLogger(__name__)
 
 RECIPE, FACTS, METRICS = "recipe.yaml", "run.json", "metrics.jsonl"
 MEMBERS, CONTROLS = "members.jsonl", "controls.jsonl"
+OF_CORPUS = {
+    "corpus_sha256": "the corpus",
+    "identity_sha256": "what is known of the documents (keys, sources, clusters, isolation, prompts)",
+    "tokenizer_sha256": "the tokenizer",
+}
+"""Hashes among the facts that resuming compares."""
 WRITTEN = ("data", "model", RECIPE, FACTS, MEMBERS, CONTROLS, METRICS)
 """What is written beside its place and renamed."""
 
@@ -141,14 +147,17 @@ class RunFolder:
     def write_facts(self, facts: Mapping[str, Any]) -> None:
         write_json(self.path / FACTS, dict(facts))
 
-    def require_corpus(self, digest: str) -> None:
-        """CheckpointError if the run was started on another corpus (SHA-256)."""
-        before = str(self.facts().get("corpus_sha256", ""))
-        if before != digest:
-            raise CheckpointError(
-                f"the corpus has changed since {self.path} was started (SHA-256 {before[:12]}..., now {digest[:12]}...); "
-                "restore it, or start a new run"
-            )
+    def require_corpus(self, facts: Mapping[str, Any]) -> None:
+        """CheckpointError if the run was started on another corpus than that of these facts, by the hashes of `OF_CORPUS`."""
+        before = self.facts()
+        for name in (x for x in OF_CORPUS if x in facts):
+            now = str(facts[name])
+            was = str(before.get(name, "" if name == "corpus_sha256" else now))  # runs of before have this hash alone
+            if was != now:
+                raise CheckpointError(
+                    f"{OF_CORPUS[name]} has changed since {self.path} was started (SHA-256 {was[:12]}..., now {now[:12]}...); "
+                    "restore it, or start a new run"
+                )
 
     def add_metrics(self, line: Mapping[str, Any]) -> None:
         with self.metrics.open("a") as file:

@@ -21,11 +21,10 @@ from memsinks.data.documents import Document
 from memsinks.data.identity import By
 from memsinks.data.packing import Rows
 from memsinks.data.stored import tokenizer_hash
-from memsinks.errors import CheckpointError, DataError
+from memsinks.errors import DataError
 from memsinks.removal.settle import repeated_and_once, require_settleable, settle, settling_texts
-from memsinks.runs.beforehand import check_model
 from memsinks.runs.folder import RunFolder
-from memsinks.runs.model import build_model
+from memsinks.runs.model import build_model, check_model
 from memsinks.runs.prepare import PreparedCorpus, prepare
 from memsinks.runs.recipe import OwnRecipe, Recipe
 from memsinks.runs.stored import identity_hash, ids_of, members_hash
@@ -39,12 +38,6 @@ from memsinks.training.prefix import prefix_kept
 from memsinks.training.processes import joined_processes, main_process, main_process_first, process_count, process_rank
 
 logger = logging.getLogger(__name__)
-
-OF_CORPUS = {
-    "identity_sha256": "what is known of the documents (keys, sources, clusters, isolation, prompts)",
-    "tokenizer_sha256": "the tokenizer",
-}
-"""Hashes in run.json that resuming compares, beside that of the texts."""
 
 
 def train(recipe: Recipe, *, resume: bool = False, label: str = "", after: float = 0.0) -> Path:
@@ -143,8 +136,7 @@ def _start_or_resume(
             logger.info("no complete checkpoint yet: starting again from the beginning")
     facts = _facts(recipe, prepared)
     if checkpoint is not None:
-        folder.require_corpus(facts["corpus_sha256"])
-        _refuse_changed(folder, facts)
+        folder.require_corpus(facts)
         training.resume(checkpoint)
     if main_process():
         if checkpoint is None:
@@ -152,18 +144,6 @@ def _start_or_resume(
         else:
             logger.info("going on from %s, step %d of %d", checkpoint.path, training.step, training.total)
         folder.cut_metrics(training.step, recipe.training.log_every)
-
-
-def _refuse_changed(folder: RunFolder, facts: dict[str, Any]) -> None:
-    """CheckpointError if documents of the same texts, or the tokenizer, are others than at the start of a run."""
-    before = folder.facts()  # runs of before have no such hashes
-    for name, what in OF_CORPUS.items():
-        was = str(before.get(name, facts[name]))
-        if was != facts[name]:
-            raise CheckpointError(
-                f"{what} has changed since {folder.path} was started (SHA-256 {was[:12]}..., now {facts[name][:12]}...); "
-                "restore it, or start a new run"
-            )
 
 
 def _facts(recipe: Recipe, prepared: PreparedCorpus) -> dict[str, Any]:

@@ -94,9 +94,8 @@ def _check(model: Any, below: list[Any], dtype: str) -> None:
         if any(x.requires_grad for x in part.parameters()):
             problems.append(f"{name} learns; freeze it (memsinks.freeze_shared), or do without prefix_kept")
             break
-    layers = {x for layer in decoder_layers(model)[0] for x in layer.modules()}
-    others = [x for x in model.modules() if x not in layers]
-    on = sorted({found for x in [*others, *(x for part in below for x in part.modules())] for found in _dropouts(x)})
+    above = {x for layer in decoder_layers(model)[0][len(below) :] for x in layer.modules()}
+    on = sorted({found for x in model.modules() if x not in above for found in _dropouts(x)})
     if on:
         problems.append(
             f"dropout or noise is on below the sinks ({', '.join(on)}), so what they give differs each time; set it to 0"

@@ -99,9 +99,9 @@ class _Handler(BaseHTTPRequestHandler):
     def _from_here(self) -> bool:
         """Whether the request was made to this server by its own page; it is refused otherwise."""
         port = self.server.server_port
-        own = {f"{host}:{port}" for host in HOSTS} | (
-            set(HOSTS) if port == 80 else set()
-        )  # browsers leave out the default
+        own = {f"{host}:{port}" for host in HOSTS}
+        if port == 80:  # which browsers leave out
+            own |= {*HOSTS}
         origin = self.headers.get("Origin")
         if self.headers.get("Host") in own and (origin is None or origin.removeprefix("http://") in own):
             return True

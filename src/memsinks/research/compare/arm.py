@@ -15,7 +15,6 @@ import random
 import shutil
 import statistics
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -117,11 +116,11 @@ def train(recipe: Recipe, arm: Arm, seed: int, folder: Path, steps: int | None =
         raise DataError(
             "comparisons are audited as plain text; chats and prompts with completions are for memsinks train"
         )
-    rows = _rows_of(made, prepared)
+    rows = rows_of_arm(made, prepared)
     repeated = repeated_and_once(prepared.rows)[0] if made.sinks_last else None
     texts = settling_texts(prepared.rows, prepared.unseen) if made.settle is not None else None
     random.seed(seed)
-    training = _training(recipe, made, seed, prepared)
+    training = training_of(recipe, made, seed, prepared)
     if texts is not None:
         require_settleable(training.model)
     part = folder.with_name(f"{folder.name}.part")
@@ -132,7 +131,9 @@ def train(recipe: Recipe, arm: Arm, seed: int, folder: Path, steps: int | None =
             _resume(training, checkpoint, settings)
             logger.info("%s: continues after step %d of %d", said, training.step, training.total)
     at_end = training.step == training.total
-    _make_steps(training, _batches(prepared, rows, recipe), said, steps, None if steps is not None else part, settings)
+    _make_steps(
+        training, batches_of(prepared, rows, recipe), said, steps, None if steps is not None else part, settings
+    )
     facts = _facts(arm, seed, training, prepared)
     if steps is None:
         if (texts is not None or repeated is not None) and not at_end:
@@ -148,12 +149,12 @@ def train(recipe: Recipe, arm: Arm, seed: int, folder: Path, steps: int | None =
     return facts
 
 
-def _rows_of(made: TrainingMethod, prepared: PreparedCorpus) -> AnyRows:
+def rows_of_arm(made: TrainingMethod, prepared: PreparedCorpus) -> AnyRows:
     """The rows that an arm trains on."""
     return with_fresh_text(prepared.rows, prepared.fresh) if made.fresh else prepared.rows
 
 
-def _training(recipe: Recipe, made: TrainingMethod, seed: int, prepared: PreparedCorpus) -> Training:
+def training_of(recipe: Recipe, made: TrainingMethod, seed: int, prepared: PreparedCorpus) -> Training:
     """A new model of an arm, and how it learns."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model: Any = _build(recipe, made, seed, prepared.tokenizer)
@@ -222,33 +223,6 @@ def _settle(training: Training, made: TrainingMethod, texts: tuple[Rows, Rows, R
     return str(settled)
 
 
-def step_seconds(recipe: Recipe, arms: Sequence[Arm], seed: int, turns: int) -> dict[str, list[float]]:
-    """Seconds of single steps of untrained models, by the name of the arm; the arms take turns on the same places of their rows.
-
-    Args:
-        turns: steps timed; their batches are spread over the run. One more comes first and is not counted.
-    """
-    if recipe.training.threads:
-        torch.set_num_threads(recipe.training.threads)
-    prepared = prepare(with_method(recipe, TrainingMethod(), seed, Path(recipe.output)), one_document_per_row=True)
-    ready = {}
-    for arm in arms:
-        training = _training(with_method(recipe, arm.training, seed, Path()), arm.training, seed, prepared)
-        ready[arm.name] = training, _batches(prepared, _rows_of(arm.training, prepared), recipe)
-    total = len(prepared.rows) // recipe.training.batch_rows
-    seconds: dict[str, list[float]] = {arm.name: [] for arm in arms}
-    for turn in range(-1, turns):
-        for name, (training, batches) in ready.items():
-            parts = batches(max(turn, 0) * total // turns)
-            start = time.perf_counter()
-            training.update(parts)
-            if training.model.device.type == "cuda":
-                torch.cuda.synchronize()
-            if turn >= 0:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
 def settings_of(recipe: Recipe, arm: Arm) -> dict[str, Any]:
     """What a run of an arm depends on beside its seed, JSON-ready."""
     values = {name: value for name, value in recipe.to_dict().items() if name != "output"}
@@ -306,7 +280,7 @@ def _build(recipe: Recipe, made: TrainingMethod, seed: int, tokenizer: PreTraine
     return model
 
 
-def _batches(prepared: PreparedCorpus, rows: AnyRows, recipe: Recipe) -> Batches:
+def batches_of(prepared: PreparedCorpus, rows: AnyRows, recipe: Recipe) -> Batches:
     """Micro-batches with the masks of `rivals.method.Batch`."""
     audited = [x for x in prepared.members if x.kind == AUDITED]
     sides = {"audited": audited, "repeated": [x for x in audited if x.copies > 1]}

@@ -17,12 +17,13 @@ import torch
 
 from memsinks.auditing.pictures import require_matplotlib
 from memsinks.errors import ConfigError, refuse
-from memsinks.research.compare.arm import Arm, step_seconds, train, with_method
+from memsinks.research.compare.arm import Arm, train, with_method
 from memsinks.research.compare.comparison import Comparison
 from memsinks.research.compare.edited import edit_arm, with_bases
 from memsinks.research.compare.processes import run_processes
 from memsinks.research.compare.results import REPORT, data_sources, reported, reported_run, write_results
 from memsinks.research.compare.seed_audit import audit_seed
+from memsinks.research.compare.step_times import step_seconds
 from memsinks.research.rivals.method import TrainingMethod
 from memsinks.runs.prepare import prepare
 from memsinks.runs.sections import unknown_keys
